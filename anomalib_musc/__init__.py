@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuSc, zero-shot anomaly detection by mutual scoring of unlabelled images, for anomalib.
+
+The names are imported on first use, so that ``anomalib_musc.functional`` needs nothing but torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from anomalib_musc.lightning_model import MuSc
+    from anomalib_musc.post_processor import RsCINPostProcessor
+    from anomalib_musc.torch_model import MuScModel
+
+__all__ = ["MuSc", "MuScModel", "RsCINPostProcessor"]
+
+_HOMES = {"MuSc": "lightning_model", "MuScModel": "torch_model", "RsCINPostProcessor": "post_processor"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

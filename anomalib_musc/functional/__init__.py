@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three steps of MuSc as pure functions: tensors in, tensors out, torch the only dependency.
+
+Li et al., "MuSc: Zero-Shot Industrial Anomaly Classification and Segmentation with Mutual Scoring of the
+Unlabeled Images", ICLR 2024, https://arxiv.org/abs/2401.16753.
+
+1. :func:`lnamd` aggregates each patch with its neighbourhood (section 3.1).
+2. :func:`mutual_scores` lets every image judge the patches of every other image (section 3.2).
+3. :func:`rscin` re-scores each image with the scores of the images most like it (section 3.3).
+"""
+
+from anomalib_musc.functional.lnamd import lnamd
+from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
+from anomalib_musc.functional.rscin import rscin
+
+__all__ = ["check_interval", "lnamd", "mutual_scores", "rscin"]

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 1: Local Neighborhood Aggregation with Multiple Degrees (LNAMD)."""
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+
+def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
+    r"""Aggregate every patch with its :math:`r \times r` neighbourhood (arXiv 2401.16753, section 3.1).
+
+    Each image's whole map is layer-normalised over :math:`(C, H, W)` jointly, without affine. Patch :math:`p`
+    becomes the mean over its window :math:`\mathcal{N}_r(p)`, where places outside the map count as zeros
+    (the divisor is always :math:`r^2`), scaled to unit length:
+
+    .. math:: \hat f_p = \frac{1}{r^2} \sum_{q \in \mathcal{N}_r(p)} f_q, \qquad
+              x_p = \hat f_p / \lVert \hat f_p \rVert_2
+
+    Args:
+        feature_map: Patch features of one backbone layer, shape ``(N, C, H, W)``.
+        degree: Aggregation degree :math:`r`, the side of the window in patches; odd.
+
+    Returns:
+        Unit vectors, shape ``(N, H * W, C)``, row by row; float64 for float64 input, else float32. A patch whose
+        aggregated feature is zero stays zero.
+
+    Raises:
+        ValueError: If ``feature_map`` is not four-dimensional or ``degree`` is not a positive odd number.
+
+    Example:
+        >>> import torch
+        >>> tokens = lnamd(torch.randn(2, 8, 5, 6), degree=3)
+        >>> tokens.shape
+        torch.Size([2, 30, 8])
+        >>> torch.allclose(tokens.norm(dim=-1), torch.ones(2, 30))
+        True
+    """
+    if feature_map.ndim != 4:
+        msg = f"feature_map must have shape (N, C, H, W), got {tuple(feature_map.shape)}."
+        raise ValueError(msg)
+    if degree < 1 or degree % 2 == 0:
+        msg = f"degree must be a positive odd number, got {degree}."
+        raise ValueError(msg)
+
+    if feature_map.dtype != torch.float64:
+        feature_map = feature_map.float()
+    feature_map = F.layer_norm(feature_map, feature_map.shape[1:])
+    if degree > 1:
+        feature_map = F.avg_pool2d(feature_map, degree, stride=1, padding=degree // 2, count_include_pad=True)
+    return F.normalize(feature_map.flatten(2).transpose(1, 2), dim=-1)  # (N, H * W, C)

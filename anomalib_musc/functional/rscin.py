@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Step 3: Re-scoring with Constrained Image-level Neighborhood (RsCIN)."""
+
+from collections.abc import Sequence
+
+import torch
+
+
+def rscin(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int] = (1, 2, 3)) -> torch.Tensor:
+    r"""Re-score each image with the scores of the images most like it (arXiv 2401.16753, section 3.3).
+
+    The raw scores :math:`s` are scaled to [0, 1] over the pool. With :math:`W = c c^\top` and :math:`W^{(k)}` its
+    copy in which every row keeps only its :math:`k` largest entries,
+
+    .. math:: \hat s = \frac{1}{|K|} \sum_{k \in K} D_k^{-1} W^{(k)} s, \qquad
+              D_k = \operatorname{diag}\Bigl(\sum_j W^{(k)}_{ij}\Bigr)
+
+    Negative similarities count as zero; an image without any positive one keeps its own score.
+
+    Args:
+        scores: Raw image scores of the pool, shape ``(N,)``.
+        class_tokens: Image features of the same images, shape ``(N, D)``.
+        windows: Neighbourhood sizes :math:`k`, the image itself included; ``(1, 2, 3)`` for MVTec AD and BTAD,
+            ``(1, 8, 9)`` for VisA. A window larger than the pool means the whole pool.
+
+    Returns:
+        Scores in [0, 1], shape ``(N,)``; all zero where the raw scores are all equal.
+
+    Raises:
+        ValueError: If the shapes do not agree, a value is not finite, or ``windows`` is empty or holds a number
+            below 1.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]]), dim=-1)
+        >>> rscin(torch.tensor([0.2, 0.4, 0.6]), tokens, windows=(1, 2)).round(decimals=2)
+        tensor([0.1200, 0.3800, 0.9800])
+    """
+    _check(scores, class_tokens, windows)
+    if scores.dtype != torch.float64:
+        scores = scores.float()
+    class_tokens = class_tokens.to(scores.dtype)
+
+    spread = scores.max() - scores.min()
+    scores = (scores - scores.min()) / torch.where(spread > 0, spread, torch.ones_like(spread))
+    with torch.autocast(scores.device.type, enabled=False):
+        similarity = class_tokens @ class_tokens.T  # (N, N)
+
+    rescored = []
+    for window in windows:
+        weights, neighbours = similarity.topk(min(window, len(scores)), dim=1)  # (N, k)
+        weights = weights.clamp_min(0)
+        total = weights.sum(dim=1)
+        mean = (weights * scores[neighbours]).sum(dim=1) / torch.where(total > 0, total, torch.ones_like(total))
+        rescored.append(torch.where(total > 0, mean, scores))
+    return torch.stack(rescored).mean(dim=0)
+
+
+def _check(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> None:
+    if scores.ndim != 1 or len(scores) == 0:
+        msg = f"scores must have shape (N,) with N >= 1, got {tuple(scores.shape)}."
+        raise ValueError(msg)
+    if class_tokens.ndim != 2 or len(class_tokens) != len(scores):
+        msg = f"class_tokens must have shape ({len(scores)}, D) like scores, got {tuple(class_tokens.shape)}."
+        raise ValueError(msg)
+    for name, values in (("scores", scores), ("class_tokens", class_tokens)):
+        if not torch.isfinite(values).all():
+            msg = f"{name} must be finite, got NaN or infinity for {int((~torch.isfinite(values)).sum())} values."
+            raise ValueError(msg)
+    check_windows(windows)
+
+
+def check_windows(windows: Sequence[int]) -> None:
+    """Raise a ValueError unless ``windows`` is a non-empty sequence of numbers of at least 1."""
+    if len(windows) == 0 or any(window < 1 for window in windows):
+        msg = f"windows must be a non-empty sequence of neighbourhood sizes >= 1, got {tuple(windows)}."
+        raise ValueError(msg)
