@@ -55,7 +55,7 @@ def mutual_scores(
         tensor([0., 0., 0., 0., 0.])
     """
     _check(features, chunk_size)
-    check_interval(interval)
+    check_interval(interval, len(features))
     if features.dtype != torch.float64:
         features = features.float()
     with torch.autocast(features.device.type, enabled=False):
@@ -65,14 +65,23 @@ def mutual_scores(
     return smallest[:, start:].mean(dim=1)
 
 
-def check_interval(interval: tuple[float, float]) -> None:
-    """Raise a ValueError unless ``interval`` is a pair of bounds ``0 <= lo < hi``, see :func:`mutual_scores`."""
-    if len(interval) != 2 or interval[0] < 0 or interval[1] <= 0:
+def check_interval(interval: tuple[float, float], num_images: int | None = None) -> None:
+    """Raise a ValueError unless ``interval`` is a pair of bounds ``0 <= lo < hi``, see :func:`mutual_scores`.
+
+    Args:
+        interval: The two bounds, fractions below 1 or counts.
+        num_images: Size of the pool. A fraction and a count can only be compared where it is known.
+    """
+    if len(interval) != 2 or not (interval[0] >= 0 and interval[1] > 0):
         msg = f"interval must be two bounds 0 <= lo < hi, got {tuple(interval)}."
         raise ValueError(msg)
     low, high = interval
-    if (low < 1) == (high < 1) and low >= high:
-        msg = f"interval must begin below its end, got {tuple(interval)} (a bound of 1 or more is a count)."
+    if num_images is not None:
+        low, high = (bound if bound >= 1 else bound * (num_images - 1) for bound in interval)
+    comparable = num_images is not None or (low < 1) == (high < 1)
+    if comparable and low >= high:
+        pool = "" if num_images is None else f" for {num_images} images"
+        msg = f"interval must begin below its end, got {tuple(interval)}{pool}; a bound of 1 or more is a count."
         raise ValueError(msg)
 
 

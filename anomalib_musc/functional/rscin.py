@@ -24,7 +24,8 @@ def rscin(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[in
             ``(1, 8, 9)`` for VisA. A window larger than the pool means the whole pool.
 
     Returns:
-        Scores in [0, 1], shape ``(N,)``; all zero where the raw scores are all equal.
+        Scores in [0, 1], shape ``(N,)``, all zero where the raw scores are all equal; float64 for float64 input, else
+        float32. They are computed in float64 on the CPU.
 
     Raises:
         ValueError: If the shapes do not agree, a value is not finite, or ``windows`` is empty or holds a number
@@ -37,15 +38,13 @@ def rscin(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[in
         tensor([0.1200, 0.3800, 0.9800])
     """
     _check(scores, class_tokens, windows)
-    if scores.dtype != torch.float64:
-        scores = scores.float()
-    class_tokens = class_tokens.to(scores.dtype)
+    device, dtype = scores.device, torch.promote_types(scores.dtype, torch.float32)
+    # Image features of one product are nearly alike: in float32, rounding would choose between neighbours.
+    scores, class_tokens = scores.cpu().double(), class_tokens.cpu().double()
 
     spread = scores.max() - scores.min()
     scores = (scores - scores.min()) / torch.where(spread > 0, spread, torch.ones_like(spread))
-    with torch.autocast(scores.device.type, enabled=False):
-        similarity = class_tokens @ class_tokens.T  # (N, N)
-
+    similarity = class_tokens @ class_tokens.T  # (N, N)
     rescored = []
     for window in windows:
         weights, neighbours = similarity.topk(min(window, len(scores)), dim=1)  # (N, k)
@@ -53,7 +52,7 @@ def rscin(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[in
         total = weights.sum(dim=1)
         mean = (weights * scores[neighbours]).sum(dim=1) / torch.where(total > 0, total, torch.ones_like(total))
         rescored.append(torch.where(total > 0, mean, scores))
-    return torch.stack(rescored).mean(dim=0)
+    return torch.stack(rescored).mean(dim=0).to(device, dtype)
 
 
 def _check(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> None:

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuSc in anomalib: the pool is scored before the loop, then every step hands out its batch's share."""
+
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import Batch
+from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from torch import nn
+from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
+
+from anomalib_musc.metrics import PaperEvaluator
+from anomalib_musc.pool import Pool, check_size, image_names, image_paths, num_batches, pool_signature, read_batches
+from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool
+from anomalib_musc.progress import progress_bar
+from anomalib_musc.torch_model import MuScModel
+from anomalib_musc.workarounds import MultiLoaderPreProcessor, NoValidationLoader
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class MuSc(NoValidationLoader, AnomalibModule):
+    """Zero-shot anomaly detection by mutual scoring of unlabelled images (Li et al., ICLR 2024, arXiv 2401.16753).
+
+    The unlabelled images of one dataloader are its pool: when a test, validation or prediction starts, all of them are
+    read once, their features are extracted and scored against each other. No training, no prompts, no labels. A pool
+    that was just scored, such as a validation set that is the test set, is not scored again.
+
+    Args:
+        backbone: Name of an open_clip or timm model, or of the official release's (``ViT-L-14-336``,
+            ``dinov2_vitl14``, ...), or your own module; see :class:`~anomalib_musc.MuScModel`.
+        pretrained: Weights of a named backbone: ``True`` (its default), a tag, a local file, or ``False`` (random).
+        image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
+        layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters.
+        aggregation_degrees: LNAMD's degrees r, odd numbers.
+        interval: Which of the ascending distances to the other images are averaged; a bound below 1 is a
+            fraction, of 1 or more a count.
+        pre_processor: anomalib's component, or whether to use the default: resize and normalise as the backbone asks.
+        post_processor: Likewise; the default is :class:`~anomalib_musc.RsCINPostProcessor`.
+        evaluator: Likewise; the default reports the paper's metrics.
+        visualizer: Likewise; the default is anomalib's ``ImageVisualizer``.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the backbone.
+        WeightsUnavailableError: If the weights can neither be found nor downloaded.
+
+    Example:
+        >>> from anomalib.data import MVTecAD
+        >>> from anomalib.engine import Engine
+        >>> model = MuSc(backbone="vit_tiny_patch16_224", pretrained=False)
+        >>> model.name, model.learning_type.value
+        ('MuSc', 'zero_shot')
+        >>> Engine().test(model, datamodule=MVTecAD(category="bottle"))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "ViT-L-14-336",
+        pretrained: str | Path | bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        layers: Sequence[int] | None = None,
+        aggregation_degrees: Sequence[int] = (1, 3, 5),
+        interval: tuple[float, float] = (0.0, 0.3),
+        pre_processor: nn.Module | bool = True,
+        post_processor: nn.Module | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        model = MuScModel(
+            backbone,
+            pretrained=pretrained,
+            image_size=image_size,
+            layers=layers,
+            aggregation_degrees=aggregation_degrees,
+            interval=interval,
+        )
+        if pre_processor is True:
+            pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
+        super().__init__(
+            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+        )
+        self.model = model
+        self._pools: list[Pool] = []
+        self._calibrated_on_pool = False
+
+    @property
+    def learning_type(self) -> LearningType:
+        """Zero-shot: nothing is learned from normal images."""
+        return LearningType.ZERO_SHOT
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One device, as all images must meet in one process."""
+        return {"devices": 1, "num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_pre_processor(
+        image_size: tuple[int, int] | None = None,
+        mean: Sequence[float] = _CLIP_MEAN,
+        std: Sequence[float] = _CLIP_STD,
+        interpolation: str = "bicubic",
+    ) -> PreProcessor:
+        """Create the pre-processor of a backbone; the default is that of the default backbone.
+
+        Args:
+            image_size: (height, width) in pixels; ``(518, 518)`` if ``None``.
+            mean: Channel means of RGB in [0, 1].
+            std: Channel standard deviations.
+            interpolation: "bicubic" or "bilinear"; always antialiased, never cropped.
+        """
+        resize = Resize(image_size or (518, 518), interpolation=InterpolationMode(interpolation), antialias=True)
+        return MultiLoaderPreProcessor(transform=Compose([resize, Normalize(mean=list(mean), std=list(std))]))
+
+    @staticmethod
+    def configure_post_processor() -> RsCINPostProcessor:
+        """Create the default post-processor."""
+        return RsCINPostProcessor()
+
+    @staticmethod
+    def configure_evaluator() -> Evaluator:
+        """Create the default evaluator, with the paper's metrics."""
+        return PaperEvaluator()
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Nothing is trained."""
+
+    def on_validation_start(self) -> None:
+        """Score the validation pools."""
+        self._calibrated_on_pool = False
+        self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+
+    def on_test_start(self) -> None:
+        """Score the test pools."""
+        self._score_pools(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+        self._calibrate()
+
+    def on_predict_start(self) -> None:
+        """Score the prediction pools."""
+        self._score_pools(self.trainer.predict_dataloaders, self.trainer.num_predict_batches)
+        self._calibrate()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+        """Hand out the batch's share of its pool: ``pred_score (B,)`` and ``anomaly_map (B, H, W)``."""
+        del batch_idx
+        scores, anomaly_maps = self._share(batch, dataloader_idx)
+        return batch.update(pred_score=scores, anomaly_map=anomaly_maps)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+        """Hand out the batch's share of its pool."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+        """Hand out the batch's share of its pool."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def unclipped(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+        """Return a copy of a finished batch whose scores and maps are in [0, 1] but were never clipped.
+
+        Args:
+            batch: A batch that a step of the running loop has returned.
+            dataloader_idx: The dataloader that it came from.
+        """
+        scores, anomaly_maps = self._share(batch, dataloader_idx)
+        low = min(pool.scores.min() for pool in self._pools)
+        high = max(pool.scores.max() for pool in self._pools)
+        # A mean of distances between unit vectors is at most 2.
+        return batch.update(in_place=False, pred_score=(scores - low) / (high - low), anomaly_map=anomaly_maps / 2)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Forget the pools: they were scored with other weights."""
+        super().on_load_checkpoint(checkpoint)
+        self._pools = []
+
+    def _share(self, batch: Batch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch."""
+        pool = self._pools[dataloader_idx]
+        positions = pool.positions(image_names(batch.image_path, batch.image))
+        return pool.scores[positions], self.model.anomaly_maps(pool.patch_scores[positions]).squeeze(1)
+
+    def _score_pools(self, dataloaders: Any, limits: Sequence[float]) -> None:
+        """Make one pool of each dataloader, taking over those that hold the same images as before."""
+        if self.trainer.world_size > 1:
+            msg = f"MuSc compares all images in one process, got {self.trainer.world_size}; use devices=1, num_nodes=1."
+            raise ValueError(msg)
+        known, self._pools = self._pools, []
+        for index, (loader, limit) in enumerate(zip(_as_list(dataloaders), limits, strict=True)):
+            extent = num_batches(loader, limit)
+            signature = (pool_signature(loader, extent), self._settings())
+            pool = next((pool for pool in known if pool.signature == signature), None)
+            self._pools.append(pool or self._score_pool(loader, extent, signature, index))
+        if isinstance(self.post_processor, RsCINPostProcessor):
+            for pool in self._pools:
+                pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens)
+
+    def _score_pool(self, loader: Any, extent: float, signature: Hashable, dataloader_idx: int) -> Pool:
+        """Extract the features of a loader's images and score them against each other."""
+        check_size(image_paths(loader))
+        names, feature_maps, class_tokens = self._extract(loader, extent, dataloader_idx)
+        check_size(names)
+        total = self.model.num_comparisons(len(names), len(feature_maps))
+        with progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
+            patch_scores = self.model.score(feature_maps, advance)
+        raw_scores = [self.model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
+        return Pool(signature, names, patch_scores, torch.cat(raw_scores), class_tokens)
+
+    def _extract(
+        self, loader: Any, extent: float, dataloader_idx: int
+    ) -> tuple[list[str], list[torch.Tensor], torch.Tensor]:
+        """Return the names, the maps ``(N, C, h, w)`` of each layer, on the host, and the class tokens ``(N, D)``."""
+        transform = getattr(self.pre_processor, "transform", None)
+        names: list[str] = []
+        extracted = []
+        total = len(loader) if extent == float("inf") and hasattr(loader, "__len__") else extent
+        with progress_bar(self.trainer, "MuSc: extracting features", total) as advance:
+            for batch in read_batches(loader, extent):
+                images = self.trainer.precision_plugin.convert_input(batch.image)
+                images = self.trainer.strategy.batch_to_device(images, dataloader_idx=dataloader_idx)
+                images = transform(images) if transform else images
+                with self.trainer.precision_plugin.forward_context():
+                    feature_maps, class_tokens = self.model.extract(images)
+                extracted.append(([maps.cpu() for maps in feature_maps], class_tokens))
+                names += image_names(batch.image_path, images)
+                advance(1)
+        maps_of_batches, tokens_of_batches = zip(*extracted, strict=True)
+        return names, [torch.cat(maps) for maps in zip(*maps_of_batches, strict=True)], torch.cat(tokens_of_batches)
+
+    def _settings(self) -> Hashable:
+        """Return whatever else decides the scores of the same images."""
+        transform = repr(getattr(self.pre_processor, "transform", None))
+        return self.trainer.precision, transform, self.model.interval, self.model.aggregation_degrees
+
+    def _calibrate(self) -> None:
+        """Normalise over the pool where no validation has said how."""
+        post_processor = self.post_processor
+        if not isinstance(post_processor, PostProcessor):
+            return
+        if self._calibrated_on_pool or bool(torch.isnan(post_processor.image_min)):
+            calibrate_on_pool(post_processor, self._pools)
+            self._calibrated_on_pool = True
+
+
+def _as_list(dataloaders: Any) -> list[Any]:
+    return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]

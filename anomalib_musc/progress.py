@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bar of our own on whichever progress bar Lightning's trainer shows."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+
+@contextmanager
+def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Callable[[int], object]]:
+    """Show one more bar in the style of the trainer's own; nothing where that is switched off.
+
+    Args:
+        trainer: The running trainer.
+        description: What the work is.
+        total: Number of steps, ``None`` if unknown.
+
+    Yields:
+        A function that advances the bar by a number of steps.
+    """
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+        progress = bar.progress
+        task = progress.add_task(description, total=float("inf") if total is None else total)
+
+        def advance(steps: int) -> None:
+            progress.advance(task, steps)
+            progress.soft_refresh()
+
+        yield advance
+        progress.stop_task(task)
+        progress.refresh()
+    elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
+        with Tqdm(desc=description, total=total, file=sys.stdout, dynamic_ncols=True, leave=True) as tqdm:
+            yield tqdm.update
+    else:
+        yield lambda _steps: None

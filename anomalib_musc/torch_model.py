@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuSc in plain torch: a frozen backbone and the first two steps of the method, without anomalib or Lightning."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_musc.backbones import create_backbone
+from anomalib_musc.functional import check_interval, lnamd, mutual_scores
+
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PoolPrediction(NamedTuple):
+    """What the images of a pool say of each other.
+
+    Attributes:
+        pred_score: Raw image scores, the maximum of each anomaly map, shape ``(N,)``.
+        anomaly_map: Anomaly maps at input size, shape ``(N, 1, H, W)``.
+        class_tokens: Image features for :func:`~anomalib_musc.functional.rscin`, shape ``(N, D)``.
+    """
+
+    pred_score: torch.Tensor
+    anomaly_map: torch.Tensor
+    class_tokens: torch.Tensor
+
+
+class MuScModel(nn.Module):
+    """Score a pool of unlabelled images against itself (Li et al., ICLR 2024, arXiv 2401.16753, sections 3.1, 3.2).
+
+    Args:
+        backbone: Name for :func:`~anomalib_musc.backbones.create_backbone`, or your own module that maps images
+            ``(B, 3, H, W)`` to a list of feature maps ``(B, C, h, w)``, one a layer, and an image feature
+            ``(B, D)``. Maps of different grids are resized bilinearly to the first one's. Your own module may
+            carry ``image_size``, ``mean``, ``std`` and ``interpolation`` ("bilinear" or "bicubic"), which say how
+            its images are prepared.
+        pretrained: Weights of a named backbone: ``True`` (its default), a tag, a local file, or ``False`` (random).
+        image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
+        layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters.
+        aggregation_degrees: LNAMD's degrees r, odd numbers.
+        interval: Which of the ascending distances to the other images are averaged, see
+            :func:`~anomalib_musc.functional.mutual_scores`.
+
+    Raises:
+        ValueError: If an argument is out of range or does not fit the backbone.
+
+    Example:
+        >>> import torch
+        >>> model = MuScModel("vit_tiny_patch16_224", pretrained=False, image_size=64)
+        >>> prediction = model(torch.rand(3, 3, 64, 64))
+        >>> prediction.pred_score.shape, prediction.anomaly_map.shape
+        (torch.Size([3]), torch.Size([3, 1, 64, 64]))
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "ViT-L-14-336",
+        *,
+        pretrained: str | Path | bool = True,
+        image_size: int | tuple[int, int] | None = None,
+        layers: Sequence[int] | None = None,
+        aggregation_degrees: Sequence[int] = (1, 3, 5),
+        interval: tuple[float, float] = (0.0, 0.3),
+    ) -> None:
+        super().__init__()
+        check_interval(interval)
+        if len(aggregation_degrees) == 0 or any(degree < 1 or degree % 2 == 0 for degree in aggregation_degrees):
+            msg = f"aggregation_degrees must be positive odd numbers, got {tuple(aggregation_degrees)}."
+            raise ValueError(msg)
+        self.aggregation_degrees = tuple(aggregation_degrees)
+        self.interval = (float(interval[0]), float(interval[1]))
+        if isinstance(backbone, nn.Module):
+            _check_own_backbone(backbone, pretrained, layers)
+            self.backbone = backbone.eval().requires_grad_(False)
+        else:
+            self.backbone = create_backbone(backbone, pretrained=pretrained, image_size=image_size, layers=layers)
+        self.image_size = _resolve_image_size(self.backbone, image_size)
+        self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
+        self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
+        self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
+
+    def forward(self, images: torch.Tensor) -> PoolPrediction:
+        """Take a batch as a pool whose images judge each other.
+
+        Args:
+            images: Normalised images, shape ``(N, 3, H, W)``, N of at least 2.
+
+        Returns:
+            Scores, maps and image features of the N images.
+        """
+        if len(images) < 2:
+            msg = f"images must hold at least 2 images, which judge each other; got {len(images)}."
+            raise ValueError(msg)
+        feature_maps, class_tokens = self.extract(images)
+        anomaly_map = self.anomaly_maps(self.score(feature_maps))
+        return PoolPrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens)
+
+    @torch.no_grad()
+    def extract(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Run the frozen backbone.
+
+        Args:
+            images: Normalised images, shape ``(B, 3, H, W)``.
+
+        Returns:
+            One map ``(B, C, h, w)`` a layer, all on the first one's grid, and image features ``(B, D)``; float32.
+
+        Raises:
+            ValueError: If the backbone returns something else, or a value that is not finite.
+        """
+        self.backbone.eval()
+        output = self.backbone(images)
+        _check_output(output, len(images))
+        feature_maps, class_tokens = output
+        grid = feature_maps[0].shape[-2:]
+        resized = [
+            features if features.shape[-2:] == grid else F.interpolate(features, grid, mode="bilinear")
+            for features in (features.float() for features in feature_maps)
+        ]
+        return resized, class_tokens.float()
+
+    @torch.no_grad()
+    def score(
+        self, feature_maps: Sequence[torch.Tensor], progress: Callable[[int], object] | None = None
+    ) -> torch.Tensor:
+        """LNAMD and mutual scoring, averaged over layers and degrees.
+
+        Args:
+            feature_maps: One map ``(N, C, h, w)`` a layer, of the whole pool.
+            progress: Called with the number of image pairs just compared; ``num_comparisons(N)`` in all.
+
+        Returns:
+            Patch scores, shape ``(N, h, w)``.
+        """
+        device = next((p.device for p in self.parameters()), feature_maps[0].device)
+        num_images, _, height, width = feature_maps[0].shape
+        total = torch.zeros(num_images, height * width, device=device)
+        for feature_map in feature_maps:
+            for degree in self.aggregation_degrees:
+                total += mutual_scores(lnamd(feature_map.to(device), degree), self.interval, progress=progress)
+        mean = total / (len(feature_maps) * len(self.aggregation_degrees))
+        return mean.view(num_images, height, width)
+
+    def num_comparisons(self, num_images: int, num_layers: int) -> int:
+        """Return how many times :meth:`score` compares two images."""
+        return num_layers * len(self.aggregation_degrees) * num_images * (num_images - 1) // 2
+
+    def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
+        """Enlarge patch scores ``(B, h, w)`` bilinearly (``align_corners=True``) to maps ``(B, 1, H, W)``."""
+        return F.interpolate(patch_scores[:, None], self.image_size, mode="bilinear", align_corners=True)
+
+
+def _resolve_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    size = image_size if image_size is not None else getattr(backbone, "image_size", None)
+    if size is None:
+        msg = (
+            f"image_size must be given, in pixels: the backbone {type(backbone).__name__} has no attribute "
+            "'image_size' to take it from."
+        )
+        raise ValueError(msg)
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        msg = f"image_size must be positive, got {size}."
+        raise ValueError(msg)
+    return int(height), int(width)
+
+
+def _check_own_backbone(backbone: nn.Module, pretrained: str | Path | bool, layers: Sequence[int] | None) -> None:
+    if pretrained is not True or layers is not None:
+        name = "layers" if layers is not None else "pretrained"
+        msg = (
+            f"{name} is for backbones given by name; your own {type(backbone).__name__} already holds its weights "
+            "and decides which maps it returns."
+        )
+        raise ValueError(msg)
+
+
+def _check_output(output: object, batch_size: int) -> None:
+    """Raise a ValueError unless a backbone kept its contract."""
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[0], (tuple, list))):
+        msg = f"backbone must return a list of feature maps and an image feature, got {type(output).__name__}."
+        raise ValueError(msg)
+    feature_maps, class_tokens = output
+    if not feature_maps or any(m.ndim != 4 or len(m) != batch_size for m in feature_maps):
+        shapes = [tuple(m.shape) for m in feature_maps]
+        msg = f"backbone must return feature maps of shape ({batch_size}, C, h, w), got {shapes}."
+        raise ValueError(msg)
+    if class_tokens.ndim != 2 or len(class_tokens) != batch_size:
+        msg = f"backbone must return image features of shape ({batch_size}, D), got {tuple(class_tokens.shape)}."
+        raise ValueError(msg)
+    if not all(torch.isfinite(values).all() for values in (*feature_maps, class_tokens)):
+        msg = (
+            "backbone returned NaN or infinite features. Check its weights; where it runs in half precision, "
+            "use bf16-mixed or 32-true instead."
+        )
+        raise ValueError(msg)
