@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -16,8 +16,10 @@ from anomalib.visualization import Visualizer
 from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
+from anomalib_musc.checks import check_readable, check_size, check_writable
+from anomalib_musc.functional import check_interval
 from anomalib_musc.metrics import PaperEvaluator
-from anomalib_musc.pool import Pool, check_size, image_names, image_paths, num_batches, pool_signature, read_batches
+from anomalib_musc.pool import Pool, image_names, image_paths, num_batches, pool_signature, read_batches
 from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool
 from anomalib_musc.progress import progress_bar
 from anomalib_musc.torch_model import MuScModel
@@ -27,7 +29,7 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class MuSc(NoValidationLoader, AnomalibModule):
+class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomalib's own bases disagree on to_onnx
     """Zero-shot anomaly detection by mutual scoring of unlabelled images (Li et al., ICLR 2024, arXiv 2401.16753).
 
     The unlabelled images of one dataloader are its pool: when a test, validation or prediction starts, all of them are
@@ -64,7 +66,7 @@ class MuSc(NoValidationLoader, AnomalibModule):
     def __init__(
         self,
         backbone: str | nn.Module = "ViT-L-14-336",
-        pretrained: str | Path | bool = True,
+        pretrained: bool | str | Path = True,
         image_size: int | tuple[int, int] | None = None,
         layers: Sequence[int] | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
@@ -87,7 +89,7 @@ class MuSc(NoValidationLoader, AnomalibModule):
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
-        self.model = model
+        self.model: MuScModel = model
         self._pools: list[Pool] = []
         self._calibrated_on_pool = False
 
@@ -148,39 +150,42 @@ class MuSc(NoValidationLoader, AnomalibModule):
         self._score_pools(self.trainer.predict_dataloaders, self.trainer.num_predict_batches)
         self._calibrate()
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+    def validation_step(  # type: ignore[override]
+        self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> ImageBatch:
         """Hand out the batch's share of its pool: ``pred_score (B,)`` and ``anomaly_map (B, H, W)``."""
         del batch_idx
         scores, anomaly_maps = self._share(batch, dataloader_idx)
         return batch.update(pred_score=scores, anomaly_map=anomaly_maps)
 
-    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+    def test_step(  # type: ignore[override]
+        self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> ImageBatch:
         """Hand out the batch's share of its pool."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> Batch:
+    def predict_step(  # type: ignore[override]
+        self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> ImageBatch:
         """Hand out the batch's share of its pool."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
-    def unclipped(self, batch: Batch, dataloader_idx: int = 0) -> Batch:
+    def unclipped(self, batch: ImageBatch, dataloader_idx: int = 0) -> ImageBatch:
         """Return a copy of a finished batch whose scores and maps are in [0, 1] but were never clipped.
 
         Args:
             batch: A batch that a step of the running loop has returned.
             dataloader_idx: The dataloader that it came from.
         """
-        scores, anomaly_maps = self._share(batch, dataloader_idx)
-        low = min(pool.scores.min() for pool in self._pools)
-        high = max(pool.scores.max() for pool in self._pools)
-        # A mean of distances between unit vectors is at most 2.
-        return batch.update(in_place=False, pred_score=(scores - low) / (high - low), anomaly_map=anomaly_maps / 2)
+        scores, anomaly_maps = self._share(batch, dataloader_idx)  # at most 2, the distance of opposite unit vectors
+        return batch.update(in_place=False, pred_score=scores / 2, anomaly_map=anomaly_maps / 2)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Forget the pools: they were scored with other weights."""
         super().on_load_checkpoint(checkpoint)
         self._pools = []
 
-    def _share(self, batch: Batch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _share(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch."""
         pool = self._pools[dataloader_idx]
         positions = pool.positions(image_names(batch.image_path, batch.image))
@@ -191,6 +196,8 @@ class MuSc(NoValidationLoader, AnomalibModule):
         if self.trainer.world_size > 1:
             msg = f"MuSc compares all images in one process, got {self.trainer.world_size}; use devices=1, num_nodes=1."
             raise ValueError(msg)
+        if self.visualizer is not None:
+            check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
         known, self._pools = self._pools, []
         for index, (loader, limit) in enumerate(zip(_as_list(dataloaders), limits, strict=True)):
             extent = num_batches(loader, limit)
@@ -203,8 +210,16 @@ class MuSc(NoValidationLoader, AnomalibModule):
 
     def _score_pool(self, loader: Any, extent: float, signature: Hashable, dataloader_idx: int) -> Pool:
         """Extract the features of a loader's images and score them against each other."""
-        check_size(image_paths(loader))
-        names, feature_maps, class_tokens = self._extract(loader, extent, dataloader_idx)
+        paths = image_paths(loader)
+        if paths is not None:
+            check_size(paths)
+            check_interval(self.model.interval, len(paths))
+            check_readable(paths)
+        try:
+            names, feature_maps, class_tokens = self._extract(loader, extent, dataloader_idx)
+        except (OSError, SyntaxError):  # Pillow's, which do not name a truncated file
+            check_readable(paths or [], decode=True)
+            raise
         check_size(names)
         total = self.model.num_comparisons(len(names), len(feature_maps))
         with progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
@@ -219,7 +234,7 @@ class MuSc(NoValidationLoader, AnomalibModule):
         transform = getattr(self.pre_processor, "transform", None)
         names: list[str] = []
         extracted = []
-        total = len(loader) if extent == float("inf") and hasattr(loader, "__len__") else extent
+        total = min(extent, len(loader)) if hasattr(loader, "__len__") else extent
         with progress_bar(self.trainer, "MuSc: extracting features", total) as advance:
             for batch in read_batches(loader, extent):
                 images = self.trainer.precision_plugin.convert_input(batch.image)

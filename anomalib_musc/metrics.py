@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 
 class _AveragePrecision(BinaryPrecisionRecallCurve):
-    def compute(self) -> torch.Tensor:
+    def compute(self) -> torch.Tensor:  # type: ignore[override]
         precision, recall, _ = super().compute()  # by ascending threshold
         return ((recall[:-1] - recall[1:]) * precision[:-1]).sum()
 
@@ -53,7 +53,9 @@ class PaperEvaluator(Evaluator):
             ("image_", "pred_score", "pred_label", "gt_label"),
             ("pixel_", "anomaly_map", "pred_mask", "gt_mask"),
         ):
-            ranking = (AUROC, F1Max, AveragePrecision) if prefix == "image_" else (AUROC, F1Max, AveragePrecision, AUPRO)
+            ranking = (
+                (AUROC, F1Max, AveragePrecision) if prefix == "image_" else (AUROC, F1Max, AveragePrecision, AUPRO)
+            )
             metrics += [metric(fields=[score, truth], prefix=prefix, strict=False) for metric in ranking]
             metrics.append(F1Score(fields=[label, truth], prefix=prefix, strict=False))
         super().__init__(test_metrics=metrics)
@@ -68,6 +70,6 @@ class PaperEvaluator(Evaluator):
         dataloader_idx: int = 0,
     ) -> None:
         """Update the metrics with a batch."""
-        if hasattr(pl_module, "unclipped"):
-            batch = pl_module.unclipped(batch, dataloader_idx)
+        unclipped: Any = getattr(pl_module, "unclipped", None)
+        batch = batch if unclipped is None else unclipped(batch, dataloader_idx)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)

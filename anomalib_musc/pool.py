@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import Batch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from anomalib.data import ImageBatch
+from torch.utils.data import DataLoader, SequentialSampler
 
-MIN_IMAGES = 2
+from anomalib_musc.checks import MIN_IMAGES
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Pool:
             raise RuntimeError(msg) from None
 
 
-def image_names(paths: Sequence[str] | None, images: torch.Tensor) -> list[str]:
+def image_names(paths: Sequence[str] | None, images: Any) -> list[str]:
     """Name each of the pre-processed images ``(B, 3, H, W)``: by its path, or by a digest where it has none."""
     if paths is not None:
         return [str(path) for path in paths]
@@ -72,19 +72,27 @@ def num_batches(loader: Any, limit: float) -> float:
     return len(loader) if hasattr(loader, "__len__") else float("inf")
 
 
-def read_batches(loader: Any, limit: float) -> Iterator[Batch]:
+def read_batches(loader: Any, limit: float) -> Iterator[ImageBatch]:
     """Read the pool's batches, and beyond ``limit`` until there are enough images to judge each other."""
-    if isinstance(loader, DataLoader):
-        # The trainer already iterates over this loader. With persistent workers a second iteration would exhaust
-        # the first one, as both share one iterator object; a copy has its own.
-        loader = copy.copy(loader)
-        loader._iterator = None
     num_images = 0
-    for index, batch in enumerate(loader):
+    for index, batch in enumerate(_second_reader(loader)):
         if index >= limit and num_images >= MIN_IMAGES:
             return
         yield batch
         num_images += len(batch.image)
+
+
+def _second_reader(loader: Any) -> Any:
+    """Return a loader of the same batches that can be read while the trainer is reading the first one.
+
+    The trainer's iteration would be exhausted otherwise: persistent workers share one iterator, and so does the batch
+    sampler that Lightning wraps for prediction.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    reader = copy.copy(loader)
+    vars(reader).update(_iterator=None, batch_sampler=copy.copy(loader.batch_sampler))
+    return reader
 
 
 def pool_signature(loader: Any, limit: float) -> Hashable:
@@ -94,24 +102,13 @@ def pool_signature(loader: Any, limit: float) -> Hashable:
     is known by itself.
     """
     dataset = getattr(loader, "dataset", loader)
-    extent = None if _covers_all(loader, limit) else (limit, loader.batch_size)
+    extent = None if _covers_all(loader, limit) else (limit, getattr(loader.batch_sampler, "batch_size", None))
     paths = image_paths(loader)
     if paths is None:
         return dataset, extent
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     transforms = repr(getattr(dataset, "augmentations", None)), repr(getattr(dataset, "transform", None))
     return tuple(stats if extent else sorted(stats)), transforms, extent
-
-
-def check_size(images: Sequence[object] | None) -> None:
-    """Raise a ValueError unless there are enough images to judge each other; ``None`` means not known yet."""
-    if images is not None and len(images) < MIN_IMAGES:
-        which = f" ({images[0]})" if images else ""
-        msg = (
-            f"MuSc needs at least {MIN_IMAGES} images of one product in a dataloader, as they judge each other; got "
-            f"{len(images)}{which}. Add unlabelled images of the same product."
-        )
-        raise ValueError(msg)
 
 
 def image_paths(loader: Any) -> list[Path] | None:
@@ -125,10 +122,14 @@ def image_paths(loader: Any) -> list[Path] | None:
 
 
 def _is_sequential(loader: Any) -> bool:
-    return not isinstance(loader, DataLoader) or (
-        isinstance(loader.sampler, SequentialSampler) and type(loader.batch_sampler) is BatchSampler
-    )
+    if not isinstance(loader, DataLoader):
+        return True
+    # Not loader.sampler: Lightning rebuilds loaders around the batch sampler alone.
+    sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
+    return isinstance(sampler, SequentialSampler)
 
 
 def _covers_all(loader: Any, limit: float) -> bool:
+    if getattr(loader, "drop_last", False):
+        return False
     return not hasattr(loader, "__len__") or limit >= len(loader)

@@ -11,6 +11,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.rscin import check_windows
 from anomalib_musc.pool import Pool
+from anomalib_musc.torch_model import PoolPrediction
 
 
 class RsCINPostProcessor(PostProcessor):
@@ -47,11 +48,11 @@ class RsCINPostProcessor(PostProcessor):
         """Return the pool's scores, in [0, 1], shape ``(N,)``; see :func:`~anomalib_musc.functional.rscin`."""
         return rscin(scores, class_tokens, self.windows)
 
-    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
-        """Post-process a batch; a :class:`~anomalib_musc.torch_model.PoolPrediction` is re-scored first."""
-        class_tokens = getattr(predictions, "class_tokens", None)
-        if class_tokens is not None:
-            predictions = predictions._replace(pred_score=self.rescore(predictions.pred_score, class_tokens))
+    def forward(self, predictions: InferenceBatch | PoolPrediction) -> InferenceBatch:
+        """Post-process a batch of predictions; the scores of a whole pool are re-scored first."""
+        if isinstance(predictions, PoolPrediction):
+            scores = self.rescore(predictions.pred_score, predictions.class_tokens)
+            predictions = InferenceBatch(pred_score=scores, anomaly_map=predictions.anomaly_map)
         return super().forward(predictions)
 
 

@@ -4,6 +4,7 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import isfinite
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
@@ -11,13 +12,13 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 @contextmanager
-def progress_bar(trainer: Trainer, description: str, total: int | None) -> Iterator[Callable[[int], object]]:
+def progress_bar(trainer: Trainer, description: str, total: float) -> Iterator[Callable[[int], object]]:
     """Show one more bar in the style of the trainer's own; nothing where that is switched off.
 
     Args:
         trainer: The running trainer.
         description: What the work is.
-        total: Number of steps, ``None`` if unknown.
+        total: Number of steps, infinite if unknown.
 
     Yields:
         A function that advances the bar by a number of steps.
@@ -25,7 +26,7 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
         progress = bar.progress
-        task = progress.add_task(description, total=float("inf") if total is None else total)
+        task = progress.add_task(description, total=total)
 
         def advance(steps: int) -> None:
             progress.advance(task, steps)
@@ -35,7 +36,9 @@ def progress_bar(trainer: Trainer, description: str, total: int | None) -> Itera
         progress.stop_task(task)
         progress.refresh()
     elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
-        with Tqdm(desc=description, total=total, file=sys.stdout, dynamic_ncols=True, leave=True) as tqdm:
+        with Tqdm(
+            desc=description, total=total if isfinite(total) else None, file=sys.stdout, dynamic_ncols=True, leave=True
+        ) as tqdm:
             yield tqdm.update
     else:
         yield lambda _steps: None

@@ -48,7 +48,7 @@ def watch(name: str, path: Sequence[str] | None, target: ModuleType | None) -> M
         if _loaded.issuperset(trigger for trigger in _TRIGGERS if trigger in sys.modules):
             _import_zoo()  # else the other one is still being imported, and comes here when it is done
 
-    spec.loader.exec_module = exec_module
+    vars(spec.loader)["exec_module"] = exec_module  # this loader's alone, before the class's
     return spec
 
 

@@ -61,7 +61,7 @@ class MuScModel(nn.Module):
         self,
         backbone: str | nn.Module = "ViT-L-14-336",
         *,
-        pretrained: str | Path | bool = True,
+        pretrained: bool | str | Path = True,
         image_size: int | tuple[int, int] | None = None,
         layers: Sequence[int] | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
@@ -170,7 +170,7 @@ def _resolve_image_size(backbone: nn.Module, image_size: int | tuple[int, int] |
     return int(height), int(width)
 
 
-def _check_own_backbone(backbone: nn.Module, pretrained: str | Path | bool, layers: Sequence[int] | None) -> None:
+def _check_own_backbone(backbone: nn.Module, pretrained: bool | str | Path, layers: Sequence[int] | None) -> None:
     if pretrained is not True or layers is not None:
         name = "layers" if layers is not None else "pretrained"
         msg = (

@@ -8,7 +8,7 @@ from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import LightningModule, Trainer
 
 
-class NoValidationLoader(LightningModule):
+class NoValidationLoader:
     """Let zero-shot models run where no datamodule is given.
 
     anomalib 2.7.0: ``Engine.predict(data_path=...)``, ``anomalib predict --data FOLDER`` and ``anomalib benchmark``

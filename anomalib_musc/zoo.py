@@ -5,8 +5,8 @@ anomalib 2.7.0 has no plugin entry point: its CLI and ``get_model`` find a model
 exists and is an attribute of ``anomalib.models``. :mod:`anomalib_musc.startup` imports this module at the right moment.
 """
 
-import anomalib.data
-import anomalib.models
+from importlib import import_module
+
 from anomalib.data import MVTecAD
 
 from anomalib_musc.lightning_model import MuSc
@@ -16,9 +16,10 @@ class MVTec(MVTecAD):
     """MVTec AD under the name that commands and tutorials use; anomalib's own name for it is ``MVTecAD``."""
 
 
-anomalib.models.MuSc = MuSc  # type: ignore[attr-defined]
-anomalib.models.ALLOWED_MODULES.add("anomalib_musc")
-anomalib.data.MVTec = MVTec  # type: ignore[attr-defined]
-for module, name in ((anomalib.models, "MuSc"), (anomalib.data, "MVTec")):
-    if name not in module.__all__:
-        module.__all__.append(name)
+# Not by attribute of the package, which is set only when a module's import, that may be going on, has ended.
+for home, member in (("anomalib.models", MuSc), ("anomalib.data", MVTec)):
+    module = import_module(home)
+    setattr(module, member.__name__, member)
+    if member.__name__ not in module.__all__:
+        module.__all__.append(member.__name__)
+import_module("anomalib.models").ALLOWED_MODULES.add("anomalib_musc")

@@ -2,15 +2,14 @@
 """Backbones: equality with the official release's numbers, and with the libraries' own forward passes."""
 
 import copy
-import inspect
 import json
 import logging
 import os
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import open_clip
 import pytest
@@ -20,7 +19,7 @@ from open_clip.transformer import VisionTransformer
 from safetensors.torch import save_file
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.backbones import ALIASES, Backbone, WeightsUnavailableError, create_backbone
+from anomalib_musc.backbones import ALIASES, WeightsUnavailableError, create_backbone
 from anomalib_musc.backbones.base import quarter_ends, resize_position_embedding
 from anomalib_musc.backbones.clip import uses_quick_gelu
 
@@ -126,9 +125,6 @@ def test_clip_reads_torchscript_and_wrapped_checkpoints(tiny_clip, tmp_path):
     plain = create_backbone(name, pretrained=save(state, tmp_path / "plain.pt"))
     torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "train.pt")
     wrapped = create_backbone(name, pretrained=tmp_path / "train.pt")
-    script = torch.nn.Module()
-    script.visual = copy.deepcopy(plain.network)
-    script.visual.forward = None
     holder = torch.nn.Module()
     for key, value in state.items():
         owner = holder
@@ -230,39 +226,273 @@ def test_dino_gives_normed_blocks_and_the_class_token():
     assert backbone.interpolation == "bilinear"
 
 
-@pytest.mark.parametrize("size", [(96, 96), (192, 128)])
-@pytest.mark.parametrize(("name", "prefix"), [("test_vit", 1), ("musc_registers", 0), ("musc_no_class", 0)])
+EMBEDDINGS = [
+    ("test_vit", 1, (192, 128)),  # a class token; this one would resample in every forward pass if it were let
+    ("test_vit2", 1, (96, 96)),  # a register, no class token
+    ("test_vit3", 1, (192, 128)),  # pooled by attention, as SigLIP is
+    ("vit_small_patch14_reg4_dinov2", 0, (70, 98)),  # class token and registers outside the embedding
+]
+
+
+@pytest.mark.parametrize(("name", "prefix", "size"), EMBEDDINGS)
 def test_timm_embedding_is_resized_without_antialiasing(name, prefix, size):
     torch.manual_seed(0)
-    native = create_backbone(name, pretrained=False)
+    native = timm.create_model(name, num_classes=0).eval()
     torch.manual_seed(0)
-    other = create_backbone(name, pretrained=False, image_size=size)
-    grid, new_grid = (native.image_size[0] // 16,) * 2, (size[0] // 16, size[1] // 16)
-    embedding = resized(native.network.pos_embed.data, prefix, grid, new_grid)
-    equal(other.network.pos_embed.data, embedding)
+    backbone = create_backbone(name, pretrained=False, image_size=size)
+    patch = backbone.patch_size[0]
+    new_grid = (size[0] // patch, size[1] // patch)
+    embedding = resized(native.pos_embed.data, prefix, native.patch_embed.grid_size, new_grid)
+    equal(backbone.network.pos_embed.data, embedding)
+
+    reference = timm.create_model(name, num_classes=0, img_size=size).eval()
+    reference.load_state_dict(native.state_dict() | {"pos_embed": embedding})
     images = torch.randn(2, 3, *size)
-    assert other(images)[0][0].shape[2:] == new_grid
-    # the weights' own forward pass, with the embedding put in by hand
-    reference = timm.create_model(name, pretrained=False, num_classes=0, img_size=size).eval()
-    reference.load_state_dict(native.network.state_dict() | {"pos_embed": embedding})
-    final, expected = reference.forward_intermediates(images, indices=list(other.layers), norm=True)
-    maps, image_feature = other(images)
+    with torch.no_grad():
+        final, expected = reference.forward_intermediates(images, indices=list(backbone.layers), norm=True)
+        pooled = reference.forward_head(final, pre_logits=True)
+    maps, image_feature = backbone(images)
     for ours, theirs in zip(maps, expected, strict=True):
+        assert ours.shape[2:] == new_grid
         equal(ours, theirs)
-    equal(image_feature, final[:, 0] if name != "musc_no_class" else final.mean(dim=1), atol=1e-6)
+    equal(image_feature, final[:, 0] if reference.has_class_token else pooled)
 
 
-@timm.models.register_model
-def musc_registers(pretrained=False, **kwargs):
-    """Registers, and an embedding that leaves prefix tokens out, as in ``vit_small_patch14_reg4_dinov2``."""
-    size = {"img_size": kwargs.pop("img_size", None) or 160, "patch_size": 16, "embed_dim": 32, "depth": 3}
-    extra = {"num_heads": 2, "reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5}
-    return timm.models.vision_transformer.VisionTransformer(**size, **extra, **only(kwargs, "num_classes"))
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_vit_relpos",
+        "test_resnet",
+        "test_convnext",
+        "test_efficientnet",
+        "test_maxvit",
+        "test_mambaout",
+        "mobilenetv2_050",
+        "deit_tiny_patch16_224",
+        "eva02_tiny_patch14_224",  # rotary positions besides learned ones
+        "vit_small_patch16_dinov3",  # rotary positions alone
+        "vit_tiny_r_s16_p8_224",  # a convolutional stem
+        "swin_tiny_patch4_window7_224",
+        "pvt_v2_b0",
+    ],
+)
+def test_families_work_at_other_sizes(name):
+    size = (112, 224) if name.startswith("eva02") else (96, 160)
+    backbone = create_backbone(name, pretrained=False, image_size=size)
+    images = torch.randn(2, 3, *size)
+    maps, image_feature = backbone(images)
+    network = backbone.network
+    with torch.no_grad():
+        final = network.forward_features(images)
+    token = backbone.patch_size not in (None, (4, 4)) and not isinstance(network.norm, torch.nn.Identity)
+    equal(image_feature, final[:, 0] if token else network.forward_head(final, pre_logits=True), atol=1e-5)
+    strides = [size[0] / feature_map.shape[2] for feature_map in maps]
+    assert strides == [size[1] / feature_map.shape[3] for feature_map in maps]
+    assert (strides == [8, 16]) if len(maps) == 2 else (len(maps) == 4 and len(set(strides)) == 1)
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert not any(module.training for module in backbone.train().modules())
+    with torch.autocast("cpu", torch.bfloat16):
+        half_maps, half_feature = backbone(images)
+    for exact, half in zip([*maps, image_feature], [*half_maps, half_feature], strict=True):
+        assert (exact - half).norm() < 0.05 * exact.norm()
 
 
-@timm.models.register_model
-def musc_no_class(pretrained=False, **kwargs):
-    """No class token, as in ``vit_medium_patch16_gap_240``."""
-    size = {"img_size": kwargs.pop("img_size", None) or 160, "patch_size": 16, "embed_dim": 32, "depth": 3}
-    extra = {"num_heads": 2, "class_token": False, "global_pool": "avg", "fc_norm": False}
-    return timm.models.vision_transformer.VisionTransformer(**size, **extra, **only(kwargs, "num_classes"))
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_timm_file_gives_the_same_features(name, suffix, tmp_path):
+    original = timm.create_model(name).eval()  # with its classifier, as users save it
+    file = save(original.state_dict(), tmp_path / f"weights{suffix}")
+    backbone = create_backbone(name, pretrained=file)
+    images = torch.randn(2, 3, 160, 160)
+    expected = original.forward_intermediates(images, indices=list(backbone.layers), norm=True)[1]
+    for ours, theirs in zip(backbone(images)[0], expected, strict=True):
+        equal(ours, theirs)
+    assert "state_dict" not in backbone.network.pretrained_cfg
+
+
+def test_timm_takes_a_file_of_another_grid(tmp_path):
+    larger = timm.create_model("test_vit", img_size=224).eval()
+    file = save(larger.state_dict(), tmp_path / "larger.safetensors")
+    assert create_backbone("test_vit", pretrained=file).image_size == (224, 224)
+    backbone = create_backbone("test_vit", pretrained=file, image_size=(96, 160))
+    equal(backbone.network.pos_embed.data, resized(larger.pos_embed.data, 1, (14, 14), (6, 10)))
+
+
+def test_files_of_the_original_dinov2_are_converted(tmp_path):
+    network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=56)
+    file = save(network.state_dict() | {"mask_token": torch.zeros(1, 384)}, tmp_path / "dinov2_vits14_pretrain.pth")
+    backbone = create_backbone("vit_small_patch14_dinov2", pretrained=file)
+    assert backbone.image_size == (56, 56)
+    equal(backbone.network.blocks[3].mlp.fc1.weight.data, network.blocks[3].mlp.fc1.weight.data)
+
+
+ORDER = """
+import sys, torch
+from anomalib_musc.backbones import create_backbone
+def patch():
+    from anomalib.models.components.feature_extractors import TimmFeatureExtractor
+    TimmFeatureExtractor("test_vit", layers=["blocks.1"], pre_trained=False)
+    import timm.models.vision_transformer as vit
+    assert getattr(vit.resample_abs_pos_embed, "_anomalib_no_antialias", False)
+def features():
+    torch.manual_seed(0)
+    backbone = create_backbone("test_vit", pretrained=False, image_size=(96, 224))
+    maps, image_feature = backbone(torch.randn(1, 3, 96, 224))
+    return torch.cat([feature_map.flatten() for feature_map in [*maps, image_feature]])
+before = features()
+patch()
+torch.testing.assert_close(features(), before, rtol=0, atol=0)
+"""
+
+
+def test_features_do_not_depend_on_anomalibs_patch():
+    """In a process of its own, for the patch cannot be undone: once without it, once with it."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    run = subprocess.run([sys.executable, "-c", ORDER], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+# ---- names, sizes, layers, errors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_official_names_stand_for_models_and_weights_that_exist(name):
+    alias = ALIASES[name]
+    if name.startswith("dino"):
+        config = timm.get_pretrained_cfg(f"{alias.model}.{alias.tag}")
+        assert config.hf_hub_id
+        assert (config.mean, config.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        patch = int(alias.model.split("patch")[1].split("_")[0])
+    else:
+        assert alias.tag in open_clip.list_pretrained_tags_by_model(alias.model)
+        patch = open_clip.get_model_config(alias.model)["vision_cfg"]["patch_size"]
+    assert alias.image_size % patch == 0
+
+
+def test_default_layers_are_the_ends_of_the_quarters():
+    assert quarter_ends(24) == (5, 11, 17, 23)
+    assert quarter_ends(12) == (2, 5, 8, 11)
+    assert quarter_ends(32) == (7, 15, 23, 31)
+    assert quarter_ends(1) == (0,)
+
+
+def test_early_layers_leave_the_image_feature_alone():
+    backbone = create_backbone("hiera_tiny_224", pretrained=False, layers=[1])
+    images = torch.randn(1, 3, 224, 224)
+    maps, image_feature = backbone(images)
+    assert [tuple(feature_map.shape) for feature_map in maps] == [(1, 192, 28, 28)]
+    equal(image_feature, backbone.network.forward_head(backbone.network.forward_features(images), pre_logits=True))
+
+
+def test_prefix_tokens_and_equal_grids_are_left_alone():
+    embedding = torch.randn(1, 2 + 9, 4)
+    assert resize_position_embedding(embedding, (3, 3), (3, 3), 2) is embedding
+    equal(resize_position_embedding(embedding, (3, 3), (5, 4), 2)[:, :2], embedding[:, :2])
+
+
+def test_half_precision_copies_and_checkpoints():
+    backbone = create_backbone("test_vit", pretrained=False)
+    images = torch.randn(1, 3, 160, 160)
+    equal(copy.deepcopy(backbone)(images)[1], backbone(images)[1])
+    exact, half = backbone(images)[1], copy.deepcopy(backbone).half()(images.half())[1]
+    assert half.dtype == torch.float16
+    assert (exact - half).norm() < 0.05 * exact.norm()
+
+
+def test_clip_copies_and_half_precision(tiny_clip):
+    backbone = create_backbone(tiny_clip[0], pretrained=False, image_size=48)
+    copied, images = copy.deepcopy(backbone), torch.randn(1, 3, 48, 48)
+    equal(copied(images)[0][1], backbone(images)[0][1])
+    exact = backbone(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        auto = backbone(images)
+    half = copied.half()(images.half())
+    for variant in (auto, half):
+        for ours, theirs in zip([*variant[0], variant[1]], [*exact[0], exact[1]], strict=True):
+            assert (ours.float() - theirs).norm() < 0.05 * theirs.norm()
+
+
+def unreadable(folder):
+    (folder / "broken.pth").write_bytes(b"no weights at all")
+    (folder / "broken.safetensors").write_bytes(b"no weights at all")
+    torch.save({"epoch": 1}, folder / "empty.pth")
+    save(timm.create_model("test_resnet").state_dict(), folder / "resnet.safetensors")
+    state = timm.create_model("test_vit").state_dict()
+    save({k: v for k, v in state.items() if "blocks.3" not in k}, folder / "incomplete.pth")
+    save(state | {"pos_embed": torch.zeros(1, 1 + 7, 64)}, folder / "odd.pth")
+    return folder
+
+
+@pytest.mark.parametrize("file", ["broken.pth", "broken.safetensors", "empty.pth", "resnet.safetensors"])
+@pytest.mark.parametrize("name", ["test_vit", "ViT-B-32"])
+def test_files_that_do_not_fit(name, file, tmp_path):
+    path = unreadable(tmp_path) / file
+    with pytest.raises(ValueError, match=f"pretrained='{path}'"):
+        create_backbone(name, pretrained=path)
+
+
+def test_files_that_almost_fit(tiny_clip, tmp_path):
+    folder = unreadable(tmp_path)
+    with pytest.raises(ValueError, match=r"Missing key.*blocks\.3"):
+        create_backbone("test_vit", pretrained=folder / "incomplete.pth")
+    with pytest.raises(ValueError, match="no square grid"):
+        create_backbone("test_vit", pretrained=folder / "odd.pth")
+    name, state = tiny_clip
+    visual = {key: value for key, value in state.items() if key.startswith("visual.")}
+    del visual["visual.proj"]
+    with pytest.raises(ValueError, match=r"Missing key.*proj"):
+        create_backbone(name, pretrained=save(visual, tmp_path / "noproj.pt"))
+    visual["visual.proj"] = torch.zeros(32, 7)
+    with pytest.raises(ValueError, match="size mismatch for proj"):
+        create_backbone(name, pretrained=save(visual, tmp_path / "wide.pt"))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        ({"name": "ViT-L-14-363"}, ValueError, "name='ViT-L-14-363'.*ViT-L-14-336.*timm.list_models"),
+        ({"name": "resnet18.no_such_tag"}, ValueError, "'no_such_tag'.*a1_in1k"),
+        ({"name": "RN50"}, ValueError, "'RN50' is CLIP's own ResNet"),
+        ({"pretrained": "lion"}, ValueError, "'lion' is no known weights tag"),
+        ({"name": "ViT-B-16", "pretrained": "lion"}, ValueError, "'lion'.*openai"),
+        ({"name": "ViT-M-32", "pretrained": True}, ValueError, "open_clip lists no weights of 'ViT-M-32'"),
+        ({"pretrained": "weights/no.pth"}, FileNotFoundError, r"pretrained='weights.no\.pth'"),
+        ({"pretrained": "no.safetensors"}, FileNotFoundError, "no.safetensors"),
+        ({"pretrained": Path("nowhere")}, FileNotFoundError, "nowhere"),
+        ({"pretrained": ""}, FileNotFoundError, "pretrained=''"),
+        ({"image_size": 100}, ValueError, r"image_size.*\(16, 16\), got 100.*\[96, 112\]"),
+        ({"image_size": (96, 7)}, ValueError, r"image_size.*widths \[16\]"),
+        ({"image_size": 0}, ValueError, "image_size must be .*got 0"),
+        ({"image_size": (1, 2, 3)}, ValueError, "image_size must be "),
+        ({"image_size": 96.0}, ValueError, "image_size must be "),
+        ({"name": "xcit_nano_12_p8_224", "image_size": 96}, ValueError, "Xcit works at its native size only"),
+        ({"layers": []}, ValueError, "layers must be .*at least one"),
+        ({"layers": [1, 1]}, ValueError, r"layers must be distinct.*\[1, 1\]"),
+        ({"layers": [6]}, ValueError, "from 0 to 5.*6"),
+        ({"layers": [-1]}, ValueError, "from 0 to 5.*-1"),
+    ],
+)
+def test_bad_arguments(kwargs, error, message):
+    with pytest.raises(error, match=message):
+        create_backbone(**{"name": "test_vit", "pretrained": False} | kwargs)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 160, 128), (3, 160, 160), (1, 1, 160, 160)])
+def test_images_of_another_shape(shape):
+    backbone = create_backbone("test_vit", pretrained=False)
+    with pytest.raises(ValueError, match=r"images must have the shape \(B, 3, 160, 160\)"):
+        backbone(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("ViT-B-32", "openaipublic"),
+        ("vit_tiny_patch16_224", "model.safetensors of .* timm/vit_tiny_patch16_224.augreg"),
+    ],
+)
+def test_weights_that_cannot_be_fetched_say_where_they_are(name, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(WeightsUnavailableError, match=rf"{place}.*pretrained='/path/to/file'"):
+        create_backbone(name)

@@ -1,0 +1,36 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SAMPLE := datasets/sample
+# A small transformer with random weights: it needs no download. With a network, leave these options out.
+OFFLINE := --model.backbone vit_tiny_patch16_224 --model.pretrained false
+
+.PHONY: demo test environment clean
+
+demo: environment
+	$(BIN)/python examples/sample_dataset $(SAMPLE)
+	@for category in fabric gear; do \
+		echo; echo "MuSc on $$category:"; \
+		$(BIN)/anomalib test --model MuSc $(OFFLINE) --data MVTec --data.root $(SAMPLE) --data.category $$category \
+			|| exit 1; \
+	done
+	@echo; echo "Heatmaps:"; \
+	for category in fabric gear; do echo "  results/MuSc/MVTec/$$category/latest/images/test/"; done
+
+test: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+environment: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python 3.10 or newer is needed: make PYTHON=...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(SAMPLE) results .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One door to every backbone: names, weights and sizes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import open_clip
+import timm
+import torch
+
+from anomalib_musc.backbones.base import Backbone
+from anomalib_musc.backbones.clip import create_clip_backbone
+from anomalib_musc.backbones.timm import create_timm_backbone
+from anomalib_musc.backbones.weights import looks_like_path
+
+
+class Alias(NamedTuple):
+    """What a short name stands for."""
+
+    model: str
+    tag: str
+    image_size: int
+
+
+# The names, weights and image sizes of MuSc's official release.
+ALIASES = {
+    "ViT-B-32": Alias("ViT-B-32", "openai", 512),
+    "ViT-B-16": Alias("ViT-B-16", "openai", 512),
+    "ViT-B-16-plus-240": Alias("ViT-B-16-plus-240", "laion400m_e32", 240),
+    "ViT-L-14": Alias("ViT-L-14", "openai", 518),
+    "ViT-L-14-336": Alias("ViT-L-14-336", "openai", 518),
+    "dino_vitbase8": Alias("vit_base_patch8_224", "dino", 512),
+    "dino_vitbase16": Alias("vit_base_patch16_224", "dino", 512),
+    "dinov2_vitb14": Alias("vit_base_patch14_dinov2", "lvd142m", 518),
+    "dinov2_vitl14": Alias("vit_large_patch14_dinov2", "lvd142m", 518),
+}
+
+
+def create_backbone(
+    name: str,
+    *,
+    pretrained: bool | str | Path = True,
+    image_size: int | Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
+) -> Backbone:
+    """Build a frozen backbone that maps images to patch features and an image feature.
+
+    The features are those of MuSc (arXiv 2401.16753): CLIP gives its blocks' raw outputs and the projected,
+    L2-normalised image feature; timm's transformers give the blocks' outputs through the final norm, and the class
+    token after it, not normalised. At another image size than the weights', a learned position embedding is resized
+    bicubically without antialiasing.
+
+    Args:
+        name: A name of the official release (``ALIASES``), a timm model, or an open_clip architecture; where both
+            libraries know a name that is not in ``ALIASES``, it is timm's. timm's names may carry a tag.
+        pretrained: ``True`` for the default weights: those of the official release for its names, otherwise timm's
+            default tag or the first one that open_clip lists. A tag. A local file, of a grid of its own if need be
+            (``.safetensors``, a PyTorch checkpoint, or OpenAI's TorchScript archives): its activation and
+            preprocessing are those of the default tag for the official release's names; otherwise the activation
+            is the architecture's own (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU).
+            ``False`` for random weights, the same ones each time.
+        image_size: Height and width of the images, or one side of a square; multiples of the patch size. ``None``
+            for the official release's sizes for its names, otherwise the size that the weights were made for.
+        layers: Transformer blocks, or stages of other networks, to return, counted from 0. ``None`` for the ends of
+            four equal quarters of a transformer's blocks, or the stages of stride 8 and 16.
+
+    Returns:
+        A backbone whose ``forward`` maps images ``(B, 3, H, W)`` to one map ``(B, C, h, w)`` per layer and the image
+        feature ``(B, D)``; it also says how images are to be prepared (``image_size``, ``mean``, ``std``,
+        ``interpolation``).
+
+    Raises:
+        ValueError: If the name or the tag is unknown, if a file does not fit, if the size or the layers are
+            impossible, or if the architecture cannot give feature maps.
+        FileNotFoundError: If ``pretrained`` is a path to no file.
+        WeightsUnavailableError: If weights cannot be fetched; the message says what to download.
+
+    Example:
+        >>> import torch
+        >>> from anomalib_musc.backbones import create_backbone
+        >>> backbone = create_backbone("test_vit", pretrained=False, image_size=(64, 96), layers=[2, 5])
+        >>> maps, image_feature = backbone(torch.rand(2, 3, 64, 96))
+        >>> [tuple(feature_map.shape) for feature_map in maps], tuple(image_feature.shape)
+        ([(2, 64, 4, 6), (2, 64, 4, 6)], (2, 64))
+    """
+    alias = ALIASES.get(name)
+    weights, tag = _resolve_pretrained(pretrained)
+    if alias is not None:
+        name, tag = alias.model, tag or alias.tag
+        image_size = alias.image_size if image_size is None else image_size
+    if (alias is None or name not in ALIASES) and timm.is_model(name):
+        create: Callable[..., Backbone] = create_timm_backbone
+    elif name in open_clip.list_models():
+        create = create_clip_backbone
+    else:
+        raise ValueError(_unknown(name))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return create(name, tag=tag, weights=weights, image_size=image_size, layers=layers)
+
+
+def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str | None]:
+    """A file, or whether to fetch weights at all; and the tag if one was named."""
+    if isinstance(pretrained, bool):
+        return pretrained, None
+    if isinstance(pretrained, str) and pretrained and not looks_like_path(pretrained):
+        return True, pretrained
+    path = Path(pretrained).expanduser() if pretrained else None
+    if path is None or not path.is_file():
+        msg = f"pretrained={str(pretrained)!r} is neither a file, a weights tag, True nor False"
+        raise FileNotFoundError(msg)
+    return path, None
+
+
+def _unknown(name: str) -> str:
+    known = [*ALIASES, *timm.list_models(), *open_clip.list_models()]
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    return (
+        f"backbone {name!r} is not known; close matches: {close or 'none'}. "
+        "All names: anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models()"
+    )

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading weights from local files, and the errors of weights that cannot be had or do not fit."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
+
+
+class WeightsUnavailableError(RuntimeError):
+    """Pretrained weights could not be fetched; the message says what to download and how to pass it."""
+
+    def __init__(self, name: str, tag: str, sources: list[str]) -> None:
+        """Name the weights and their sources."""
+        readable = [source for source in sources if source and not source.endswith((".npz", ".npy"))]
+        places = " or ".join(readable) or "no known location"
+        super().__init__(
+            f"the weights {tag!r} of the backbone {name!r} could not be fetched. Download them from {places} "
+            f"and pass the file: pretrained='/path/to/file'. "
+            f"(HF_HUB_OFFLINE=1 in the environment keeps the hub's client from retrying when there is no network.)"
+        )
+
+
+class WeightsMismatchError(ValueError):
+    """A weight file does not fit the architecture; the message keeps the first lines of PyTorch's report."""
+
+    def __init__(self, path: Path, name: str, error: Exception) -> None:
+        """Shorten the report: it may list every weight of the network."""
+        report = [line.strip() for line in str(error).splitlines() if line.strip()][:4]
+        lines = "; ".join(line if len(line) <= 240 else line[:240] + "..." for line in report)
+        super().__init__(f"pretrained='{path}' does not fit the backbone {name!r}: {type(error).__name__}: {lines}")
+
+
+def looks_like_path(pretrained: str) -> bool:
+    """Whether a string names a file rather than a tag: tags have neither separators nor these suffixes."""
+    return "/" in pretrained or "\\" in pretrained or pretrained.lower().endswith(SUFFIXES)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a weight file; nothing but tensors is ever unpickled.
+
+    Args:
+        path: ``.safetensors``, a TorchScript archive (OpenAI publishes CLIP in these), or a PyTorch checkpoint, whose
+            weights may lie under ``state_dict`` or ``model`` as training scripts leave them.
+
+    Returns:
+        Tensors by name, without the ``module.`` that data parallel training prepends.
+
+    Raises:
+        ValueError: If the file cannot be read or holds no tensors.
+    """
+    try:
+        content = _load(path)
+    except Exception as error:
+        msg = f"pretrained='{path}' is not a weight file that can be read: {str(error).splitlines()[0]}"
+        raise ValueError(msg) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {k.removeprefix("module."): v for k, v in _items(content) if isinstance(v, torch.Tensor)}
+    if not tensors:
+        msg = f"pretrained='{path}' holds no named tensors"
+        raise ValueError(msg)
+    return tensors
+
+
+def _load(path: Path) -> Any:
+    if path.suffix.lower() == ".safetensors":
+        return load_file(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            is_torchscript = any(Path(name).name == "constants.pkl" for name in archive.namelist())
+        if is_torchscript:
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _items(content: Any) -> list[tuple[str, Any]]:
+    return [(k, v) for k, v in content.items() if isinstance(k, str)] if isinstance(content, dict) else []

@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuSc in anomalib's Engine: every entry point, every kind of data, and what must not change a result."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import oracle
+import pytest
+import torch
+from anomalib.data import BTech, Folder, ImageBatch, ImageItem, MVTecAD, PredictDataset, Visa
+from anomalib.engine import Engine
+from anomalib.post_processing import MEBinPostProcessor, PostProcessor
+from conftest import SIDE, OwnBackbone, product, write_products
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from torch.utils.data import DataLoader, Dataset
+
+from anomalib_musc import MuSc, RsCINPostProcessor
+
+Predictions = dict[str, tuple[float, torch.Tensor]]
+
+
+class Recorder(Callback):
+    """Keep every batch that leaves a step, as it is when all callbacks have seen it."""
+
+    def __init__(self) -> None:
+        self.batches = []
+
+    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):  # noqa: ARG002
+        self.batches.append(outputs)
+
+
+def datamodule(root: Path, **kwargs) -> MVTecAD:
+    return MVTecAD(root=root, category="widget", **{"num_workers": 0, **kwargs})
+
+
+def by_path(batches: list[ImageBatch]) -> Predictions:
+    """Image score and anomaly map of every image."""
+    return {
+        path: (score.item(), anomaly_map)
+        for batch in batches
+        for path, score, anomaly_map in zip(batch.image_path, batch.pred_score, batch.anomaly_map, strict=True)
+    }
+
+
+def assert_same(ours: Predictions, theirs: Predictions, tolerance: float = 1e-5) -> None:
+    assert ours.keys() == theirs.keys()
+    for path, (score, anomaly_map) in ours.items():
+        assert score == pytest.approx(theirs[path][0], abs=tolerance), path
+        torch.testing.assert_close(anomaly_map, theirs[path][1], atol=tolerance, rtol=0)
+
+
+def predict_loader(folder: Path, **kwargs) -> DataLoader:
+    dataset = PredictDataset(folder)
+    return DataLoader(dataset, collate_fn=dataset.collate_fn, **kwargs)
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path):
+    """Make engines that write below a temporary folder."""
+    return lambda **kwargs: Engine(default_root_dir=tmp_path / "results", **{"enable_progress_bar": False, **kwargs})
+
+
+@pytest.fixture
+def reference(folder: Path, make_engine) -> Predictions:
+    """What one ordinary prediction gives for the folder."""
+    return by_path(make_engine().predict(MuSc(OwnBackbone()), data_path=folder))
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------------
+
+
+def test_engine_gives_the_numbers_of_the_equations(mvtec_root, own_backbone, make_engine):
+    recorder = Recorder()
+    model = MuSc(own_backbone, post_processor=RsCINPostProcessor(enable_normalization=False))
+    data = datamodule(mvtec_root, eval_batch_size=5)
+    make_engine(callbacks=[recorder]).test(model, datamodule=data)
+    seen = by_path(recorder.batches)
+
+    images = ImageBatch.collate([data.test_data[i] for i in range(len(data.test_data))]).image
+    maps, class_tokens = OwnBackbone()(model.pre_processor.transform(images))
+    grid = maps[0].shape[-2:]
+    maps = [torch.nn.functional.interpolate(m, grid, mode="bilinear").double().detach().numpy() for m in maps]
+    expected = oracle.anomaly_scores(maps, class_tokens.double().detach().numpy(), image_size=SIDE)
+    for index, path in enumerate(data.test_data.samples.image_path):
+        assert seen[path][0] == pytest.approx(expected.rscin_scores[index], abs=1e-4)
+        np.testing.assert_allclose(seen[path][1].numpy(), expected.anomaly_maps[index], atol=1e-4)
+
+
+def test_defects_are_found(mvtec_root, own_backbone, make_engine):
+    (metrics,) = make_engine().test(MuSc(own_backbone), datamodule=datamodule(mvtec_root))
+    assert metrics["image_AUROC"] == 1
+    assert metrics["pixel_AUROC"] > 0.95
+
+
+# --- entry points and data -----------------------------------------------------------------------------------------
+
+
+def test_train_validates_then_tests(mvtec_root, own_backbone, make_engine):
+    (metrics,) = make_engine().train(MuSc(own_backbone), datamodule=datamodule(mvtec_root))
+    assert metrics["image_F1Score"] > 0.8  # anomalib labels what lies above the threshold, not what lies on it
+
+
+def test_fit_then_test_then_predict(mvtec_root, own_backbone, make_engine):
+    engine, model, data = make_engine(), MuSc(own_backbone), datamodule(mvtec_root)
+    engine.fit(model, datamodule=data)
+    engine.validate(model, datamodule=data)
+    engine.test(model, datamodule=data)
+    predictions = by_path(engine.predict(model, datamodule=data))
+    assert len(predictions) == 12
+    assert own_backbone.num_images == 12  # one set of images was extracted once
+
+
+def test_visa(tmp_path, own_backbone, make_engine):
+    split = tmp_path / "visa/visa_pytorch/candle"
+    write_products(split / "train/good", range(4))
+    write_products(split / "test/good", range(10, 16))
+    write_products(split / "test/bad", range(30, 33), masks=split / "ground_truth/bad")
+    (metrics,) = make_engine().test(
+        MuSc(own_backbone), datamodule=Visa(root=tmp_path / "visa", category="candle", num_workers=0)
+    )
+    assert metrics["pixel_AUPRO"] > 0.9
+
+
+def test_btech(tmp_path, own_backbone, make_engine):
+    root = tmp_path / "btech/01"
+    write_products(root / "train/ok", range(4))
+    write_products(root / "test/ok", range(10, 16))
+    write_products(root / "test/ko", range(30, 33), masks=root / "ground_truth/ko")
+    (metrics,) = make_engine().test(
+        MuSc(own_backbone), datamodule=BTech(root=tmp_path / "btech", category="01", num_workers=0)
+    )
+    assert metrics["image_AUROC"] == 1
+
+
+def test_folder_without_masks_leaves_the_pixel_metrics_out(mvtec_root, own_backbone, make_engine):
+    widget = mvtec_root / "widget"
+    data = Folder(
+        name="widget",
+        root=widget,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/scratch",
+        num_workers=0,
+    )
+    (metrics,) = make_engine().test(MuSc(own_backbone), datamodule=data)
+    assert metrics["image_AUROC"] == 1
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert not any(name.startswith("pixel_") for name in metrics)
+
+
+def test_folder_with_masks(mvtec_root, own_backbone, make_engine):
+    widget = mvtec_root / "widget"
+    data = Folder(
+        name="widget",
+        root=widget,
+        normal_dir="train/good",
+        normal_test_dir="test/good",
+        abnormal_dir="test/scratch",
+        mask_dir="ground_truth/scratch",
+        num_workers=0,
+    )
+    (metrics,) = make_engine().test(MuSc(own_backbone), datamodule=data)
+    assert metrics["pixel_AUROC"] > 0.95
+
+
+def test_a_path_of_mixed_sizes_is_scored_on_one_scale(tmp_path, own_backbone, make_engine):
+    paths = write_products(tmp_path / "pile", range(5))
+    cv2.imwrite(str(paths[0]), cv2.resize(product(0)[0], (90, 50)))
+    cv2.imwrite(str(paths[1]), product(31, defect=True)[0])
+    predictions = by_path(make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile"))
+    scores = [score for score, _ in predictions.values()]
+    assert max(scores) <= 1
+    assert min(scores) >= 0
+    assert max(predictions, key=lambda path: predictions[path][1].max()) == str(paths[1])
+    assert all(m.min() >= 0 and m.max() <= 1 for _, m in predictions.values())
+
+
+def test_each_prediction_is_normalised_over_its_own_pool(tmp_path, folder, own_backbone, make_engine):
+    engine, model = make_engine(), MuSc(own_backbone)
+    engine.predict(model, data_path=folder)
+    write_products(tmp_path / "others", range(40, 46))
+    ours = by_path(engine.predict(model, data_path=tmp_path / "others"))
+    fresh = by_path(make_engine().predict(MuSc(OwnBackbone()), data_path=tmp_path / "others"))
+    assert_same(ours, fresh)
+
+
+def test_a_datasets_thresholds_outlive_validation(mvtec_root, folder, own_backbone, make_engine):
+    engine, model = make_engine(), MuSc(own_backbone)
+    engine.validate(model, datamodule=datamodule(mvtec_root))
+    threshold = model.post_processor.image_threshold.item()
+    engine.predict(model, data_path=folder)
+    assert model.post_processor.image_threshold.item() == threshold
+    assert not np.isnan(threshold)
+
+
+class PathlessDataset(Dataset):
+    """A user's own dataset, whose items have no path."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> ImageItem:
+        image = cv2.imread(str(self.paths[index]))[..., ::-1].copy()
+        return ImageItem(image=torch.from_numpy(image).permute(2, 0, 1) / 255)
+
+
+def test_images_without_paths_are_told_apart_by_content(folder, own_backbone, make_engine, reference):
+    paths = sorted(folder.rglob("*.png"))
+    loader = DataLoader(PathlessDataset(paths), batch_size=4, shuffle=True, collate_fn=ImageBatch.collate)
+    engine, model = make_engine(), MuSc(own_backbone, visualizer=False)  # anomalib's names pictures after the paths
+    batches = engine.predict(model, dataloaders=loader)
+    engine.predict(model, dataloaders=loader)
+    assert own_backbone.num_images == 12
+    scores = sorted(score.item() for batch in batches for score in batch.pred_score)
+    assert scores == pytest.approx(sorted(score for score, _ in reference.values()), abs=1e-5)
+
+
+# --- once for each set of images -----------------------------------------------------------------------------------
+
+
+def test_the_same_images_are_extracted_once(mvtec_root, own_backbone, make_engine):
+    recorder = Recorder()
+    make_engine(callbacks=[recorder]).test(MuSc(own_backbone), datamodule=datamodule(mvtec_root))
+    assert len(by_path(recorder.batches)) == 12
+    assert own_backbone.num_images == 12
+
+
+def test_other_images_are_extracted_anew(mvtec_root, own_backbone, make_engine):
+    data = datamodule(mvtec_root, val_split_mode="from_test", val_split_ratio=0.5, seed=0)
+    make_engine().test(MuSc(own_backbone), datamodule=data)
+    assert own_backbone.num_images == len(data.val_data) + len(data.test_data) == 12
+    assert not set(data.val_data.samples.image_path) & set(data.test_data.samples.image_path)
+
+
+def test_a_changed_file_or_setting_is_noticed(tmp_path, own_backbone, make_engine):
+    paths = write_products(tmp_path / "pile", range(4))
+    engine, model = make_engine(), MuSc(own_backbone)
+    before = by_path(engine.predict(model, data_path=tmp_path / "pile"))
+    cv2.imwrite(str(paths[2]), product(31, defect=True)[0])
+    after = by_path(engine.predict(model, data_path=tmp_path / "pile"))
+    assert own_backbone.num_images == 8
+    assert max(after, key=lambda path: after[path][1].max()) == str(paths[2])
+    assert before.keys() == after.keys()
+    model.model.interval = (0.0, 1.0)
+    engine.predict(model, data_path=tmp_path / "pile")
+    assert own_backbone.num_images == 12
+
+
+# --- what changes no result ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 5},
+        {"batch_size": 3, "shuffle": True},
+        {"batch_size": 4, "num_workers": 2},
+        {"batch_size": 4, "num_workers": 1, "persistent_workers": True},
+    ],
+    ids=["batches", "shuffled", "workers", "persistent workers"],
+)
+def test_loader_options_change_nothing(options, folder, own_backbone, make_engine, reference):
+    predictions = make_engine().predict(MuSc(own_backbone), dataloaders=predict_loader(folder, **options))
+    assert_same(by_path(predictions), reference)
+
+
+def test_the_order_of_files_changes_nothing(folder, own_backbone, make_engine, reference):
+    dataset = PredictDataset(folder)
+    dataset.image_filenames = dataset.image_filenames[::-1]
+    loader = DataLoader(dataset, batch_size=5, collate_fn=dataset.collate_fn)
+    assert_same(by_path(make_engine().predict(MuSc(own_backbone), dataloaders=loader)), reference)
+
+
+def test_bf16_mixed_is_close_to_float32(mvtec_root, make_engine):
+    metrics = [
+        make_engine(precision=precision).test(MuSc("test_vit", pretrained=False), datamodule=datamodule(mvtec_root))[0]
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert metrics[1].keys() == metrics[0].keys()
+    assert metrics[1]["pixel_AUROC"] == pytest.approx(metrics[0]["pixel_AUROC"], abs=0.02)
+
+
+# --- what a Lightning user expects ---------------------------------------------------------------------------------
+
+
+def test_each_of_several_loaders_is_a_pool_of_its_own(tmp_path, folder, own_backbone, make_engine, reference):
+    write_products(tmp_path / "others", range(40, 46))
+    loaders = [predict_loader(folder, batch_size=4), predict_loader(tmp_path / "others", batch_size=4)]
+    recorder = Recorder()
+    model = MuSc(own_backbone, post_processor=RsCINPostProcessor(enable_normalization=False))
+    make_engine(callbacks=[recorder]).test(model, dataloaders=loaders)
+    alone = MuSc(OwnBackbone(), post_processor=RsCINPostProcessor(enable_normalization=False))
+    expected = by_path(make_engine().predict(alone, data_path=folder))
+    seen = by_path(recorder.batches)
+    assert len(seen) == len(reference) + 6
+    assert_same({path: seen[path] for path in expected}, expected)
+    assert own_backbone.num_images == 18
+
+
+def test_limit_test_batches_makes_the_pool(mvtec_root, own_backbone, make_engine):
+    recorder = Recorder()
+    engine = make_engine(callbacks=[recorder], limit_test_batches=2, limit_val_batches=2)
+    engine.test(MuSc(own_backbone), datamodule=datamodule(mvtec_root, eval_batch_size=3))
+    assert own_backbone.num_images == 6
+    assert len(by_path(recorder.batches)) == 6
+
+
+def test_a_limit_on_shuffled_images_still_finds_every_image(folder, own_backbone, make_engine):
+    loader = predict_loader(folder, batch_size=2, shuffle=True)
+    predictions = make_engine(limit_predict_batches=3).predict(MuSc(own_backbone), dataloaders=loader)
+    assert len(by_path(predictions)) == 6
+
+
+def test_fast_dev_run(mvtec_root, folder, own_backbone, make_engine):
+    (metrics,) = make_engine(fast_dev_run=True).test(MuSc(own_backbone), datamodule=datamodule(mvtec_root))
+    assert np.isfinite(metrics["image_AUROC"])
+    (batch,) = make_engine(fast_dev_run=True).predict(MuSc(own_backbone), data_path=folder)  # one image, two judges
+    assert len(batch.image_path) == 1
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_progress_is_shown_on_lightnings_bar(bar, folder, own_backbone, make_engine, capfd):
+    make_engine(enable_progress_bar=True, callbacks=[bar()]).predict(MuSc(own_backbone), data_path=folder)
+    shown = capfd.readouterr().out
+    assert "MuSc: extracting features" in shown
+    assert "MuSc: mutual scoring" in shown
+    assert "396/396" in shown  # 12 * 11 / 2 pairs, 2 layers, 3 degrees
+
+
+def test_no_progress_where_it_is_switched_off(folder, own_backbone, make_engine, capfd):
+    make_engine(enable_progress_bar=False).predict(MuSc(own_backbone), data_path=folder)
+    assert "MuSc" not in capfd.readouterr().out
+
+
+# --- post-processing -----------------------------------------------------------------------------------------------
+
+
+def test_plain_post_processors_switch_rscin_off(mvtec_root, own_backbone, make_engine):
+    plain = PostProcessor(enable_normalization=False)
+    for post_processor in (plain, MEBinPostProcessor(sample_rate=32, enable_normalization=False)):
+        recorder = Recorder()
+        model = MuSc(own_backbone, post_processor=post_processor)
+        make_engine(callbacks=[recorder]).test(model, datamodule=datamodule(mvtec_root))
+        for score, anomaly_map in by_path(recorder.batches).values():
+            assert score == pytest.approx(anomaly_map.max().item(), abs=1e-6)
+        assert all(batch.pred_mask is not None for batch in recorder.batches)
+
+
+def test_another_post_processor_needs_no_new_extraction(mvtec_root, own_backbone, make_engine):
+    data, model, scores = datamodule(mvtec_root), MuSc(own_backbone), []
+    for windows in ((1,), (1, 8, 9)):
+        recorder = Recorder()
+        model.post_processor = RsCINPostProcessor(windows=windows)
+        make_engine(callbacks=[recorder]).test(model, datamodule=data)
+        scores.append([score for score, _ in by_path(recorder.batches).values()])
+    assert own_backbone.num_images == 12
+    assert scores[0] != pytest.approx(scores[1], abs=1e-3)
+
+
+def test_normalisation_and_sensitivity_are_anomalibs(mvtec_root, own_backbone, make_engine):
+    flagged = []
+    for sensitivity in (0.1, 0.5, 0.95):
+        recorder = Recorder()
+        model = MuSc(own_backbone, post_processor=RsCINPostProcessor(image_sensitivity=sensitivity))
+        make_engine(callbacks=[recorder]).test(model, datamodule=datamodule(mvtec_root))
+        labels = torch.cat([batch.pred_label for batch in recorder.batches if batch.pred_label is not None])
+        scores = torch.tensor([score for score, _ in by_path(recorder.batches).values()])
+        assert scores.min() >= 0
+        assert scores.max() <= 1
+        flagged.append(int(labels.sum()))
+    assert flagged[0] < flagged[1] == 3 < flagged[2]  # the fourth lies on the threshold
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_written_for_every_image(tmp_path, mvtec_root, own_backbone, make_engine):
+    make_engine().test(MuSc(own_backbone), datamodule=datamodule(mvtec_root))
+    pictures = sorted(tmp_path.rglob("images/**/*.png"))
+    assert len(pictures) == 12
+    assert all(cv2.imread(str(picture)) is not None for picture in pictures)
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_images", [0, 1])
+def test_too_few_images(num_images, tmp_path, own_backbone, make_engine):
+    write_products(tmp_path / "few", range(num_images))
+    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=r"few|at least 2 images"):
+        make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "few")
+    assert own_backbone.num_images == 0
+
+
+def test_nan_features_are_named(folder, own_backbone, make_engine):
+    own_backbone.fine.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="backbone returned NaN"):
+        make_engine().predict(MuSc(own_backbone), data_path=folder)
+
+
+def test_interval_that_ends_before_it_begins_in_this_pool(folder, own_backbone, make_engine):
+    with pytest.raises(ValueError, match="interval"):
+        make_engine().predict(MuSc(own_backbone, interval=(0.5, 2)), data_path=folder)
+    assert own_backbone.num_images == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"this is no picture", b"\x89PNG\r\n\x1a\n\x00\x00"])
+def test_corrupt_image_is_named_before_the_long_work(content, tmp_path, folder, own_backbone, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    broken = tmp_path / "pile/zz_broken.png"
+    broken.write_bytes(content)
+    with pytest.raises(ValueError, match=r"1 of 13 images cannot be read.*zz_broken\.png"):
+        make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+    assert own_backbone.num_images == 0
+
+
+def test_truncated_image_is_named(tmp_path, folder, own_backbone, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    truncated = tmp_path / "pile/zz_truncated.jpg"
+    cv2.imwrite(str(truncated), product(0)[0])
+    truncated.write_bytes(truncated.read_bytes()[:-400])
+    with pytest.raises(ValueError, match=r"zz_truncated\.jpg"):
+        make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+
+
+def test_read_only_output_is_named_before_the_long_work(tmp_path, folder, own_backbone):
+    blocked = tmp_path / "blocked"
+    blocked.write_text("a file where the results should go")
+    with pytest.raises((OSError, ValueError), match="blocked"):
+        Engine(default_root_dir=blocked, enable_progress_bar=False).predict(MuSc(own_backbone), data_path=folder)
+    assert own_backbone.num_images == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"aggregation_degrees": (2,)}, "aggregation_degrees"),
+        ({"aggregation_degrees": ()}, "aggregation_degrees"),
+        ({"interval": (0.3, 0.1)}, "interval"),
+        ({"interval": (-1, 0.1)}, "interval"),
+        ({"layers": (2,)}, "layers"),
+        ({"pretrained": False}, "pretrained"),
+        ({"image_size": 0}, "image_size"),
+    ],
+)
+def test_bad_arguments_are_named_at_once(arguments, message, own_backbone):
+    with pytest.raises(ValueError, match=message):
+        MuSc(own_backbone, **arguments)
+
+
+def test_own_backbone_without_a_size(own_backbone):
+    del OwnBackbone.image_size
+    try:
+        with pytest.raises(ValueError, match="image_size must be given"):
+            MuSc(own_backbone)
+    finally:
+        OwnBackbone.image_size = SIDE
+
+
+def test_own_backbone_that_breaks_the_contract(folder, make_engine):
+    class NoList(OwnBackbone):
+        def forward(self, images):
+            return super().forward(images)[0]
+
+    with pytest.raises(ValueError, match="backbone must return"):
+        make_engine().predict(MuSc(NoList()), data_path=folder)

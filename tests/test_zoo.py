@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuSc in anomalib's zoo without any import by hand: each check in a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PTH = (ROOT / "anomalib_musc/anomalib_musc.pth").read_text()
+
+
+def run(code: str, python: Path | str = sys.executable, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter."""
+    return subprocess.run(
+        [str(python), "-W", "ignore", "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def check(code: str, python: Path | str = sys.executable, **environment: str) -> str:
+    """Run code that must succeed and return what it printed."""
+    done = run(code, python, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def make_venv(folder: Path) -> tuple[Path, Path]:
+    """Make an environment that sees our dependencies, but none of our site-packages' start-up files."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    site_packages = folder / "lib" / version / "site-packages"
+    (site_packages / "zz_dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return folder / "bin/python", site_packages
+
+
+def test_every_name_is_known():
+    check("""
+        from anomalib.models import MuSc, get_model, list_models
+        small = {"backbone": "test_vit", "pretrained": False}
+        assert "mu_sc" in list_models() and "MuSc" in list_models(case="pascal")
+        for name in ("musc", "MuSc", "mu_sc"):
+            assert type(get_model(name, **small)) is MuSc
+        for path in ("MuSc", "anomalib_musc.MuSc", "anomalib.models.MuSc"):
+            assert type(get_model({"class_path": path, "init_args": small})) is MuSc
+        import anomalib_musc
+        assert anomalib_musc.MuSc is MuSc
+        from anomalib.data import MVTec, MVTecAD, get_datamodule
+        assert issubclass(MVTec, MVTecAD)
+        assert type(get_datamodule({"class_path": "MVTec", "init_args": {"root": "/none"}})) is MVTec
+    """)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import anomalib_musc.lightning_model",
+        "from anomalib_musc import MuSc",
+        "import anomalib_musc.zoo",
+        "import anomalib.models",
+    ],
+)
+def test_the_order_of_imports_does_not_matter(first):
+    check(f"""
+        {first}
+        import anomalib.models, anomalib_musc
+        assert anomalib.models.MuSc is anomalib_musc.MuSc
+        assert "anomalib_musc" in anomalib.models.ALLOWED_MODULES
+    """)
+
+
+def test_it_can_be_switched_off():
+    check(
+        """
+        import sys, anomalib.models
+        assert not hasattr(anomalib.models, "MuSc")
+        assert not any(name.startswith("anomalib_musc.") and name != "anomalib_musc.startup" for name in sys.modules)
+        from anomalib_musc import MuSc  # still there for who asks
+        """,
+        ANOMALIB_MUSC_ZOO="0",
+    )
+
+
+@pytest.mark.parametrize("editable", [False, True], ids=["ordinary", "editable"])
+def test_both_kinds_of_install(editable, tmp_path):
+    python, site_packages = make_venv(tmp_path / "venv")
+    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
+    source = ["--editable", str(ROOT)] if editable else [str(ROOT)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), *install, *source],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (site_packages / "anomalib_musc.pth").read_text() == PTH
+    where = check("from anomalib.models import MuSc; import anomalib_musc; print(anomalib_musc.__file__)", python)
+    assert Path(where.strip()).is_relative_to(ROOT if editable else site_packages)
+    assert not list((site_packages / "anomalib_musc").rglob("*.pth"))
+
+
+def test_start_up_imports_nothing(tmp_path):
+    python, site_packages = make_venv(tmp_path / "venv")
+    code = "import sys; print(sorted(sys.modules))"
+    before = check(code, python)
+    (site_packages / "anomalib_musc.pth").write_text(PTH)
+    assert check(code, python) == before
+    assert check("import sys; print([f.__name__ for f in sys.meta_path][0])", python) == "AnomalibMuScFinder\n"
+
+
+def test_a_missing_package_breaks_nothing(tmp_path):
+    python, site_packages = make_venv(tmp_path / "venv")
+    (site_packages / "anomalib_musc.pth").write_text(PTH)
+    done = run(f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]; import anomalib.models", python)
+    assert done.returncode == 0
+    assert done.stderr == ""
+
+
+def test_a_broken_zoo_only_warns(tmp_path):
+    python, site_packages = make_venv(tmp_path / "venv")
+    (site_packages / "anomalib_musc.pth").write_text(PTH)
+    package = site_packages / "anomalib_musc"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "startup.py").write_text((ROOT / "anomalib_musc/startup.py").read_text())
+    (package / "zoo.py").write_text("raise RuntimeError('out of order')")
+    done = run("import anomalib.models; assert not hasattr(anomalib.models, 'MuSc'); print('fine')", python)
+    assert done.stdout == "fine\n", done.stderr
+    assert "MuSc could not join anomalib's model zoo: RuntimeError('out of order')" in done.stderr
