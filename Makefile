@@ -15,7 +15,7 @@ demo: environment
 			|| exit 1; \
 	done
 	@echo; echo "Heatmaps:"; \
-	for category in fabric gear; do echo "  results/MuSc/MVTec/$$category/latest/images/test/"; done
+	for category in fabric gear; do echo "  results/MuSc/MVTec/$$category/latest/images/"; done
 
 test: environment
 	$(BIN)/ruff check .

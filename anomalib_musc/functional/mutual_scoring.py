@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 # Products of one block that stay in a processor's cache, and that fill a GPU; in numbers, not bytes.
-_CPU_BLOCK = 2**22
+_CPU_BLOCK = 2**20
 _GPU_BLOCK = 2**27
 # Below this squared distance (relative to the squared norms) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.

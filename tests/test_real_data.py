@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real photographs and a real pretrained network, where they lie beside the repository."""
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+from conftest import SHARED
+from safetensors.torch import load_file
+from torch import nn
+
+from anomalib_musc import MuSc
+
+WEIGHTS = SHARED / "weights/mobilenetv2_100_imagenet.safetensors"
+pytestmark = pytest.mark.skipif(
+    not (WEIGHTS.is_file() and (SHARED / "data").is_dir()), reason="../shared/weights and ../shared/data are not here"
+)
+
+
+class MobileNet(nn.Module):
+    """A user's own backbone: two stages of MobileNetV2 and its pooled feature, made unit length."""
+
+    image_size = 224
+    mean = (0.5, 0.5, 0.5)
+    std = (0.5, 0.5, 0.5)
+    interpolation = "bicubic"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = timm.create_model("mobilenetv2_100", pretrained=False, num_classes=0, pad_type="same")
+        state = {name: tensor.float() for name, tensor in load_file(WEIGHTS).items()}
+        self.network.load_state_dict(state, strict=False)
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        final, stages = self.network.forward_intermediates(images)
+        feature = self.network.forward_head(final, pre_logits=True)
+        return [stages[2], stages[3]], nn.functional.normalize(feature, dim=-1)
+
+
+def measure(root: str, category: str, folder: Path) -> dict[str, float]:
+    data = MVTecAD(root=SHARED / "data" / root, category=category, num_workers=0)
+    model = MuSc(MobileNet(), visualizer=False)
+    (metrics,) = Engine(default_root_dir=folder, enable_progress_bar=False).test(model, datamodule=data)
+    raw = torch.cat([pool.raw_scores for pool in model._pools])
+    names = [name for pool in model._pools for name in pool.names]
+    normal = torch.tensor(["/good/" in name for name in names])
+    pairs = raw[~normal, None] - raw[None, normal]
+    metrics["raw_AUROC"] = ((pairs > 0).float() + (pairs == 0).float() / 2).mean().item()
+    return metrics
+
+
+def test_cookies(tmp_path):
+    metrics = measure("cookies", "cookie", tmp_path)
+    assert metrics["image_AUROC"] >= 0.92
+    assert metrics["pixel_AUROC"] >= 0.93
+    assert metrics["raw_AUROC"] == pytest.approx(0.871, abs=0.02)
+    assert metrics["image_AveragePrecision"] == pytest.approx(0.885, abs=0.02)
+    assert metrics["pixel_AveragePrecision"] == pytest.approx(0.134, abs=0.02)
+
+
+@pytest.mark.timeout(480)
+def test_magnetic_tile(tmp_path):
+    metrics = measure("magnetic_tile", "tile", tmp_path)
+    assert metrics["raw_AUROC"] == pytest.approx(0.797, abs=0.02)
+    assert metrics["image_AUROC"] == pytest.approx(0.773, abs=0.02)
+    assert metrics["image_AveragePrecision"] == pytest.approx(0.754, abs=0.02)
+    assert metrics["pixel_AUROC"] == pytest.approx(0.736, abs=0.02)
+    assert metrics["pixel_AveragePrecision"] == pytest.approx(0.240, abs=0.02)

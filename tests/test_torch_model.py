@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MuScModel in plain torch, and MuSc called like a module."""
+
+import numpy as np
+import oracle
+import pytest
+import torch
+from conftest import SIDE, OwnBackbone
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_musc import MuSc, MuScModel, RsCINPostProcessor
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(5, 3, SIDE // 8, SIDE // 8, generator=generator)
+    return F.interpolate(coarse, SIDE) + 0.1 * torch.randn(5, 3, SIDE, SIDE, generator=generator)
+
+
+@pytest.mark.parametrize(("degrees", "interval"), [((1,), (0.0, 0.3)), ((1, 3, 5), (0.1, 3))])
+def test_a_batch_judges_itself_as_the_equations_say(images, degrees, interval):
+    prediction = MuScModel(OwnBackbone(), aggregation_degrees=degrees, interval=interval)(images)
+    with torch.no_grad():
+        maps, class_tokens = OwnBackbone()(images)
+        maps = [maps[0], F.interpolate(maps[1], maps[0].shape[-2:], mode="bilinear")]
+    expected = oracle.anomaly_scores(
+        [m.double().numpy() for m in maps], class_tokens.double().numpy(), degrees, interval, image_size=SIDE
+    )
+    np.testing.assert_allclose(prediction.anomaly_map[:, 0], expected.anomaly_maps, atol=1e-4)
+    np.testing.assert_allclose(prediction.pred_score, expected.raw_scores, atol=1e-4)
+    np.testing.assert_allclose(prediction.class_tokens, class_tokens, atol=1e-6)
+
+
+def test_musc_called_with_a_pool_gives_final_predictions(images):
+    model = MuSc(OwnBackbone(), pre_processor=False, post_processor=RsCINPostProcessor(enable_normalization=False))
+    prediction = model(images)
+    raw = model.model(images)
+    np.testing.assert_allclose(prediction.pred_score, oracle.rscin(raw.pred_score, raw.class_tokens), atol=1e-5)
+    torch.testing.assert_close(prediction.anomaly_map, raw.anomaly_map)
+
+
+def test_an_oblong_image_gives_an_oblong_map():
+    model = MuScModel("test_vit", pretrained=False, image_size=(48, 80), layers=(1, 3))
+    prediction = model(torch.rand(3, 3, 48, 80))
+    assert prediction.anomaly_map.shape == (3, 1, 48, 80)
+
+
+def test_random_weights_are_the_same_ones_each_time():
+    torch.manual_seed(5)
+    first = MuScModel("test_vit", pretrained=False).state_dict()
+    expected_next = torch.rand(1)
+    torch.manual_seed(5)
+    torch.testing.assert_close(torch.rand(1), expected_next)  # and the user's random state is left alone
+    second = MuScModel("test_vit", pretrained=False).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_one_image_alone_is_refused(images):
+    with pytest.raises(ValueError, match="at least 2 images"):
+        MuScModel(OwnBackbone())(images[:1])
+
+
+def test_the_backbone_is_frozen():
+    model = MuScModel(nn.Sequential(OwnBackbone()), image_size=SIDE).train()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_preparation_is_taken_from_the_backbone():
+    transform = MuSc(OwnBackbone()).pre_processor.transform
+    assert transform.transforms[0].size == [SIDE, SIDE]
+    assert transform.transforms[1].mean == [0.5, 0.5, 0.5]
+    clip = MuSc("ViT-B-32", pretrained=False, image_size=64).pre_processor.transform
+    assert clip.transforms[0].interpolation.value == "bicubic"
+    assert clip.transforms[1].mean[0] == pytest.approx(0.48145466)
