@@ -189,7 +189,8 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch."""
         pool = self._pools[dataloader_idx]
         positions = pool.positions(image_names(batch.image_path, batch.image))
-        return pool.scores[positions], self.model.anomaly_maps(pool.patch_scores[positions]).squeeze(1)
+        patch_scores = pool.patch_scores[positions].to(self.device)
+        return pool.scores[positions].to(self.device), self.model.anomaly_maps(patch_scores).squeeze(1)
 
     def _score_pools(self, dataloaders: Any, limits: Sequence[float]) -> None:
         """Make one pool of each dataloader, taking over those that hold the same images as before."""
@@ -204,8 +205,9 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
             signature = (pool_signature(loader, extent), self._settings())
             pool = next((pool for pool in known if pool.signature == signature), None)
             self._pools.append(pool or self._score_pool(loader, extent, signature, index))
-        if isinstance(self.post_processor, RsCINPostProcessor):
-            for pool in self._pools:
+        for pool in self._pools:
+            pool.scores = pool.raw_scores
+            if isinstance(self.post_processor, RsCINPostProcessor):
                 pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens)
 
     def _score_pool(self, loader: Any, extent: float, signature: Hashable, dataloader_idx: int) -> Pool:
