@@ -30,11 +30,11 @@ def progress_bar(trainer: Trainer, description: str, total: float) -> Iterator[C
 
         def advance(steps: int) -> None:
             progress.advance(task, steps)
-            progress.soft_refresh()
+            bar.refresh()
 
         yield advance
         progress.stop_task(task)
-        progress.refresh()
+        bar.refresh()
     elif isinstance(bar, TQDMProgressBar) and not bar.is_disabled:
         with Tqdm(
             desc=description, total=total if isfinite(total) else None, file=sys.stdout, dynamic_ncols=True, leave=True

@@ -205,7 +205,7 @@ def test_timm_equals_forward_intermediates_at_native_size(name):
     for layer, feature_map in zip(backbone.layers, maps, strict=True):
         equal(feature_map, expected[layer])
     token = getattr(network, "cls_token", None) is not None and not isinstance(network.norm, torch.nn.Identity)
-    equal(image_feature, final[:, 0] if token else network.forward_head(final, pre_logits=True))
+    equal(image_feature, final[:, 0] if token else F.normalize(network.forward_head(final, pre_logits=True), dim=-1))
 
 
 def test_dino_gives_normed_blocks_and_the_class_token():
@@ -250,12 +250,12 @@ def test_timm_embedding_is_resized_without_antialiasing(name, prefix, size):
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         final, expected = reference.forward_intermediates(images, indices=list(backbone.layers), norm=True)
-        pooled = reference.forward_head(final, pre_logits=True)
+        pooled = F.normalize(reference.forward_head(final, pre_logits=True), dim=-1)
     maps, image_feature = backbone(images)
     for ours, theirs in zip(maps, expected, strict=True):
         assert ours.shape[2:] == new_grid
-        equal(ours, theirs)
-    equal(image_feature, final[:, 0] if reference.has_class_token else pooled)
+        equal(ours, theirs, atol=1e-6)
+    equal(image_feature, final[:, 0] if reference.has_class_token else pooled, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,11 @@ def test_families_work_at_other_sizes(name):
     with torch.no_grad():
         final = network.forward_features(images)
     token = backbone.patch_size not in (None, (4, 4)) and not isinstance(network.norm, torch.nn.Identity)
-    equal(image_feature, final[:, 0] if token else network.forward_head(final, pre_logits=True), atol=1e-5)
+    equal(
+        image_feature,
+        final[:, 0] if token else F.normalize(network.forward_head(final, pre_logits=True), dim=-1),
+        atol=1e-5,
+    )
     strides = [size[0] / feature_map.shape[2] for feature_map in maps]
     assert strides == [size[1] / feature_map.shape[3] for feature_map in maps]
     assert (strides == [8, 16]) if len(maps) == 2 else (len(maps) == 4 and len(set(strides)) == 1)
@@ -381,7 +385,8 @@ def test_early_layers_leave_the_image_feature_alone():
     images = torch.randn(1, 3, 224, 224)
     maps, image_feature = backbone(images)
     assert [tuple(feature_map.shape) for feature_map in maps] == [(1, 192, 28, 28)]
-    equal(image_feature, backbone.network.forward_head(backbone.network.forward_features(images), pre_logits=True))
+    pooled = backbone.network.forward_head(backbone.network.forward_features(images), pre_logits=True)
+    equal(image_feature, F.normalize(pooled, dim=-1))
 
 
 def test_prefix_tokens_and_equal_grids_are_left_alone():
@@ -450,7 +455,7 @@ def test_files_that_almost_fit(tiny_clip, tmp_path):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"name": "ViT-L-14-363"}, ValueError, "name='ViT-L-14-363'.*ViT-L-14-336.*timm.list_models"),
+        ({"name": "ViT-L-14-363"}, ValueError, "backbone 'ViT-L-14-363'.*ViT-L-14-336.*timm.list_models"),
         ({"name": "resnet18.no_such_tag"}, ValueError, "'no_such_tag'.*a1_in1k"),
         ({"name": "RN50"}, ValueError, "'RN50' is CLIP's own ResNet"),
         ({"pretrained": "lion"}, ValueError, "'lion' is no known weights tag"),

@@ -117,7 +117,7 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
 
 
 def _unknown(name: str) -> str:
-    known = [*ALIASES, *timm.list_models(), *open_clip.list_models()]
+    known = sorted({*ALIASES, *timm.list_models(), *open_clip.list_models()})
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     return (
         f"backbone {name!r} is not known; close matches: {close or 'none'}. "
