@@ -135,35 +135,22 @@ def test_btech(tmp_path, own_backbone, make_engine):
     assert metrics["image_AUROC"] == 1
 
 
-def test_folder_without_masks_leaves_the_pixel_metrics_out(mvtec_root, own_backbone, make_engine):
-    widget = mvtec_root / "widget"
-    data = Folder(
-        name="widget",
-        root=widget,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/scratch",
-        num_workers=0,
-    )
-    (metrics,) = make_engine().test(MuSc(own_backbone), datamodule=data)
-    assert metrics["image_AUROC"] == 1
-    assert all(np.isfinite(value) for value in metrics.values())
-    assert not any(name.startswith("pixel_") for name in metrics)
+def folder_datamodule(root: Path, **kwargs) -> Folder:
+    folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/scratch"}
+    return Folder(name="widget", root=root / "widget", num_workers=0, **folders, **kwargs)
 
 
 def test_folder_with_masks(mvtec_root, own_backbone, make_engine):
-    widget = mvtec_root / "widget"
-    data = Folder(
-        name="widget",
-        root=widget,
-        normal_dir="train/good",
-        normal_test_dir="test/good",
-        abnormal_dir="test/scratch",
-        mask_dir="ground_truth/scratch",
-        num_workers=0,
-    )
+    data = folder_datamodule(mvtec_root, mask_dir="ground_truth/scratch")
     (metrics,) = make_engine().test(MuSc(own_backbone), datamodule=data)
     assert metrics["pixel_AUROC"] > 0.95
+
+
+def test_folder_without_masks_leaves_the_pixel_metrics_out(mvtec_root, own_backbone, make_engine):
+    (metrics,) = make_engine().test(MuSc(own_backbone), datamodule=folder_datamodule(mvtec_root))
+    assert metrics["image_AUROC"] == 1
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert not any(name.startswith("pixel_") for name in metrics)
 
 
 def test_a_path_of_mixed_sizes_is_scored_on_one_scale(tmp_path, own_backbone, make_engine):
