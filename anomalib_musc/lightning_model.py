@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MuSc in anomalib: the pool is scored before the loop, then every step hands out its batch's share."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Res
 from anomalib_musc.checks import check_readable, check_size, check_writable
 from anomalib_musc.functional import check_interval
 from anomalib_musc.metrics import PaperEvaluator
-from anomalib_musc.pool import Pool, image_names, image_paths, num_batches, pool_signature, read_batches
+from anomalib_musc.pool import Pool, PoolSource, fingerprint, image_names, transform_leaves
 from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool
 from anomalib_musc.progress import progress_bar
 from anomalib_musc.torch_model import MuScModel
@@ -92,6 +92,11 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         self.model: MuScModel = model
         self._pools: list[Pool] = []
         self._calibrated_on_pool = False
+        self._scored_in_validation = False
+        if isinstance(backbone, nn.Module):
+            # Lightning would pickle it into checkpoints, which could not be loaded safely: pass it again on loading.
+            for name in ("_hparams", "_hparams_initial"):
+                vars(self)[name].pop("backbone")
 
     @property
     def learning_type(self) -> LearningType:
@@ -180,10 +185,15 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         scores, anomaly_maps = self._share(batch, dataloader_idx)  # at most 2, the distance of opposite unit vectors
         return batch.update(in_place=False, pred_score=scores / 2, anomaly_map=anomaly_maps / 2)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say whether the normalisation is that of a validation set or of a pool."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["calibrated_on_pool"] = self._calibrated_on_pool
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Forget the pools: they were scored with other weights."""
+        """Take over where the normalisation came from."""
         super().on_load_checkpoint(checkpoint)
-        self._pools = []
+        self._calibrated_on_pool = checkpoint.get("calibrated_on_pool", False)
 
     def _share(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch."""
@@ -201,24 +211,27 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
             check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
         known, self._pools = self._pools, []
         for index, (loader, limit) in enumerate(zip(_as_list(dataloaders), limits, strict=True)):
-            extent = num_batches(loader, limit)
-            signature = (pool_signature(loader, extent), self._settings())
-            pool = next((pool for pool in known if pool.signature == signature), None)
-            self._pools.append(pool or self._score_pool(loader, extent, signature, index))
+            source = PoolSource(loader, limit)
+            key = (source.key, self._settings())
+            is_known = source.is_recognised_by_files or self._scored_in_validation
+            pool = next((pool for pool in known if is_known and pool.key == key), None)
+            self._pools.append(pool or self._score_pool(source, key, index))
+            known.append(self._pools[-1])
+        self._scored_in_validation = self.trainer.validating
         for pool in self._pools:
             pool.scores = pool.raw_scores
             if isinstance(self.post_processor, RsCINPostProcessor):
                 pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens)
 
-    def _score_pool(self, loader: Any, extent: float, signature: Hashable, dataloader_idx: int) -> Pool:
+    def _score_pool(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
         """Extract the features of a loader's images and score them against each other."""
-        paths = image_paths(loader)
+        paths = source.paths
         if paths is not None:
             check_size(paths)
             check_interval(self.model.interval, len(paths))
             check_readable(paths)
         try:
-            names, feature_maps, class_tokens = self._extract(loader, extent, dataloader_idx)
+            names, feature_maps, class_tokens = self._extract(source, dataloader_idx)
         except (OSError, SyntaxError):  # Pillow's, which do not name a truncated file
             check_readable(paths or [], decode=True)
             raise
@@ -227,33 +240,50 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         with progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
             patch_scores = self.model.score(feature_maps, advance)
         raw_scores = [self.model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
-        return Pool(signature, names, patch_scores, torch.cat(raw_scores), class_tokens)
+        return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens)
 
-    def _extract(
-        self, loader: Any, extent: float, dataloader_idx: int
-    ) -> tuple[list[str], list[torch.Tensor], torch.Tensor]:
+    def _extract(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], list[torch.Tensor], torch.Tensor]:
         """Return the names, the maps ``(N, C, h, w)`` of each layer, on the host, and the class tokens ``(N, D)``."""
-        transform = getattr(self.pre_processor, "transform", None)
         names: list[str] = []
-        extracted = []
-        total = min(extent, len(loader)) if hasattr(loader, "__len__") else extent
-        with progress_bar(self.trainer, "MuSc: extracting features", total) as advance:
-            for batch in read_batches(loader, extent):
-                images = self.trainer.precision_plugin.convert_input(batch.image)
-                images = self.trainer.strategy.batch_to_device(images, dataloader_idx=dataloader_idx)
-                images = transform(images) if transform else images
+        maps_of_batches: list[list[torch.Tensor]] = []
+        tokens_of_batches: list[torch.Tensor] = []
+        with progress_bar(self.trainer, "MuSc: extracting features", source.limit) as advance:
+            for batch in source.batches():
+                images = self._prepare(batch, dataloader_idx)
                 with self.trainer.precision_plugin.forward_context():
                     feature_maps, class_tokens = self.model.extract(images)
-                extracted.append(([maps.cpu() for maps in feature_maps], class_tokens))
+                maps_of_batches.append([maps.cpu() for maps in feature_maps])
+                tokens_of_batches.append(class_tokens)
                 names += image_names(batch.image_path, images)
                 advance(1)
-        maps_of_batches, tokens_of_batches = zip(*extracted, strict=True)
-        return names, [torch.cat(maps) for maps in zip(*maps_of_batches, strict=True)], torch.cat(tokens_of_batches)
+        layers = [list(maps) for maps in zip(*maps_of_batches, strict=True)]
+        maps_of_batches.clear()
+        joined = [torch.cat(layers.pop(0)) for _ in range(len(layers))]  # frees each layer's parts as it goes
+        return names, joined, torch.cat(tokens_of_batches)
 
-    def _settings(self) -> Hashable:
+    def _prepare(self, batch: ImageBatch, dataloader_idx: int) -> torch.Tensor:
+        """Bring a batch to the device and pre-process it as anomalib's callbacks will."""
+        if batch.image_path is None and self.visualizer is not None:
+            msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
+            raise ValueError(msg)
+        images = self.trainer.precision_plugin.convert_input(batch.image)
+        images = self.trainer.strategy.batch_to_device(images, dataloader_idx=dataloader_idx)
+        transform = getattr(self.pre_processor, "transform", None)
+        images = transform(images) if transform else images
+        if tuple(images.shape[-2:]) != self.model.image_size:
+            msg = (
+                f"pre_processor gives images of size {tuple(images.shape[-2:])}, but image_size is "
+                f"{self.model.image_size}; use the default pre_processor, or one that resizes to image_size."
+            )
+            raise ValueError(msg)
+        return images
+
+    def _settings(self) -> list[object]:
         """Return whatever else decides the scores of the same images."""
-        transform = repr(getattr(self.pre_processor, "transform", None))
-        return self.trainer.precision, transform, self.model.interval, self.model.aggregation_degrees
+        model = self.model
+        transforms = transform_leaves(getattr(self.pre_processor, "transform", None))
+        settings = (self.trainer.precision, model.image_size, model.interval, model.aggregation_degrees)
+        return [*settings, *transforms, fingerprint(model)]
 
     def _calibrate(self) -> None:
         """Normalise over the pool where no validation has said how."""

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool: the images of one dataloader, and what they say of each other."""
+"""The pool: the images of one dataloader, what they say of each other, and how the same images are recognised."""
 
 import copy
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
-from torch.utils.data import DataLoader, SequentialSampler
+from torch import nn
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, SequentialSampler, Subset
 
 from anomalib_musc.checks import MIN_IMAGES
 
@@ -20,7 +22,7 @@ class Pool:
     """The scored images of one dataloader.
 
     Attributes:
-        signature: What :func:`pool_signature` said of the images when they were scored.
+        key: What decided the scores; a pool with an equal key need not be scored again.
         names: One name an image, see :func:`image_names`.
         patch_scores: Shape ``(N, h, w)``.
         raw_scores: Maxima of the anomaly maps, shape ``(N,)``.
@@ -28,7 +30,7 @@ class Pool:
         scores: Image scores that are handed out, shape ``(N,)``: the raw ones until they are re-scored.
     """
 
-    signature: Hashable
+    key: object
     names: Sequence[str]
     patch_scores: torch.Tensor
     raw_scores: torch.Tensor
@@ -54,6 +56,76 @@ class Pool:
             raise RuntimeError(msg) from None
 
 
+class PoolSource:
+    """A dataloader as the source of a pool.
+
+    Where the order is random, any image may be among those that the trainer reads, and the whole loader is the pool.
+
+    Args:
+        loader: A dataloader, or any iterable of batches.
+        limit: How many batches the trainer reads.
+    """
+
+    def __init__(self, loader: Any, limit: float) -> None:
+        self.loader = loader
+        length = _length(loader)
+        self.limit = min(limit, length) if _is_sequential(loader) else length
+        self.reads_all = self.limit >= length and not getattr(loader, "drop_last", False)
+
+    @property
+    def paths(self) -> list[Path] | None:
+        """The image files that will be read, ``None`` if the dataset does not tell."""
+        paths = _image_paths(self._dataset)
+        if paths is None or self._sampler is not None:
+            return None
+        return paths if self.reads_all else paths[: max(int(self.limit) * self._batch_size, MIN_IMAGES)]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What tells these images from others, without reading them.
+
+        Files are known by path, size and modification time, whatever their order.
+        """
+        paths = _image_paths(self._dataset)
+        if paths is None:
+            return self._dataset, self._sampler, self.limit
+        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        transforms = [getattr(self._dataset, name, None) for name in ("augmentations", "transform")]
+        order = sorted(files) if self.reads_all and self._sampler is None else (files, self.limit, self._batch_size)
+        return order, self._sampler, [leaf for transform in transforms for leaf in transform_leaves(transform)]
+
+    @property
+    def is_recognised_by_files(self) -> bool:
+        """Whether the key notices that an image has changed; other datasets are only known by identity."""
+        return _image_paths(self._dataset) is not None
+
+    def batches(self) -> Iterator[ImageBatch]:
+        """Read the batches, and beyond the limit until there are enough images to judge each other."""
+        num_images = 0
+        for index, batch in enumerate(_second_reader(self.loader)):
+            if index >= self.limit and num_images >= MIN_IMAGES:
+                return
+            yield batch
+            num_images += len(batch.image)
+
+    @property
+    def _dataset(self) -> Any:
+        return getattr(self.loader, "dataset", self.loader)
+
+    @property
+    def _batch_size(self) -> int:
+        return getattr(getattr(self.loader, "batch_sampler", None), "batch_size", 1)
+
+    @property
+    def _sampler(self) -> object:
+        """A sampler that may leave images out, ``None`` for one that does not."""
+        sampler = _sampler_of(self.loader)
+        if isinstance(sampler, (SequentialSampler, NoneType)):
+            return None
+        is_permutation = isinstance(sampler, RandomSampler) and not sampler.replacement
+        return None if is_permutation and len(sampler) == _length(self._dataset) else sampler
+
+
 def image_names(paths: Sequence[str] | None, images: Any) -> list[str]:
     """Name each of the pre-processed images ``(B, 3, H, W)``: by its path, or by a digest where it has none."""
     if paths is not None:
@@ -62,24 +134,54 @@ def image_names(paths: Sequence[str] | None, images: Any) -> list[str]:
     return [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in pixels]
 
 
-def num_batches(loader: Any, limit: float) -> float:
-    """Return how many batches of a loader make the pool when the trainer reads ``limit`` of them.
+def fingerprint(module: nn.Module) -> str:
+    """Digest a sample of every parameter and buffer: other weights give another digest, another device does not."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        values = tensor.detach().flatten()
+        sample = values[:: max(1, len(values) // 64)].double().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()
 
-    Where the order is random, any image may be among those that the trainer reads, and the whole loader is the pool.
-    """
-    if _is_sequential(loader):
-        return limit
-    return len(loader) if hasattr(loader, "__len__") else float("inf")
+
+def transform_leaves(transform: Any) -> list[Any]:
+    """Return the transforms of which a composition consists; two are equal only if they are one object."""
+    parts = getattr(transform, "transforms", None)
+    return [transform] if parts is None else [leaf for part in parts for leaf in transform_leaves(part)]
 
 
-def read_batches(loader: Any, limit: float) -> Iterator[ImageBatch]:
-    """Read the pool's batches, and beyond ``limit`` until there are enough images to judge each other."""
-    num_images = 0
-    for index, batch in enumerate(_second_reader(loader)):
-        if index >= limit and num_images >= MIN_IMAGES:
-            return
-        yield batch
-        num_images += len(batch.image)
+def _length(sized: Any) -> float:
+    try:
+        return len(sized)
+    except TypeError:  # iterable datasets, and the loaders over them
+        return float("inf")
+
+
+def _sampler_of(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader):
+        return None
+    # Not loader.sampler: Lightning rebuilds loaders around the batch sampler alone.
+    batches = loader.batch_sampler
+    return loader.sampler if batches is None else getattr(batches, "sampler", batches)
+
+
+def _is_sequential(loader: Any) -> bool:
+    return isinstance(_sampler_of(loader), (SequentialSampler, NoneType))
+
+
+def _image_paths(dataset: Any) -> list[Path] | None:
+    """Return the image files of anomalib's datasets in their order; ``None`` for a dataset of another kind."""
+    if isinstance(dataset, Subset):
+        paths = _image_paths(dataset.dataset)
+        return None if paths is None else [paths[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [_image_paths(part) for part in dataset.datasets]
+        return None if None in parts else [path for part in parts for path in part or []]
+    if hasattr(dataset, "image_filenames"):  # PredictDataset
+        return [Path(path) for path in dataset.image_filenames]
+    if hasattr(dataset, "samples") and "image_path" in dataset.samples:  # AnomalibDataset
+        return [Path(path) for path in dataset.samples["image_path"]]
+    return None
 
 
 def _second_reader(loader: Any) -> Any:
@@ -93,43 +195,3 @@ def _second_reader(loader: Any) -> Any:
     reader = copy.copy(loader)
     vars(reader).update(_iterator=None, batch_sampler=copy.copy(loader.batch_sampler))
     return reader
-
-
-def pool_signature(loader: Any, limit: float) -> Hashable:
-    """Describe the images of a loader without reading them, so that the same images are recognised.
-
-    Files are known by path, size and modification time, whatever their order; a dataset that does not list its files
-    is known by itself.
-    """
-    dataset = getattr(loader, "dataset", loader)
-    extent = None if _covers_all(loader, limit) else (limit, getattr(loader.batch_sampler, "batch_size", None))
-    paths = image_paths(loader)
-    if paths is None:
-        return dataset, extent
-    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    transforms = repr(getattr(dataset, "augmentations", None)), repr(getattr(dataset, "transform", None))
-    return tuple(stats if extent else sorted(stats)), transforms, extent
-
-
-def image_paths(loader: Any) -> list[Path] | None:
-    """Return the image files of a loader over one of anomalib's datasets, in their order; else ``None``."""
-    dataset = getattr(loader, "dataset", loader)
-    if hasattr(dataset, "image_filenames"):  # PredictDataset
-        return [Path(path) for path in dataset.image_filenames]
-    if hasattr(dataset, "samples") and "image_path" in dataset.samples:  # AnomalibDataset
-        return [Path(path) for path in dataset.samples["image_path"]]
-    return None
-
-
-def _is_sequential(loader: Any) -> bool:
-    if not isinstance(loader, DataLoader):
-        return True
-    # Not loader.sampler: Lightning rebuilds loaders around the batch sampler alone.
-    sampler = loader.sampler if loader.batch_sampler is None else getattr(loader.batch_sampler, "sampler", None)
-    return isinstance(sampler, SequentialSampler)
-
-
-def _covers_all(loader: Any, limit: float) -> bool:
-    if getattr(loader, "drop_last", False):
-        return False
-    return not hasattr(loader, "__len__") or limit >= len(loader)

@@ -9,13 +9,34 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, cast
 
 # The zoo needs both, and either may be imported first, the second then in the middle of the first.
 _TRIGGERS = ("anomalib.models", "anomalib_musc.lightning_model")
 _loaded: set[str] = set()
 _searching: set[str] = set()
+
+
+class _ReportingLoader:
+    """Load a module with another loader, and import the zoo when both triggers are loaded."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        _loaded.add(module.__name__)
+        if _loaded.issuperset(trigger for trigger in _TRIGGERS if trigger in sys.modules):
+            _import_zoo()  # else the other one is still being imported, and comes here when it is done
 
 
 def watch(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
@@ -27,28 +48,22 @@ def watch(name: str, path: Sequence[str] | None, target: ModuleType | None) -> M
         target: As ``find_spec`` takes it.
 
     Returns:
-        The spec, or ``None``, which leaves the module to the other finders, where ``ANOMALIB_MUSC_ZOO=0`` is set in
-        the environment.
+        The spec; or ``None``, which leaves the module to the other finders, where anything is unusual, or where
+        ``ANOMALIB_MUSC_ZOO`` is set to 0, false, no or off in the environment.
     """
-    if os.environ.get("ANOMALIB_MUSC_ZOO") == "0" or name in _searching:
+    if os.environ.get("ANOMALIB_MUSC_ZOO", "").lower() in {"0", "false", "no", "off"} or name in _searching:
         return None
     _searching.add(name)
     try:
-        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path)
-        spec = next((spec for spec in specs if spec is not None), None)
+        finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        if spec is None or not (hasattr(spec.loader, "create_module") and hasattr(spec.loader, "exec_module")):
+            return None
+        spec.loader = cast("Loader", _ReportingLoader(spec.loader))
+    except Exception:  # whatever it is, the other finders may do without us
+        return None
     finally:
         _searching.discard(name)
-    if spec is None or spec.loader is None:
-        return spec
-    load = spec.loader.exec_module
-
-    def exec_module(module: ModuleType) -> None:
-        load(module)
-        _loaded.add(name)
-        if _loaded.issuperset(trigger for trigger in _TRIGGERS if trigger in sys.modules):
-            _import_zoo()  # else the other one is still being imported, and comes here when it is done
-
-    vars(spec.loader)["exec_module"] = exec_module  # this loader's alone, before the class's
     return spec
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
+from anomalib_musc.backbones.base import resolve_image_size
 from anomalib_musc.functional import check_interval, lnamd, mutual_scores
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -69,17 +70,16 @@ class MuScModel(nn.Module):
     ) -> None:
         super().__init__()
         check_interval(interval)
-        if len(aggregation_degrees) == 0 or any(degree < 1 or degree % 2 == 0 for degree in aggregation_degrees):
-            msg = f"aggregation_degrees must be positive odd numbers, got {tuple(aggregation_degrees)}."
-            raise ValueError(msg)
+        _check_degrees(aggregation_degrees)
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = (float(interval[0]), float(interval[1]))
         if isinstance(backbone, nn.Module):
             _check_own_backbone(backbone, pretrained, layers)
             self.backbone = backbone.eval().requires_grad_(False)
+            self.image_size = _own_image_size(backbone, image_size)
         else:
-            self.backbone = create_backbone(backbone, pretrained=pretrained, image_size=image_size, layers=layers)
-        self.image_size = _resolve_image_size(self.backbone, image_size)
+            named = create_backbone(backbone, pretrained=pretrained, image_size=image_size, layers=layers)
+            self.backbone, self.image_size = named, named.image_size
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
         self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
@@ -155,7 +155,14 @@ class MuScModel(nn.Module):
         return F.interpolate(patch_scores[:, None], self.image_size, mode="bilinear", align_corners=True)
 
 
-def _resolve_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+def _check_degrees(degrees: Sequence[int]) -> None:
+    is_list = isinstance(degrees, Sequence) and len(degrees) > 0
+    if not is_list or not all(isinstance(degree, int) and degree >= 1 and degree % 2 == 1 for degree in degrees):
+        msg = f"aggregation_degrees must be a non-empty sequence of positive odd numbers, got {degrees!r}."
+        raise ValueError(msg)
+
+
+def _own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
     size = image_size if image_size is not None else getattr(backbone, "image_size", None)
     if size is None:
         msg = (
@@ -163,11 +170,7 @@ def _resolve_image_size(backbone: nn.Module, image_size: int | tuple[int, int] |
             "'image_size' to take it from."
         )
         raise ValueError(msg)
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        msg = f"image_size must be positive, got {size}."
-        raise ValueError(msg)
-    return int(height), int(width)
+    return resolve_image_size(size, native=(1, 1), patch_size=None)
 
 
 def _check_own_backbone(backbone: nn.Module, pretrained: bool | str | Path, layers: Sequence[int] | None) -> None:
@@ -186,9 +189,11 @@ def _check_output(output: object, batch_size: int) -> None:
         msg = f"backbone must return a list of feature maps and an image feature, got {type(output).__name__}."
         raise ValueError(msg)
     feature_maps, class_tokens = output
-    if not feature_maps or any(m.ndim != 4 or len(m) != batch_size for m in feature_maps):
-        shapes = [tuple(m.shape) for m in feature_maps]
-        msg = f"backbone must return feature maps of shape ({batch_size}, C, h, w), got {shapes}."
+    if not feature_maps or not all(
+        isinstance(m, torch.Tensor) and m.ndim == 4 and len(m) == batch_size for m in feature_maps
+    ):
+        shapes = [getattr(m, "shape", type(m).__name__) for m in feature_maps]
+        msg = f"backbone must return feature maps, tensors of shape ({batch_size}, C, h, w), got {shapes}."
         raise ValueError(msg)
     if class_tokens.ndim != 2 or len(class_tokens) != batch_size:
         msg = f"backbone must return image features of shape ({batch_size}, D), got {tuple(class_tokens.shape)}."

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from anomalib.engine import Engine
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network, nor wait for one
@@ -89,3 +90,9 @@ def folder(mvtec_root: Path) -> Path:
 def own_backbone() -> OwnBackbone:
     """A fresh backbone of a user's own."""
     return OwnBackbone()
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path):
+    """Make engines that write below a temporary folder."""
+    return lambda **kwargs: Engine(default_root_dir=tmp_path / "results", **{"enable_progress_bar": False, **kwargs})

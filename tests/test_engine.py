@@ -45,7 +45,7 @@ def by_path(batches: list[ImageBatch]) -> Predictions:
     }
 
 
-def assert_same(ours: Predictions, theirs: Predictions, tolerance: float = 1e-5) -> None:
+def assert_same(ours: Predictions, theirs: Predictions, tolerance: float = 5e-5) -> None:
     assert ours.keys() == theirs.keys()
     for path, (score, anomaly_map) in ours.items():
         assert score == pytest.approx(theirs[path][0], abs=tolerance), path
@@ -55,12 +55,6 @@ def assert_same(ours: Predictions, theirs: Predictions, tolerance: float = 1e-5)
 def predict_loader(folder: Path, **kwargs) -> DataLoader:
     dataset = PredictDataset(folder)
     return DataLoader(dataset, collate_fn=dataset.collate_fn, **kwargs)
-
-
-@pytest.fixture
-def make_engine(tmp_path: Path):
-    """Make engines that write below a temporary folder."""
-    return lambda **kwargs: Engine(default_root_dir=tmp_path / "results", **{"enable_progress_bar": False, **kwargs})
 
 
 @pytest.fixture
@@ -202,10 +196,8 @@ def test_images_without_paths_are_told_apart_by_content(folder, own_backbone, ma
     loader = DataLoader(PathlessDataset(paths), batch_size=4, shuffle=True, collate_fn=ImageBatch.collate)
     engine, model = make_engine(), MuSc(own_backbone, visualizer=False)  # anomalib's names pictures after the paths
     batches = engine.predict(model, dataloaders=loader)
-    engine.predict(model, dataloaders=loader)
-    assert own_backbone.num_images == 12
     scores = sorted(score.item() for batch in batches for score in batch.pred_score)
-    assert scores == pytest.approx(sorted(score for score, _ in reference.values()), abs=1e-5)
+    assert scores == pytest.approx(sorted(score for score, _ in reference.values()), abs=5e-5)
 
 
 # --- once for each set of images -----------------------------------------------------------------------------------
@@ -305,8 +297,10 @@ def test_a_limit_on_shuffled_images_still_finds_every_image(folder, own_backbone
 
 
 def test_fast_dev_run(mvtec_root, folder, own_backbone, make_engine):
-    (metrics,) = make_engine(fast_dev_run=True).test(MuSc(own_backbone), datamodule=datamodule(mvtec_root))
-    assert np.isfinite(metrics["image_AUROC"])
+    recorder = Recorder()
+    engine = make_engine(fast_dev_run=True, callbacks=[recorder])
+    engine.test(MuSc(own_backbone), datamodule=datamodule(mvtec_root, eval_batch_size=4))
+    assert len(by_path(recorder.batches)) == own_backbone.num_images == 4
     (batch,) = make_engine(fast_dev_run=True).predict(MuSc(own_backbone), data_path=folder)  # one image, two judges
     assert len(batch.image_path) == 1
 
@@ -382,7 +376,7 @@ def test_a_picture_is_written_for_every_image(tmp_path, mvtec_root, own_backbone
 @pytest.mark.parametrize("num_images", [0, 1])
 def test_too_few_images(num_images, tmp_path, own_backbone, make_engine):
     write_products(tmp_path / "few", range(num_images))
-    with pytest.raises((ValueError, FileNotFoundError, RuntimeError), match=r"few|at least 2 images"):
+    with pytest.raises(ValueError, match=r"(Found 0 images|needs at least 2 images of one product)"):
         make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "few")
     assert own_backbone.num_images == 0
 
@@ -414,14 +408,15 @@ def test_truncated_image_is_named(tmp_path, folder, own_backbone, make_engine):
     truncated = tmp_path / "pile/zz_truncated.jpg"
     cv2.imwrite(str(truncated), product(0)[0])
     truncated.write_bytes(truncated.read_bytes()[:-400])
-    with pytest.raises(ValueError, match=r"zz_truncated\.jpg"):
+    with pytest.raises(ValueError, match=r"zz_truncated\.jpg.*truncated"):
         make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+    assert own_backbone.num_images == 0
 
 
 def test_read_only_output_is_named_before_the_long_work(tmp_path, folder, own_backbone):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the results should go")
-    with pytest.raises((OSError, ValueError), match="blocked"):
+    with pytest.raises(OSError, match=r"Results cannot be written to .*blocked.* Choose another default_root_dir"):
         Engine(default_root_dir=blocked, enable_progress_bar=False).predict(MuSc(own_backbone), data_path=folder)
     assert own_backbone.num_images == 0
 
@@ -431,11 +426,17 @@ def test_read_only_output_is_named_before_the_long_work(tmp_path, folder, own_ba
     [
         ({"aggregation_degrees": (2,)}, "aggregation_degrees"),
         ({"aggregation_degrees": ()}, "aggregation_degrees"),
+        ({"aggregation_degrees": (1.5,)}, "aggregation_degrees"),
+        ({"aggregation_degrees": 3}, "aggregation_degrees"),
         ({"interval": (0.3, 0.1)}, "interval"),
         ({"interval": (-1, 0.1)}, "interval"),
+        ({"interval": (0, float("inf"))}, "interval"),
+        ({"interval": 0.3}, "interval"),
         ({"layers": (2,)}, "layers"),
         ({"pretrained": False}, "pretrained"),
         ({"image_size": 0}, "image_size"),
+        ({"image_size": (64,)}, "image_size"),
+        ({"image_size": 64.0}, "image_size"),
     ],
 )
 def test_bad_arguments_are_named_at_once(arguments, message, own_backbone):

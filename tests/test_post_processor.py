@@ -4,8 +4,8 @@
 import pytest
 import torch
 from anomalib.engine import Engine
-from conftest import OwnBackbone
-from test_engine import datamodule
+from conftest import OwnBackbone, write_products
+from test_engine import assert_same, by_path, datamodule
 
 from anomalib_musc import MuSc, RsCINPostProcessor
 from anomalib_musc.functional import rscin
@@ -18,7 +18,7 @@ def test_rescore_is_rscin():
     )
 
 
-@pytest.mark.parametrize("windows", [(), (0, 1), (-3,)])
+@pytest.mark.parametrize("windows", [(), (0, 1), (-3,), (1.5,), 3])
 def test_bad_windows(windows):
     with pytest.raises(ValueError, match="windows"):
         RsCINPostProcessor(windows=windows)
@@ -33,6 +33,27 @@ def test_windows_and_thresholds_are_kept_in_a_checkpoint(tmp_path, mvtec_root):
     assert tuple(loaded.post_processor.windows) == (1, 8, 9)
     assert loaded.post_processor.image_threshold == model.post_processor.image_threshold
     assert not torch.isnan(loaded.post_processor.image_min)
+
+
+def test_a_users_own_backbone_is_passed_again_to_its_checkpoint(tmp_path, mvtec_root, make_engine):
+    model, data = MuSc(OwnBackbone()), datamodule(mvtec_root)
+    engine = make_engine()
+    engine.validate(model, datamodule=data)
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = MuSc.load_from_checkpoint(tmp_path / "model.ckpt", backbone=OwnBackbone())
+    assert loaded.post_processor.image_threshold == model.post_processor.image_threshold
+    (metrics,) = make_engine().test(MuSc(OwnBackbone()), datamodule=data, ckpt_path=tmp_path / "model.ckpt")
+    assert metrics["image_AUROC"] == 1
+
+
+def test_a_pools_range_is_not_taken_for_a_validations(tmp_path, folder, make_engine):
+    model, engine = MuSc(OwnBackbone()), make_engine()
+    engine.predict(model, data_path=folder)
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    write_products(tmp_path / "others", range(40, 46))
+    loaded = MuSc.load_from_checkpoint(tmp_path / "model.ckpt", backbone=OwnBackbone())
+    ours = by_path(make_engine().predict(loaded, data_path=tmp_path / "others"))
+    assert_same(ours, by_path(make_engine().predict(MuSc(OwnBackbone()), data_path=tmp_path / "others")))
 
 
 def test_scores_keep_their_order_where_windows_are_one():

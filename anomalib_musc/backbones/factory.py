@@ -121,5 +121,6 @@ def _unknown(name: str) -> str:
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     return (
         f"backbone {name!r} is not known; close matches: {close or 'none'}. "
-        "All names: anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models()"
+        "All names: anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models(). "
+        "Your own module is passed as an object, in a configuration as class_path and init_args"
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 2: Mutual Scoring Mechanism (MSM)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ _CPU_BLOCK = 2**20
 _GPU_BLOCK = 2**27
 # Below this squared distance (relative to the squared norms) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
-_CANCELLATION = 1e-3
+_CANCELLATION = 1e-4
 
 
 def mutual_scores(
@@ -72,8 +72,9 @@ def check_interval(interval: tuple[float, float], num_images: int | None = None)
         interval: The two bounds, fractions below 1 or counts.
         num_images: Size of the pool. A fraction and a count can only be compared where it is known.
     """
-    if len(interval) != 2 or not (interval[0] >= 0 and interval[1] > 0):
-        msg = f"interval must be two bounds 0 <= lo < hi, got {tuple(interval)}."
+    is_pair = isinstance(interval, Sequence) and len(interval) == 2
+    if not is_pair or not (interval[0] >= 0 and 0 < interval[1] < float("inf")):
+        msg = f"interval must be two finite bounds 0 <= lo < hi, got {interval!r}."
         raise ValueError(msg)
     low, high = interval
     if num_images is not None:
@@ -86,8 +87,8 @@ def check_interval(interval: tuple[float, float], num_images: int | None = None)
 
 
 def _check(features: torch.Tensor, chunk_size: int | None) -> None:
-    if features.ndim != 3:
-        msg = f"features must have shape (N, L, C), got {tuple(features.shape)}."
+    if features.ndim != 3 or 0 in features.shape[1:]:
+        msg = f"features must have shape (N, L, C), L and C at least 1, got {tuple(features.shape)}."
         raise ValueError(msg)
     if len(features) < 2:
         msg = f"features must hold at least 2 images, which judge each other; got {len(features)}."

@@ -71,6 +71,6 @@ def _check(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[i
 
 def check_windows(windows: Sequence[int]) -> None:
     """Raise a ValueError unless ``windows`` is a non-empty sequence of numbers of at least 1."""
-    if len(windows) == 0 or any(window < 1 for window in windows):
-        msg = f"windows must be a non-empty sequence of neighbourhood sizes >= 1, got {tuple(windows)}."
+    if not isinstance(windows, Sequence) or not windows or not all(isinstance(k, int) and k >= 1 for k in windows):
+        msg = f"windows must be a non-empty sequence of whole numbers >= 1, got {windows!r}."
         raise ValueError(msg)
