@@ -40,7 +40,8 @@ class PaperEvaluator(Evaluator):
 
     Next to them stands anomalib's F1 at the threshold. A metric is left out where a dataset has no labels or no masks
     for it. anomalib normalises scores around the threshold and clips them at 0 and 1, which ties the most and the least
-    anomalous ones; here a model with a method ``unclipped`` is measured before that, as in the paper.
+    anomalous ones; here a model with a method ``unclipped``, as MuSc has, is measured before any post-processing but
+    RsCIN, as in the paper. Pass anomalib's ``Evaluator`` to measure what a post-processor of your own makes of scores.
 
     Example:
         >>> [metric.name for metric in PaperEvaluator().test_metrics][:4]

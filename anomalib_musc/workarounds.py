@@ -25,7 +25,8 @@ class MultiLoaderPreProcessor(PreProcessor):
     """Accept the index of the dataloader in validation.
 
     anomalib 2.7.0: ``PreProcessor.on_validation_batch_start`` lacks the argument ``dataloader_idx``, which Lightning
-    passes where there are several validation dataloaders; so ``Engine.test(model, [loader, loader])`` fails.
+    passes where there are several validation dataloaders; so ``Engine.test(model, [loader, loader])`` fails. It still
+    does with anomalib's own class as ``pre_processor``; use this one in its place.
     """
 
     def on_validation_batch_start(

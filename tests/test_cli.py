@@ -17,10 +17,10 @@ SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
 CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml"))
 
 
-def anomalib(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def anomalib(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``anomalib ...`` with the installed entry point."""
     command = [str(Path(sys.executable).with_name("anomalib")), *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200"}
+    environment = {**os.environ, "COLUMNS": "200", **environment}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -102,17 +102,29 @@ def test_bad_input_ends_in_one_clear_error(arguments, message, tmp_path, mvtec_r
     assert not list(tmp_path.iterdir())
 
 
+def test_a_users_own_module_in_a_configuration(tmp_path, mvtec_root):
+    config = tmp_path / "own.yaml"
+    config.write_text(
+        "model:\n  class_path: MuSc\n  init_args:\n    backbone:\n      class_path: conftest.OwnBackbone\n"
+        f"data:\n  class_path: MVTec\n  init_args:\n    root: {mvtec_root}\n    category: widget\n"
+    )
+    done = anomalib("test", "--config", config, cwd=tmp_path, PYTHONPATH=str(ROOT / "tests"))
+    assert done.returncode == 0, done.stderr
+    assert metric(done.stdout, "image_AUROC") == 1
+
+
 @pytest.mark.parametrize("config", CONFIGS)
-def test_a_configuration_loads(config, capsys):
-    arguments = ["test", "--config", str(ROOT / config), "--print_config"]
-    if "/model/" in config:
-        arguments += ["--data", "MVTec"]
+def test_a_configuration_loads(config, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", "MVTec"] if "/model/" in config else []
+    common = ["test", "--config", str(ROOT / config), *data]
     with pytest.raises(SystemExit) as stop:
-        AnomalibCLI(args=arguments)
+        AnomalibCLI(args=[*common, "--print_config"])
     assert stop.value.code == 0
-    printed = capsys.readouterr().out
-    assert "class_path: anomalib_musc.MuSc" in printed
-    backbone = re.search(r"backbone: (\S+)", printed).group(1)
-    if backbone in ALIASES:
-        size = re.search(r"image_size: (\S+)", printed).group(1)
-        assert size in ("null", str(ALIASES[backbone].image_size))
+    assert "class_path: anomalib_musc.MuSc" in capsys.readouterr().out
+
+    cli = AnomalibCLI(args=[*common, "--model.pretrained", "false"], run=False)
+    alias = ALIASES.get(cli.config["test"]["model"]["init_args"]["backbone"])
+    assert alias is None or cli.model.model.image_size == (alias.image_size,) * 2
+    assert len(cli.model.model.backbone.layers) == 4
+    assert cli.model.post_processor.windows == ((1, 8, 9) if "visa" in config else (1, 2, 3))
