@@ -56,6 +56,7 @@ def mutual_scores(
     """
     _check(features, chunk_size)
     check_interval(interval, len(features))
+    features = features.detach()
     if features.dtype != torch.float64:
         features = features.float()
     with torch.autocast(features.device.type, enabled=False):
@@ -129,10 +130,12 @@ def _nearest_patch_distances(
     right = torch.cat([features, ones, half_norm], dim=-1)
 
     distances = features.new_full((num_images, num_images, num_patches), float("-inf"))
+    memory = features.new_empty(min(chunk_size, num_images) * num_patches**2)  # stays in cache, is never cleared
     for i in range(num_images - 1):
         for first in range(i + 1, num_images, chunk_size):
             last = min(first + chunk_size, num_images)
-            block = (left[i] @ right[first:last].flatten(0, 1).T).view(num_patches, last - first, num_patches)
+            block = memory[: (last - first) * num_patches**2].view(num_patches, last - first, num_patches)
+            torch.mm(left[i], right[first:last].flatten(0, 1).T, out=block.flatten(1))
             distances[i, first:last] = block.amax(dim=2).T
             distances[first:last, i] = block.amax(dim=0)
             if progress is not None:
