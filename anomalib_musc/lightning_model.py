@@ -296,4 +296,6 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
 
 
 def _as_list(dataloaders: Any) -> list[Any]:
+    if isinstance(dataloaders, dict):
+        return list(dataloaders.values())
     return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]

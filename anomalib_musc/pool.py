@@ -88,7 +88,7 @@ class PoolSource:
         """
         paths = _image_paths(self._dataset)
         if paths is None:
-            return self._dataset, self._sampler, self.limit
+            return id(self._dataset), self._sampler, self.limit
         files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
         transforms = [getattr(self._dataset, name, None) for name in ("augmentations", "transform")]
         order = sorted(files) if self.reads_all and self._sampler is None else (files, self.limit, self._batch_size)
@@ -139,7 +139,7 @@ def fingerprint(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in module.state_dict().items():
         values = tensor.detach().flatten()
-        sample = values[:: max(1, len(values) // 64)].double().cpu()
+        sample = values[:: max(1, len(values) // 64)].cpu().double()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.numpy().tobytes())
     return digest.hexdigest()
 

@@ -158,3 +158,11 @@ def test_pictures_of_images_without_paths_are_refused_at_once(folder, make_engin
     with pytest.raises(ValueError, match="visualizer=False"):
         make_engine().predict(MuSc(backbone), dataloaders=loader)
     assert backbone.num_images == 0
+
+
+def test_loaders_in_a_dictionary(tmp_path, folder, make_engine):
+    write_products(tmp_path / "others", range(40, 46))
+    backbone = OwnBackbone()
+    loaders = {"one": predict_loader(folder, batch_size=4), "other": predict_loader(tmp_path / "others", batch_size=4)}
+    make_engine().validate(MuSc(backbone), dataloaders=loaders)
+    assert backbone.num_images == 18
