@@ -210,9 +210,10 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         if self.visualizer is not None:
             check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
         known, self._pools = self._pools, []
+        settings = self._settings()
         for index, (loader, limit) in enumerate(zip(_as_list(dataloaders), limits, strict=True)):
             source = PoolSource(loader, limit)
-            key = (source.key, self._settings())
+            key = (source.key, settings)
             is_known = source.is_recognised_by_files or self._scored_in_validation
             pool = next((pool for pool in known if is_known and pool.key == key), None)
             self._pools.append(pool or self._score_pool(source, key, index))

@@ -119,9 +119,9 @@ class PoolSource:
     @property
     def _sampler(self) -> object:
         """A sampler that may leave images out, ``None`` for one that does not."""
-        sampler = _sampler_of(self.loader)
-        if isinstance(sampler, (SequentialSampler, NoneType)):
+        if _is_sequential(self.loader):
             return None
+        sampler = _sampler_of(self.loader)
         is_permutation = isinstance(sampler, RandomSampler) and not sampler.replacement
         return None if is_permutation and len(sampler) == _length(self._dataset) else sampler
 
