@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The nearest patches of many pairs of images in one GPU kernel; imports only where Triton is installed."""
+
+import torch
+import triton
+import triton.language as tl
+
+_INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test: TRITON_INTERPRET=1 before Triton is imported
+_BLOCK_M = 32 if _INTERPRETED else 128
+# Numbers that a slice of pairs writes as the column maxima of its row blocks before they are reduced: 64 MB.
+_PARTIAL_NUMBERS = 2**24
+_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
+_INDEX_DTYPES = {torch.int32, torch.int64}
+
+
+@triton.jit
+def _load(pointers: tl.tensor, channels: tl.tensor, num_channels: tl.constexpr, block_k: tl.constexpr) -> tl.tensor:
+    if num_channels % block_k == 0:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=channels < num_channels, other=0.0)
+
+
+@triton.jit
+def _kernel(
+    features: tl.tensor,  # (N, L, C)
+    half_norms: tl.tensor,  # (N, L)
+    first: tl.tensor,  # (P,)
+    second: tl.tensor,  # (P,)
+    rows: tl.tensor,  # (P, L)
+    partials: tl.tensor,  # (P, row blocks, L)
+    num_patches: tl.constexpr,
+    num_channels: tl.constexpr,
+    block_m: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+    flatten: tl.constexpr,
+) -> None:
+    # Neighbouring programs are the row blocks of one pair, then of the next: they find their images in the L2 cache.
+    # Offsets of images and pairs are 64-bit; those within an image stay 32-bit, which saves registers.
+    program = tl.program_id(0).to(tl.int64)
+    row_blocks = tl.cdiv(num_patches, block_m)
+    pair = program // row_blocks
+    i = tl.load(first + pair).to(tl.int64)
+    j = tl.load(second + pair).to(tl.int64)
+
+    # Blocks that pass the last patch repeat it, so that reading needs no mask; its infinite norm makes it lose there.
+    k = tl.arange(0, block_k)
+    p = (program % row_blocks).to(tl.int32) * block_m + tl.arange(0, block_m)
+    x = features + i * num_patches * num_channels + tl.minimum(p, num_patches - 1)[:, None] * num_channels + k[None, :]
+    norms_i = tl.load(half_norms + i * num_patches + p, mask=p < num_patches, other=float("inf"))
+    nearest = tl.full((block_m,), float("-inf"), tl.float32)
+    for start in tl.range(0, num_patches, block_n, flatten=flatten):
+        q = start + tl.arange(0, block_n)
+        y = features + j * num_patches * num_channels
+        y += tl.minimum(q, num_patches - 1)[None, :] * num_channels + k[:, None]
+        product = tl.zeros((block_m, block_n), tl.float32)
+        for c in range(0, num_channels, block_k):
+            left = _load(x + c, c + k[None, :], num_channels, block_k)
+            right = _load(y + c, c + k[:, None], num_channels, block_k)
+            product = tl.dot(left, right, product, input_precision="ieee")
+        norms_j = tl.load(half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
+        nearest = tl.maximum(nearest, tl.max(product - norms_j[None, :], axis=1))
+        column = tl.max(product - norms_i[:, None], axis=0)
+        tl.store(partials + program * num_patches + q, column, mask=q < num_patches)
+    tl.store(rows + pair * num_patches + p, nearest, mask=p < num_patches)
+
+
+def _tuned(*shapes: tuple[int, int, bool, int, int]) -> triton.runtime.Autotuner:
+    """Let the kernel try the given (block_n, block_k, flatten, warps, stages) for each (L, C, dtype) that it meets."""
+    configurations = [
+        triton.Config({"block_n": n, "block_k": k, "flatten": flatten}, num_warps=warps, num_stages=stages)
+        for n, k, flatten, warps, stages in (((32, 32, False, 1, 1),) if _INTERPRETED else shapes)
+    ]
+    return triton.autotune(configurations, key=["num_patches", "num_channels"])(_kernel)
+
+
+# Large blocks read the least per product. A flattened loop loads the next patches while it reduces these; without it,
+# smaller blocks leave room for two programs per multiprocessor, which do the same. Every GPU has its own best one, and
+# passes over those that need more shared memory than it has.
+_HALF = _tuned(
+    (256, 64, True, 8, 4),
+    (256, 64, True, 8, 3),
+    (256, 32, True, 8, 4),
+    (128, 64, False, 8, 3),
+    (128, 64, False, 4, 3),
+    (128, 32, False, 8, 4),
+)
+_SINGLE = _tuned((128, 16, False, 8, 3), (64, 32, True, 8, 3), (64, 16, False, 4, 3))
+
+
+def nearest_pairs(
+    features: torch.Tensor, half_norms: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Find the nearest patches of pairs of images, in both directions (arXiv 2401.16753, section 3.2).
+
+    Of the pair :math:`(i, j)` = ``(first[k], second[k])``, with ``half_norms`` :math:`h = \lVert x \rVert^2 / 2`:
+
+    .. math:: rows_{kp} = \max_q \; x_{ip} \cdot x_{jq} - h_{jq}, \qquad
+              columns_{kq} = \max_p \; x_{ip} \cdot x_{jq} - h_{ip}
+
+    The squared distance of patch p of image i to its nearest patch of image j is
+    ``2 * (half_norms[i, p] - rows[k, p])``, and ``2 * (half_norms[j, q] - columns[k, q])`` is the other direction's.
+    Products are accumulated in float32 and never reach the memory of the GPU.
+
+    Args:
+        features: Patch features, shape ``(N, L, C)``, contiguous, finite, on a GPU; float16, bfloat16 or float32.
+        half_norms: Half the squared norm of every patch, shape ``(N, L)``, contiguous, float32.
+        first: Image i of every pair, shape ``(P,)``, int64 or int32, within ``[0, N)``, which is not checked. Pairs
+            run in this order: those next to each other should share images, which then stay in the cache.
+        second: Image j of every pair, like ``first``.
+
+    Returns:
+        ``rows`` and ``columns``, each of shape ``(P, L)``, float32. The first call with an (L, C, dtype) times the
+        configurations on its pairs; it should hold enough of them to fill the GPU.
+
+    Raises:
+        ValueError: If a shape, dtype or memory layout is not as described.
+    """
+    _check(features, half_norms, first, second)
+    num_patches, num_channels = features.shape[1:]
+    row_blocks = triton.cdiv(num_patches, _BLOCK_M)
+    if _INTERPRETED and features.dtype == torch.bfloat16:
+        features = features.float()  # the interpreter would multiply bit patterns
+    # Slices begin at multiples of 16, so that their addresses are aligned like the first and need no new compilation.
+    step = max(1, _PARTIAL_NUMBERS // (row_blocks * num_patches) // 16) * 16
+    first, second = first.contiguous(), second.contiguous()
+    kernel = _SINGLE if features.dtype == torch.float32 else _HALF
+
+    rows = half_norms.new_empty(len(first), num_patches)
+    columns = torch.empty_like(rows)
+    partials = half_norms.new_empty(min(step, len(first)), row_blocks, num_patches)
+    with torch.cuda.device_of(features):
+        for start in range(0, len(first), step):
+            pairs = slice(start, start + step)
+            part = partials[: len(first[pairs])]
+            arguments = (features, half_norms, first[pairs], second[pairs], rows[pairs], part)
+            kernel[(len(part) * row_blocks,)](*arguments, num_patches, num_channels, _BLOCK_M)
+            torch.amax(part, dim=1, out=columns[pairs])
+    return rows, columns
+
+
+def _check(features: torch.Tensor, half_norms: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+    is_batch = features.ndim == 3 and 0 not in features.shape and features.is_contiguous()
+    is_norms = half_norms.shape == features.shape[:2] and half_norms.is_contiguous()
+    is_index = first.ndim == 1 and first.shape == second.shape and {first.dtype, second.dtype} <= _INDEX_DTYPES
+    msg = ""
+    if not is_batch or features.dtype not in _DTYPES:
+        msg = "features must be float16, bfloat16 or float32, contiguous, of shape (N, L, C), none of them 0; "
+    elif not is_norms or half_norms.dtype != torch.float32:
+        msg = "half_norms must be float32, contiguous, of shape (N, L) as the features; "
+    elif not is_index:
+        msg = "first and second must be int64 or int32, of one shape (P,); "
+    if msg:
+        got = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (features, half_norms, first, second))
+        raise ValueError(msg + "got features {}, half_norms {}, first {}, second {}.".format(*got))
