@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.base import resolve_image_size
-from anomalib_musc.functional import check_interval, lnamd, mutual_scores
+from anomalib_musc.functional import check_degrees, check_interval, layer_scores
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -70,7 +70,7 @@ class MuScModel(nn.Module):
     ) -> None:
         super().__init__()
         check_interval(interval)
-        _check_degrees(aggregation_degrees)
+        check_degrees(aggregation_degrees, "aggregation_degrees")
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = (float(interval[0]), float(interval[1]))
         if isinstance(backbone, nn.Module):
@@ -141,10 +141,10 @@ class MuScModel(nn.Module):
         num_images, _, height, width = feature_maps[0].shape
         total = torch.zeros(num_images, height * width, device=device)
         for feature_map in feature_maps:
-            for degree in self.aggregation_degrees:
-                total += mutual_scores(lnamd(feature_map.to(device), degree), self.interval, progress=progress)
-        mean = total / (len(feature_maps) * len(self.aggregation_degrees))
-        return mean.view(num_images, height, width)
+            total += layer_scores(
+                feature_map, self.aggregation_degrees, self.interval, device=device, progress=progress
+            )
+        return (total / len(feature_maps)).view(num_images, height, width)
 
     def num_comparisons(self, num_images: int, num_layers: int) -> int:
         """Return how many times :meth:`score` compares two images."""
@@ -153,13 +153,6 @@ class MuScModel(nn.Module):
     def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
         """Enlarge patch scores ``(B, h, w)`` bilinearly (``align_corners=True``) to maps ``(B, 1, H, W)``."""
         return F.interpolate(patch_scores[:, None], self.image_size, mode="bilinear", align_corners=True)
-
-
-def _check_degrees(degrees: Sequence[int]) -> None:
-    is_list = isinstance(degrees, Sequence) and len(degrees) > 0
-    if not is_list or not all(isinstance(degree, int) and degree >= 1 and degree % 2 == 1 for degree in degrees):
-        msg = f"aggregation_degrees must be a non-empty sequence of positive odd numbers, got {degrees!r}."
-        raise ValueError(msg)
 
 
 def _own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:

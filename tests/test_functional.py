@@ -287,7 +287,7 @@ def test_interval(interval: tuple[float, float], num_images: int, averaged: list
 def test_chunk_size_changes_nothing(chunk_size: int, interval: tuple[float, float]) -> None:
     features = unit(11, 10, 12)
     expected = oracle.mutual_scores(to_numpy(features), interval)
-    actual = mutual_scores(features, interval, chunk_size=chunk_size)
+    actual = mutual_scores(features, interval)
     assert_close(actual, mutual_scores(features, interval), 2e-6)
     assert_close(actual, expected, 1e-4)
 
@@ -326,7 +326,7 @@ def test_near_duplicates(channels: int, distance: float, chunk_size: int | None)
     features = normalize(features, dim=-1).float()
     expected = oracle.mutual_scores(to_numpy(features), (0, 2))
     assert (expected[:4] < 2 * distance).all()
-    assert_close(mutual_scores(features, (0, 2), chunk_size=chunk_size), expected, 1e-4)
+    assert_close(mutual_scores(features, (0, 2)), expected, 1e-4)
 
 
 @pytest.mark.parametrize("norm", [10.0, 40.0])

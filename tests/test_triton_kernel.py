@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed; it belongs to PyTorch for GPUs.")
 
-from anomalib_musc.functional import triton_kernel
+from anomalib_musc.functional import layer_scores, mutual_scores, triton_kernel
 from anomalib_musc.functional.triton_kernel import nearest_pairs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -35,7 +35,8 @@ def images(num: int, patches: int, channels: int, dtype: torch.dtype, opposite: 
 def assert_nearest(features: torch.Tensor, first: torch.Tensor, second: torch.Tensor, rtol: float = 1e-5) -> None:
     """Compare with float64; the error of a float32 sum is relative to its terms, here to the largest squared norm."""
     half_norms = features.double().square().sum(dim=-1) / 2  # (N, L)
-    rows, columns = nearest_pairs(features, half_norms.float(), first, second)
+    left, right = features.clone(), features
+    rows, columns = nearest_pairs(left, half_norms.float(), right, half_norms.float(), first, second)
     assert rows.dtype == columns.dtype == torch.float32
     atol = rtol * max(1.0, 2 * half_norms.max().item())
     for k, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
@@ -55,10 +56,12 @@ def check_interpreted() -> None:
         assert (negative[::2].flatten(0, 1).float() @ negative[1::2].flatten(0, 1).float().T < 0).all()
         assert_nearest(negative, torch.tensor([0, 2, 1]), torch.tensor([1, 3, 2]))
         assert_nearest(images(4, 37, 50, dtype), first.int(), second.int())
-    empty = nearest_pairs(images(2, 5, 4, torch.float32), torch.ones(2, 5), *torch.empty(2, 0, dtype=torch.int64))
+    few, norms = images(2, 5, 4, torch.float32), torch.ones(2, 5)
+    empty = nearest_pairs(few, norms, few, norms, *torch.empty(2, 0, dtype=torch.int64))
     assert [tuple(output.shape) for output in empty] == [(0, 5), (0, 5)]
     check_slices(first, second)
     check_errors()
+    check_scores()
 
 
 def check_slices(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -69,18 +72,35 @@ def check_slices(first: torch.Tensor, second: torch.Tensor) -> None:
 
 def check_errors() -> None:
     features, norms, index = torch.ones(2, 5, 4), torch.ones(2, 5), torch.zeros(3, dtype=torch.int64)
+    right = (features, norms)
     wrong = [
-        ("features must be", (features.double(), norms, index, index)),
-        ("features must be", (features.mT.contiguous().mT, norms, index, index)),
-        ("features must be", (features[:, :0], norms[:, :0], index, index)),
-        ("half_norms must be", (features, norms.double(), index, index)),
-        ("half_norms must be", (features, norms[:1], index, index)),
-        ("first and second must be", (features, norms, index.float(), index)),
-        ("first and second must be", (features, norms, index, index[:2])),
+        ("left must be", (features.double(), norms, *right, index, index)),
+        ("left must be", (features.mT.contiguous().mT, norms, *right, index, index)),
+        ("left must be", (features[:, :0], norms[:, :0], *right, index, index)),
+        ("left_half_norms must be", (features, norms.double(), *right, index, index)),
+        ("right_half_norms must be", (*right, features, norms[:1], index, index)),
+        ("left and right must be", (features.half(), norms, *right, index, index)),
+        ("first and second must be", (*right, *right, index.float(), index)),
+        ("first and second must be", (*right, *right, index, index[:2])),
     ]
     for message, arguments in wrong:
         with pytest.raises(ValueError, match=message):
             nearest_pairs(*arguments)
+
+
+def check_scores() -> None:
+    """The interpreter takes the place of a GPU: the scores are those of the plain path."""
+    pool = torch.nn.functional.normalize(images(5, 30, 20, torch.float32), dim=-1)
+    pool[3] = pool[1]
+    plain = mutual_scores(pool.double()).float()
+    for budget in (None, 2**-11):  # several tiles, and a file
+        torch.testing.assert_close(mutual_scores(pool, memory_budget=budget), plain, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mutual_scores(pool, precision="fast", memory_budget=budget), plain, rtol=0, atol=5e-4)
+    with pytest.raises(ValueError, match="16-bit"):
+        mutual_scores(pool * 1e5, precision="fast")
+    maps = images(5, 30, 300, torch.float32).mT.reshape(5, 300, 5, 6)
+    expected = layer_scores(maps.double()).float()
+    torch.testing.assert_close(layer_scores(maps), expected, rtol=0, atol=1e-5)
 
 
 def test_interpreted() -> None:
@@ -126,9 +146,10 @@ def test_gpu_offsets_beyond_32_bits() -> None:
     last = len(features) - 1
     half_norms = torch.stack([image.float().square().sum(dim=-1) / 2 for image in features])
     pairs = [(0, last), (last - 1, last), (last, 0)]
-    rows, columns = nearest_pairs(features, half_norms, *on_gpu(*pairs))
+    rows, columns = nearest_pairs(features, half_norms, features, half_norms, *on_gpu(*pairs))
     used = [0, last - 1, last]
-    same = nearest_pairs(features[used], half_norms[used], *on_gpu(*[(used.index(i), used.index(j)) for i, j in pairs]))
+    few = (features[used], half_norms[used])
+    same = nearest_pairs(*few, *few, *on_gpu(*[(used.index(i), used.index(j)) for i, j in pairs]))
     torch.testing.assert_close((rows, columns), same, rtol=0, atol=0)
 
 

@@ -7,10 +7,25 @@ Unlabeled Images", ICLR 2024, https://arxiv.org/abs/2401.16753.
 1. :func:`lnamd` aggregates each patch with its neighbourhood (section 3.1).
 2. :func:`mutual_scores` lets every image judge the patches of every other image (section 3.2).
 3. :func:`rscin` re-scores each image with the scores of the images most like it (section 3.3).
+
+:func:`layer_scores` takes the first two steps together, at several degrees, with less work.
 """
 
+from anomalib_musc.functional.comparison import Precision, check_precision
+from anomalib_musc.functional.layer_scoring import check_degrees, layer_scores
 from anomalib_musc.functional.lnamd import lnamd
+from anomalib_musc.functional.memory import check_budget
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
 from anomalib_musc.functional.rscin import rscin
 
-__all__ = ["check_interval", "lnamd", "mutual_scores", "rscin"]
+__all__ = [
+    "Precision",
+    "check_budget",
+    "check_degrees",
+    "check_interval",
+    "check_precision",
+    "layer_scores",
+    "lnamd",
+    "mutual_scores",
+    "rscin",
+]

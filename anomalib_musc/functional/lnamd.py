@@ -40,10 +40,31 @@ def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
     if degree < 1 or degree % 2 == 0:
         msg = f"degree must be a positive odd number, got {degree}."
         raise ValueError(msg)
+    return aggregate(normalize_map(feature_map), degree)
 
+
+def normalize_map(feature_map: torch.Tensor) -> torch.Tensor:
+    """Layer-normalise maps ``(N, C, H, W)`` over each image's whole map; returns patches ``(N, H, W, C)``."""
     if feature_map.dtype != torch.float64:
         feature_map = feature_map.float()
-    feature_map = F.layer_norm(feature_map, feature_map.shape[1:])
-    if degree > 1:
-        feature_map = F.avg_pool2d(feature_map, degree, stride=1, padding=degree // 2, count_include_pad=True)
-    return F.normalize(feature_map.flatten(2).transpose(1, 2), dim=-1)  # (N, H * W, C)
+    return F.layer_norm(feature_map, feature_map.shape[1:]).permute(0, 2, 3, 1).contiguous()
+
+
+def aggregate(patches: torch.Tensor, degree: int) -> torch.Tensor:
+    """Average normalised patches ``(N, H, W, C)`` over their windows; returns unit vectors ``(N, H * W, C)``."""
+    for dim in (1, 2):
+        patches = window_sum(patches, dim, degree // 2)
+    return F.normalize(patches.flatten(1, 2) / degree**2, dim=-1)
+
+
+def window_sum(values: torch.Tensor, dim: int, radius: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum ``2 * radius + 1`` neighbours along a dimension; places outside count as zeros."""
+    if radius == 0 and out is None:
+        return values
+    total = torch.empty_like(values) if out is None else out
+    total.copy_(values)
+    size = values.shape[dim]
+    for shift in range(1, min(radius, size - 1) + 1):
+        total.narrow(dim, shift, size - shift).add_(values.narrow(dim, 0, size - shift))
+        total.narrow(dim, 0, size - shift).add_(values.narrow(dim, shift, size - shift))
+    return total

@@ -5,19 +5,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-# Products of one block that stay in a processor's cache, and that fill a GPU; in numbers, not bytes.
-_CPU_BLOCK = 2**20
-_GPU_BLOCK = 2**27
-# Below this squared distance (relative to the squared norms) the difference |x|² + |y|² - 2xy has lost the digits
-# that the result needs in float32, and the distance is computed again in float64.
-_CANCELLATION = 1e-4
+from anomalib_musc.functional.comparison import Precision, make_comparison
+from anomalib_musc.functional.tiles import Tile, tile_of_vectors
+from anomalib_musc.functional.scheduling import Workload, average_distances
 
 
 def mutual_scores(
     features: torch.Tensor,
     interval: tuple[float, float] = (0.0, 0.3),
     *,
-    chunk_size: int | None = None,
+    precision: Precision = "exact",
+    memory_budget: float | None = None,
+    device: torch.device | str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     r"""Score every patch by its distance to all other images of the pool (arXiv 2401.16753, section 3.2).
@@ -33,18 +32,24 @@ def mutual_scores(
     minima the other.
 
     Args:
-        features: Patch features of the pool, shape ``(N, L, C)``, as :func:`lnamd` returns them.
+        features: Patch features of the pool, shape ``(N, L, C)``, as :func:`lnamd` returns them. They may lie on the
+            host, in a memory-mapped file too, while another device computes.
         interval: Which of the N - 1 ascending distances are averaged. A bound below 1 is a fraction, index
             ``int((N - 1) * bound)``; a bound of 1 or more is a count. At least one value is always averaged.
-        chunk_size: Images that are compared with an image at once; bounds the working memory at
-            ``chunk_size * L * L`` numbers and changes no result. Defaults to what suits the device.
+        precision: ``"exact"``: within 1e-4 of the formula. ``"fast"``: products of 8-bit integers on processors that
+            have them (AVX-512 VNNI), of 16-bit numbers on CUDA with Triton; elsewhere the same as ``"exact"``.
+        memory_budget: GiB that the computation may take, beside ``features``, on the device and on the host. What does
+            not fit goes to temporary files; no result depends on it. Defaults to half of what is free.
+        device: Where to compute. Defaults to where ``features`` are.
         progress: Called with the number of image pairs that were just compared.
 
     Returns:
-        Patch scores, shape ``(N, L)``; higher is more anomalous. float64 for float64 input, else float32.
+        Patch scores on ``device``, shape ``(N, L)``; higher is more anomalous. float64 for float64 input, else
+        float32.
 
     Raises:
         ValueError: If there are fewer than two images, a feature is not finite, or an argument is out of range.
+        OSError: If there is no room for temporary files.
 
     Example:
         >>> import torch
@@ -54,16 +59,45 @@ def mutual_scores(
         >>> mutual_scores(torch.ones(3, 5, 8))[0]  # every patch finds its like: nothing is anomalous
         tensor([0., 0., 0., 0., 0.])
     """
-    _check(features, chunk_size)
-    check_interval(interval, len(features))
+    if features.ndim != 3 or 0 in features.shape[1:]:
+        msg = f"features must have shape (N, L, C), L and C at least 1, got {tuple(features.shape)}."
+        raise ValueError(msg)
+    check_pool("features", features, range(len(features)), interval)
     features = features.detach()
-    if features.dtype != torch.float64:
-        features = features.float()
-    with torch.autocast(features.device.type, enabled=False):
-        distances = _nearest_patch_distances(features, chunk_size or _default_chunk(features), progress)
-    start, stop = _interval_bounds(interval, len(features) - 1)
-    smallest = distances.topk(stop, dim=1, largest=False).values  # (N, stop, L), ascending
-    return smallest[:, start:].mean(dim=1)
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    like = torch.empty(0, dtype=dtype, device=features.device if device is None else device)
+    comparison = make_comparison(precision, like)
+
+    def load(first: int, last: int) -> Tile:
+        return tile_of_vectors(features[first:last].to(like), comparison.encode)
+
+    workload = Workload(tuple(features.shape), (1,), like, comparison)
+    return average_interval(workload, load, interval, memory_budget, progress)
+
+
+def average_interval(
+    workload: Workload,
+    load: Callable[[int, int], Tile],
+    interval: tuple[float, float],
+    memory_budget: float | None,
+    progress: Callable[[int], object] | None,
+) -> torch.Tensor:
+    """Average over an interval of the other images, in full precision; see :func:`mutual_scores`."""
+    start, stop = _interval_bounds(interval, workload.shape[0] - 1)
+    with torch.autocast(workload.like.device.type, enabled=False):
+        return average_distances(workload, load, start, stop, memory_budget, progress)
+
+
+def check_pool(name: str, features: torch.Tensor, images: Sequence[int], interval: tuple[float, float]) -> None:
+    """Raise a ValueError unless the images of ``features (N, ...)`` are at least two, finite, and fit the interval."""
+    if len(images) < 2:
+        msg = f"{name} must hold at least 2 images, which judge each other; got {len(images)}."
+        raise ValueError(msg)
+    check_interval(interval, len(images))
+    bad = [image for image in images if not torch.isfinite(features[image]).all()]
+    if bad:
+        msg = f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the pool."
+        raise ValueError(msg)
 
 
 def check_interval(interval: tuple[float, float], num_images: int | None = None) -> None:
@@ -87,27 +121,6 @@ def check_interval(interval: tuple[float, float], num_images: int | None = None)
         raise ValueError(msg)
 
 
-def _check(features: torch.Tensor, chunk_size: int | None) -> None:
-    if features.ndim != 3 or 0 in features.shape[1:]:
-        msg = f"features must have shape (N, L, C), L and C at least 1, got {tuple(features.shape)}."
-        raise ValueError(msg)
-    if len(features) < 2:
-        msg = f"features must hold at least 2 images, which judge each other; got {len(features)}."
-        raise ValueError(msg)
-    if not torch.isfinite(features).all():
-        bad = (~torch.isfinite(features)).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        msg = f"features must be finite, got NaN or infinity in images {bad[:10]} of the pool."
-        raise ValueError(msg)
-    if chunk_size is not None and chunk_size < 1:
-        msg = f"chunk_size must be at least 1 image, got {chunk_size}."
-        raise ValueError(msg)
-
-
-def _default_chunk(features: torch.Tensor) -> int:
-    block = _CPU_BLOCK if features.device.type == "cpu" else _GPU_BLOCK
-    return max(1, block // features.shape[1] ** 2)
-
-
 def _interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int]:
     """Resolve fractions and counts to the slice ``[start, stop)`` of ``count`` sorted values, never empty."""
     start, stop = (min(int(bound if bound >= 1 else count * bound), count) for bound in interval)
@@ -115,42 +128,3 @@ def _interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, in
     return start, max(stop, start + 1)
 
 
-def _nearest_patch_distances(
-    features: torch.Tensor, chunk_size: int, progress: Callable[[int], object] | None
-) -> torch.Tensor:
-    """Return ``(N, N, L)``: entry ``[i, j, p]`` is the distance from patch p of image i to image j; infinite at i = j.
-
-    Appending two columns to each side makes the product itself ``-|x - y|² / 2``, so that both directions are
-    plain maxima of one matrix.
-    """
-    num_images, num_patches, _ = features.shape
-    half_norm = features.square().sum(dim=-1, keepdim=True) / 2  # (N, L, 1)
-    ones = torch.ones_like(half_norm)
-    left = torch.cat([features, -half_norm, -ones], dim=-1)  # (N, L, C + 2)
-    right = torch.cat([features, ones, half_norm], dim=-1)
-
-    distances = features.new_full((num_images, num_images, num_patches), float("-inf"))
-    memory = features.new_empty(min(chunk_size, num_images) * num_patches**2)  # stays in cache, is never cleared
-    for i in range(num_images - 1):
-        for first in range(i + 1, num_images, chunk_size):
-            last = min(first + chunk_size, num_images)
-            block = memory[: (last - first) * num_patches**2].view(num_patches, last - first, num_patches)
-            torch.mm(left[i], right[first:last].flatten(0, 1).T, out=block.flatten(1))
-            distances[i, first:last] = block.amax(dim=2).T
-            distances[first:last, i] = block.amax(dim=0)
-            if progress is not None:
-                progress(last - first)
-    distances.mul_(-2).clamp_min_(0)
-    _restore_small_distances(distances, features, half_norm.max())
-    return distances.sqrt_()
-
-
-def _restore_small_distances(squared: torch.Tensor, features: torch.Tensor, half_norm: torch.Tensor) -> None:
-    """Recompute in float64, in place, the squared distances that cancellation has spoilt."""
-    if features.dtype == torch.float64:
-        return
-    spoilt = squared < _CANCELLATION * 2 * half_norm  # (N, N, L)
-    for i, j in spoilt.any(dim=-1).nonzero().tolist():
-        patches = spoilt[i, j]
-        exact = torch.cdist(features[i, patches].double(), features[j].double()).amin(dim=1)
-        squared[i, j, patches] = exact.square().to(squared.dtype)

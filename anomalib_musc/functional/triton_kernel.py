@@ -22,8 +22,10 @@ def _load(pointers: tl.tensor, channels: tl.tensor, num_channels: tl.constexpr, 
 
 @triton.jit
 def _kernel(
-    features: tl.tensor,  # (N, L, C)
-    half_norms: tl.tensor,  # (N, L)
+    left: tl.tensor,  # (N, L, C)
+    left_half_norms: tl.tensor,  # (N, L)
+    right: tl.tensor,  # (M, L, C)
+    right_half_norms: tl.tensor,  # (M, L)
     first: tl.tensor,  # (P,)
     second: tl.tensor,  # (P,)
     rows: tl.tensor,  # (P, L)
@@ -46,19 +48,19 @@ def _kernel(
     # Blocks that pass the last patch repeat it, so that reading needs no mask; its infinite norm makes it lose there.
     k = tl.arange(0, block_k)
     p = (program % row_blocks).to(tl.int32) * block_m + tl.arange(0, block_m)
-    x = features + i * num_patches * num_channels + tl.minimum(p, num_patches - 1)[:, None] * num_channels + k[None, :]
-    norms_i = tl.load(half_norms + i * num_patches + p, mask=p < num_patches, other=float("inf"))
+    x = left + i * num_patches * num_channels + tl.minimum(p, num_patches - 1)[:, None] * num_channels + k[None, :]
+    norms_i = tl.load(left_half_norms + i * num_patches + p, mask=p < num_patches, other=float("inf"))
     nearest = tl.full((block_m,), float("-inf"), tl.float32)
     for start in tl.range(0, num_patches, block_n, flatten=flatten):
         q = start + tl.arange(0, block_n)
-        y = features + j * num_patches * num_channels
+        y = right + j * num_patches * num_channels
         y += tl.minimum(q, num_patches - 1)[None, :] * num_channels + k[:, None]
         product = tl.zeros((block_m, block_n), tl.float32)
         for c in range(0, num_channels, block_k):
-            left = _load(x + c, c + k[None, :], num_channels, block_k)
-            right = _load(y + c, c + k[:, None], num_channels, block_k)
-            product = tl.dot(left, right, product, input_precision="ieee")
-        norms_j = tl.load(half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
+            of_i = _load(x + c, c + k[None, :], num_channels, block_k)
+            of_j = _load(y + c, c + k[:, None], num_channels, block_k)
+            product = tl.dot(of_i, of_j, product, input_precision="tf32x3")  # as exact as float32, on tensor cores
+        norms_j = tl.load(right_half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
         nearest = tl.maximum(nearest, tl.max(product - norms_j[None, :], axis=1))
         column = tl.max(product - norms_i[:, None], axis=0)
         tl.store(partials + program * num_patches + q, column, mask=q < num_patches)
@@ -88,26 +90,45 @@ _HALF = _tuned(
 _SINGLE = _tuned((128, 16, False, 8, 3), (64, 32, True, 8, 3), (64, 16, False, 4, 3))
 
 
+def is_usable(device: torch.device) -> bool:
+    """Whether the kernel runs on a device: NVIDIA's GPUs since Ampere, or a CPU under Triton's interpreter."""
+    if device.type == "cuda":
+        return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
+    return _INTERPRETED and device.type == "cpu"
+
+
+def num_partials(num_patches: int) -> int:
+    """Return how many numbers a pair writes beside its result."""
+    return triton.cdiv(num_patches, _BLOCK_M) * num_patches
+
+
 def nearest_pairs(
-    features: torch.Tensor, half_norms: torch.Tensor, first: torch.Tensor, second: torch.Tensor
+    left: torch.Tensor,
+    left_half_norms: torch.Tensor,
+    right: torch.Tensor,
+    right_half_norms: torch.Tensor,
+    first: torch.Tensor,
+    second: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Find the nearest patches of pairs of images, in both directions (arXiv 2401.16753, section 3.2).
 
-    Of the pair :math:`(i, j)` = ``(first[k], second[k])``, with ``half_norms`` :math:`h = \lVert x \rVert^2 / 2`:
+    Of the pair :math:`(i, j)` = ``(first[k], second[k])``, with half norms :math:`h = \lVert x \rVert^2 / 2`:
 
-    .. math:: rows_{kp} = \max_q \; x_{ip} \cdot x_{jq} - h_{jq}, \qquad
-              columns_{kq} = \max_p \; x_{ip} \cdot x_{jq} - h_{ip}
+    .. math:: rows_{kp} = \max_q \; x_{ip} \cdot y_{jq} - h_{jq}, \qquad
+              columns_{kq} = \max_p \; x_{ip} \cdot y_{jq} - h_{ip}
 
     The squared distance of patch p of image i to its nearest patch of image j is
-    ``2 * (half_norms[i, p] - rows[k, p])``, and ``2 * (half_norms[j, q] - columns[k, q])`` is the other direction's.
-    Products are accumulated in float32 and never reach the memory of the GPU.
+    ``2 * (left_half_norms[i, p] - rows[k, p])``, and ``2 * (right_half_norms[j, q] - columns[k, q])`` is the other
+    direction's. Products are accumulated in float32 and never reach the memory of the GPU.
 
     Args:
-        features: Patch features, shape ``(N, L, C)``, contiguous, finite, on a GPU; float16, bfloat16 or float32.
-        half_norms: Half the squared norm of every patch, shape ``(N, L)``, contiguous, float32.
+        left: Patches x, shape ``(N, L, C)``, contiguous, finite, on a GPU; float16, bfloat16 or float32.
+        left_half_norms: Half the squared norm of every patch, shape ``(N, L)``, contiguous, float32.
+        right: Patches y, shape ``(M, L, C)``, of the same type.
+        right_half_norms: Likewise, shape ``(M, L)``.
         first: Image i of every pair, shape ``(P,)``, int64 or int32, within ``[0, N)``, which is not checked. Pairs
             run in this order: those next to each other should share images, which then stay in the cache.
-        second: Image j of every pair, like ``first``.
+        second: Image j of every pair, within ``[0, M)``.
 
     Returns:
         ``rows`` and ``columns``, each of shape ``(P, L)``, float32. The first call with an (L, C, dtype) times the
@@ -116,40 +137,50 @@ def nearest_pairs(
     Raises:
         ValueError: If a shape, dtype or memory layout is not as described.
     """
-    _check(features, half_norms, first, second)
-    num_patches, num_channels = features.shape[1:]
+    _check_patches(left, left_half_norms, "left")
+    _check_patches(right, right_half_norms, "right")
+    _check_pairs(left, right, first, second)
+    num_patches, num_channels = left.shape[1:]
     row_blocks = triton.cdiv(num_patches, _BLOCK_M)
-    if _INTERPRETED and features.dtype == torch.bfloat16:
-        features = features.float()  # the interpreter would multiply bit patterns
+    if _INTERPRETED and left.dtype == torch.bfloat16:
+        left, right = left.float(), right.float()  # the interpreter would multiply bit patterns
     # Slices begin at multiples of 16, so that their addresses are aligned like the first and need no new compilation.
     step = max(1, _PARTIAL_NUMBERS // (row_blocks * num_patches) // 16) * 16
     first, second = first.contiguous(), second.contiguous()
-    kernel = _SINGLE if features.dtype == torch.float32 else _HALF
+    kernel = _SINGLE if left.dtype == torch.float32 else _HALF
 
-    rows = half_norms.new_empty(len(first), num_patches)
+    rows = left_half_norms.new_empty(len(first), num_patches)
     columns = torch.empty_like(rows)
-    partials = half_norms.new_empty(min(step, len(first)), row_blocks, num_patches)
-    with torch.cuda.device_of(features):
+    partials = rows.new_empty(min(step, len(first)), row_blocks, num_patches)
+    with torch.cuda.device_of(left):
         for start in range(0, len(first), step):
             pairs = slice(start, start + step)
             part = partials[: len(first[pairs])]
-            arguments = (features, half_norms, first[pairs], second[pairs], rows[pairs], part)
-            kernel[(len(part) * row_blocks,)](*arguments, num_patches, num_channels, _BLOCK_M)
+            operands = (left, left_half_norms, right, right_half_norms, first[pairs], second[pairs])
+            kernel[(len(part) * row_blocks,)](*operands, rows[pairs], part, num_patches, num_channels, _BLOCK_M)
             torch.amax(part, dim=1, out=columns[pairs])
     return rows, columns
 
 
-def _check(features: torch.Tensor, half_norms: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
-    is_batch = features.ndim == 3 and 0 not in features.shape and features.is_contiguous()
-    is_norms = half_norms.shape == features.shape[:2] and half_norms.is_contiguous()
-    is_index = first.ndim == 1 and first.shape == second.shape and {first.dtype, second.dtype} <= _INDEX_DTYPES
-    msg = ""
-    if not is_batch or features.dtype not in _DTYPES:
-        msg = "features must be float16, bfloat16 or float32, contiguous, of shape (N, L, C), none of them 0; "
-    elif not is_norms or half_norms.dtype != torch.float32:
-        msg = "half_norms must be float32, contiguous, of shape (N, L) as the features; "
-    elif not is_index:
-        msg = "first and second must be int64 or int32, of one shape (P,); "
-    if msg:
-        got = (f"{x.dtype} of shape {tuple(x.shape)}" for x in (features, half_norms, first, second))
-        raise ValueError(msg + "got features {}, half_norms {}, first {}, second {}.".format(*got))
+def _check_patches(patches: torch.Tensor, half_norms: torch.Tensor, name: str) -> None:
+    is_batch = patches.ndim == 3 and 0 not in patches.shape and patches.is_contiguous()
+    is_norms = half_norms.shape == patches.shape[:2] and half_norms.is_contiguous()
+    got = f"got {patches.dtype} of shape {tuple(patches.shape)}"
+    if not is_batch or patches.dtype not in _DTYPES:
+        msg = f"{name} must be float16, bfloat16 or float32, contiguous, of shape (N, L, C), none of them 0; {got}."
+        raise ValueError(msg)
+    if not is_norms or half_norms.dtype != torch.float32:
+        got += f", half norms {half_norms.dtype} of shape {tuple(half_norms.shape)}"
+        msg = f"{name}_half_norms must be float32, contiguous, of shape (N, L) as the patches; {got}."
+        raise ValueError(msg)
+
+
+def _check_pairs(left: torch.Tensor, right: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
+    if left.dtype != right.dtype or left.shape[1:] != right.shape[1:]:
+        got = (f"{patches.dtype} of shape {tuple(patches.shape)}" for patches in (left, right))
+        msg = "left and right must be of one dtype, L and C; got {} and {}.".format(*got)
+        raise ValueError(msg)
+    if first.ndim != 1 or first.shape != second.shape or not {first.dtype, second.dtype} <= _INDEX_DTYPES:
+        got = (f"{index.dtype} of shape {tuple(index.shape)}" for index in (first, second))
+        msg = "first and second must be int64 or int32, of one shape (P,); got {} and {}.".format(*got)
+        raise ValueError(msg)
