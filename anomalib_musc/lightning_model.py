@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
@@ -16,8 +16,9 @@ from anomalib.visualization import Visualizer
 from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_musc.checks import check_readable, check_size, check_writable
-from anomalib_musc.functional import check_interval
+from anomalib_musc.checks import MIN_IMAGES, check_readable, check_size, check_writable
+from anomalib_musc.features import FeatureStore
+from anomalib_musc.functional import check_budget, check_interval
 from anomalib_musc.metrics import PaperEvaluator
 from anomalib_musc.pool import Pool, PoolSource, fingerprint, image_names, transform_leaves
 from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool
@@ -45,6 +46,11 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged; a bound below 1 is a
             fraction, of 1 or more a count.
+        precision: "exact", or "fast": 8-bit products on processors that have them, 16-bit ones on NVIDIA's GPUs.
+        num_subsets: Into how many subsets a large pool is split at random, whose images judge each other; the time
+            falls as its inverse.
+        memory_budget: GiB that the pool may take, its features and scoring, on the host and on the compute device
+            each. What does not fit goes to temporary files. Defaults to half of what is free.
         pre_processor: anomalib's component, or whether to use the default: resize and normalise as the backbone asks.
         post_processor: Likewise; the default is :class:`~anomalib_musc.RsCINPostProcessor`.
         evaluator: Likewise; the default reports the paper's metrics.
@@ -71,6 +77,9 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         layers: Sequence[int] | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
+        precision: Literal["exact", "fast"] = "exact",
+        num_subsets: int = 1,
+        memory_budget: float | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -83,13 +92,17 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
             layers=layers,
             aggregation_degrees=aggregation_degrees,
             interval=interval,
+            precision=precision,
+            num_subsets=num_subsets,
         )
+        check_budget(memory_budget)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
         super().__init__(
             pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
         )
         self.model: MuScModel = model
+        self.memory_budget = memory_budget
         self._pools: list[Pool] = []
         self._calibrated_on_pool = False
         self._scored_in_validation = False
@@ -232,35 +245,39 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
             check_interval(self.model.interval, len(paths))
             check_readable(paths)
         try:
-            names, feature_maps, class_tokens = self._extract(source, dataloader_idx)
+            names, features, class_tokens = self._extract(source, dataloader_idx)
         except (OSError, SyntaxError):  # Pillow's, which do not name a truncated file
             check_readable(paths or [], decode=True)
             raise
-        check_size(names)
-        total = self.model.num_comparisons(len(names), len(feature_maps))
+        subsets = self.model.subsets(class_tokens)
+        total = self.model.num_comparisons(subsets, len(features.layers))
+        budget = features.remaining_budget if self.device.type == "cpu" else self.memory_budget
         with progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
-            patch_scores = self.model.score(feature_maps, advance)
+            patch_scores = self.model.score(features.layers, subsets, memory_budget=budget, progress=advance)
         raw_scores = [self.model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
         return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens)
 
-    def _extract(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], list[torch.Tensor], torch.Tensor]:
-        """Return the names, the maps ``(N, C, h, w)`` of each layer, on the host, and the class tokens ``(N, D)``."""
+    def _extract(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], FeatureStore, torch.Tensor]:
+        """Return the names, the feature maps of each layer, on the host, and the class tokens ``(N, D)``."""
         names: list[str] = []
-        maps_of_batches: list[list[torch.Tensor]] = []
-        tokens_of_batches: list[torch.Tensor] = []
+        tokens: list[torch.Tensor] = []
+        features: FeatureStore | None = None
+        num_images = None if source.paths is None else len(source.paths)
         with progress_bar(self.trainer, "MuSc: extracting features", source.limit) as advance:
             for batch in source.batches():
                 images = self._prepare(batch, dataloader_idx)
                 with self.trainer.precision_plugin.forward_context():
                     feature_maps, class_tokens = self.model.extract(images)
-                maps_of_batches.append([maps.cpu() for maps in feature_maps])
-                tokens_of_batches.append(class_tokens)
+                if features is None:
+                    least = self.model.least_memory(feature_maps, num_images or MIN_IMAGES)
+                    features = FeatureStore(self.memory_budget, feature_maps, num_images, least)
+                features.append(feature_maps)
+                tokens.append(class_tokens)
                 names += image_names(batch.image_path, images)
                 advance(1)
-        layers = [list(maps) for maps in zip(*maps_of_batches, strict=True)]
-        maps_of_batches.clear()
-        joined = [torch.cat(layers.pop(0)) for _ in range(len(layers))]  # frees each layer's parts as it goes
-        return names, joined, torch.cat(tokens_of_batches)
+        check_size(names)
+        assert features is not None  # noqa: S101  # as there are names
+        return names, features, torch.cat(tokens)
 
     def _prepare(self, batch: ImageBatch, dataloader_idx: int) -> torch.Tensor:
         """Bring a batch to the device and pre-process it as anomalib's callbacks will."""
@@ -283,8 +300,8 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         """Return whatever else decides the scores of the same images."""
         model = self.model
         transforms = transform_leaves(getattr(self.pre_processor, "transform", None))
-        settings = (self.trainer.precision, model.image_size, model.interval, model.aggregation_degrees)
-        return [*settings, *transforms, fingerprint(model)]
+        settings = (model.image_size, model.interval, model.aggregation_degrees, model.precision, model.num_subsets)
+        return [self.trainer.precision, *settings, *transforms, fingerprint(model)]
 
     def _calibrate(self) -> None:
         """Normalise over the pool where no validation has said how."""

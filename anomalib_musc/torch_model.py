@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MuSc in plain torch: a frozen backbone and the first two steps of the method, without anomalib or Lightning."""
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.base import resolve_image_size
-from anomalib_musc.functional import check_degrees, check_interval, layer_scores
+from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
+from anomalib_musc.functional.layer_scoring import least_memory
+
+MIN_SUBSET = 5  # below it, a fraction of 0.3 of the others is no image
+
+logger = logging.getLogger(__name__)
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,6 +52,10 @@ class MuScModel(nn.Module):
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.
+        precision: "exact", or "fast" arithmetic where the device has it, see
+            :func:`~anomalib_musc.functional.mutual_scores`.
+        num_subsets: Into how many subsets a pool is split, at random, whose images judge each other, as the
+            paper does for large ones: the time falls as its inverse. Fewer where one would hold less than 5.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the backbone.
@@ -67,12 +77,20 @@ class MuScModel(nn.Module):
         layers: Sequence[int] | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
+        precision: Precision = "exact",
+        num_subsets: int = 1,
     ) -> None:
         super().__init__()
         check_interval(interval)
+        check_precision(precision)
+        if num_subsets < 1:
+            msg = f"num_subsets must be at least 1, got {num_subsets}."
+            raise ValueError(msg)
         check_degrees(aggregation_degrees, "aggregation_degrees")
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = (float(interval[0]), float(interval[1]))
+        self.precision = precision
+        self.num_subsets = num_subsets
         if isinstance(backbone, nn.Module):
             _check_own_backbone(backbone, pretrained, layers)
             self.backbone = backbone.eval().requires_grad_(False)
@@ -97,7 +115,7 @@ class MuScModel(nn.Module):
             msg = f"images must hold at least 2 images, which judge each other; got {len(images)}."
             raise ValueError(msg)
         feature_maps, class_tokens = self.extract(images)
-        anomaly_map = self.anomaly_maps(self.score(feature_maps))
+        anomaly_map = self.anomaly_maps(self.score(feature_maps, self.subsets(class_tokens)))
         return PoolPrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens)
 
     @torch.no_grad()
@@ -124,31 +142,82 @@ class MuScModel(nn.Module):
         ]
         return resized, class_tokens.float()
 
+    def subsets(self, class_tokens: torch.Tensor) -> list[list[int]]:
+        """Split a pool at random into ``num_subsets`` of equal size, give or take one.
+
+        The split does not depend on the order of the images: they are first ordered by a random projection of their
+        image features. It is the same each time.
+
+        Args:
+            class_tokens: Image features, shape ``(N, D)``.
+
+        Returns:
+            The indices of each subset's images, in ascending order.
+        """
+        number = max(1, min(self.num_subsets, len(class_tokens) // MIN_SUBSET))
+        if number < self.num_subsets:
+            logger.warning(
+                "num_subsets=%d would leave a pool of %d images fewer than %d a subset; using %d.",
+                *(self.num_subsets, len(class_tokens), MIN_SUBSET, number),
+            )
+        generator = torch.Generator().manual_seed(0)
+        tokens = class_tokens.cpu().double()
+        direction = torch.randn(tokens.shape[1], generator=generator, dtype=torch.float64)
+        by_projection = (tokens @ direction).argsort(stable=True)
+        shuffled = by_projection[torch.randperm(len(tokens), generator=generator)]
+        return [part.sort().values.tolist() for part in shuffled.tensor_split(number)]
+
     @torch.no_grad()
     def score(
-        self, feature_maps: Sequence[torch.Tensor], progress: Callable[[int], object] | None = None
+        self,
+        feature_maps: Sequence[torch.Tensor],
+        subsets: Sequence[Sequence[int]] | None = None,
+        *,
+        memory_budget: float | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """LNAMD and mutual scoring, averaged over layers and degrees.
 
         Args:
-            feature_maps: One map ``(N, C, h, w)`` a layer, of the whole pool.
-            progress: Called with the number of image pairs just compared; ``num_comparisons(N)`` in all.
+            feature_maps: One map ``(N, C, h, w)`` a layer, of the whole pool; on the host where memory is short.
+            subsets: See :meth:`subsets`. Defaults to one, the whole pool.
+            memory_budget: GiB that this may take beside the maps, see
+                :func:`~anomalib_musc.functional.mutual_scores`.
+            progress: Called with the number of image pairs just compared; :meth:`num_comparisons` in all.
 
         Returns:
             Patch scores, shape ``(N, h, w)``.
         """
-        device = next((p.device for p in self.parameters()), feature_maps[0].device)
+        device = self._device(feature_maps[0])
         num_images, _, height, width = feature_maps[0].shape
         total = torch.zeros(num_images, height * width, device=device)
         for feature_map in feature_maps:
-            total += layer_scores(
-                feature_map, self.aggregation_degrees, self.interval, device=device, progress=progress
-            )
+            for subset in subsets or [range(num_images)]:
+                total[torch.as_tensor(subset, device=device)] += layer_scores(
+                    feature_map,
+                    self.aggregation_degrees,
+                    self.interval,
+                    images=subset,
+                    precision=self.precision,
+                    memory_budget=memory_budget,
+                    device=device,
+                    progress=progress,
+                )
         return (total / len(feature_maps)).view(num_images, height, width)
 
-    def num_comparisons(self, num_images: int, num_layers: int) -> int:
-        """Return how many times :meth:`score` compares two images."""
-        return num_layers * len(self.aggregation_degrees) * num_images * (num_images - 1) // 2
+    def least_memory(self, feature_maps: Sequence[torch.Tensor], num_images: int) -> int:
+        """Return the bytes without which :meth:`score` cannot compare ``num_images`` images of such maps."""
+        device = self._device(feature_maps[0])
+        shapes = {(num_images, *feature_map.shape[1:]) for feature_map in feature_maps}
+        return max(least_memory(shape, self.aggregation_degrees, self.precision, device) for shape in shapes)
+
+    def num_comparisons(self, subsets: Sequence[Sequence[int]], num_layers: int) -> int:
+        """Return how many times :meth:`score` compares two images, counting each degree."""
+        pairs = sum(len(subset) * (len(subset) - 1) // 2 for subset in subsets)
+        return num_layers * len(self.aggregation_degrees) * pairs
+
+    def _device(self, feature_map: torch.Tensor) -> torch.device:
+        return next((parameter.device for parameter in self.parameters()), feature_map.device)
 
     def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
         """Enlarge patch scores ``(B, h, w)`` bilinearly (``align_corners=True``) to maps ``(B, 1, H, W)``."""

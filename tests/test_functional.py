@@ -282,16 +282,6 @@ def test_interval(interval: tuple[float, float], num_images: int, averaged: list
     assert_close(scores, oracle.mutual_scores(to_numpy(features[shuffled]), interval), 1e-4)
 
 
-@pytest.mark.parametrize("interval", [DEFAULT, (0.1, 0.5), (2, 5)])
-@pytest.mark.parametrize("chunk_size", [1, 2, 3, 4, 5, 8, 11, 100])
-def test_chunk_size_changes_nothing(chunk_size: int, interval: tuple[float, float]) -> None:
-    features = unit(11, 10, 12)
-    expected = oracle.mutual_scores(to_numpy(features), interval)
-    actual = mutual_scores(features, interval)
-    assert_close(actual, mutual_scores(features, interval), 2e-6)
-    assert_close(actual, expected, 1e-4)
-
-
 def test_mutual_scores_follow_the_images_and_the_patches() -> None:
     features = unit(7, 9, 8)
     scores = mutual_scores(features)
@@ -317,10 +307,9 @@ def test_identical_images_are_at_no_distance(num_images: int, channels: int) -> 
     assert_close(scores, np.zeros((num_images, 20)), 1e-4)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
 @pytest.mark.parametrize("distance", [1e-2, 3e-3, 1e-3, 3e-4, 1e-4])
 @pytest.mark.parametrize("channels", [16, 768])
-def test_near_duplicates(channels: int, distance: float, chunk_size: int | None) -> None:
+def test_near_duplicates(channels: int, distance: float) -> None:
     features = unit(5, 16, channels, dtype=torch.float64)
     features[1:4] = features[:1] + distance * unit(3, 16, channels, seed=1, dtype=torch.float64)
     features = normalize(features, dim=-1).float()

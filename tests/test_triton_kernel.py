@@ -95,7 +95,9 @@ def check_scores() -> None:
     plain = mutual_scores(pool.double()).float()
     for budget in (None, 2**-11):  # several tiles, and a file
         torch.testing.assert_close(mutual_scores(pool, memory_budget=budget), plain, rtol=0, atol=1e-5)
-        torch.testing.assert_close(mutual_scores(pool, precision="fast", memory_budget=budget), plain, rtol=0, atol=5e-4)
+        torch.testing.assert_close(
+            mutual_scores(pool, precision="fast", memory_budget=budget), plain, rtol=0, atol=5e-4
+        )
     with pytest.raises(ValueError, match="16-bit"):
         mutual_scores(pool * 1e5, precision="fast")
     maps = images(5, 30, 300, torch.float32).mT.reshape(5, 300, 5, 6)

@@ -12,9 +12,11 @@ from anomalib_musc.functional.products import EightBitProduct, ExactProduct, Pro
 from anomalib_musc.functional.tiles import Tile
 
 try:
-    from anomalib_musc.functional.triton_kernel import is_usable, nearest_pairs, num_partials
+    from anomalib_musc.functional import triton_kernel
 except ImportError:  # Triton comes with PyTorch for NVIDIA's GPUs
-    is_usable = None
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
 
 Precision = Literal["exact", "fast"]
 
@@ -132,13 +134,14 @@ class TritonComparison:
     def bytes_of_pair(self, num_patches: int, num_degrees: int) -> int:
         """See :class:`Comparison`."""
         del num_degrees
-        return 4 * (num_partials(num_patches) + 4 * num_patches)
+        return 4 * (triton_kernel.num_partials(num_patches) + 4 * num_patches)
 
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Comparison`."""
-        (_, of_left), (_, of_right) = left.operands, right.operands
+        (x, of_left), (y, of_right) = left.operands, right.operands
         second = torch.arange(images.start, images.stop, device=of_left.device)
-        rows, columns = nearest_pairs(*left.operands, *right.operands, torch.full_like(second, image), second)
+        first = torch.full_like(second, image)
+        rows, columns = triton_kernel.nearest_pairs(x, of_left, y, of_right, first, second)
         to_right, to_left = of_left[image] - rows, of_right[images] - columns
         return to_right.mul_(2).clamp_min_(0)[None], to_left.mul_(2).clamp_min_(0)[None]
 
@@ -154,7 +157,7 @@ def make_comparison(precision: Precision, like: torch.Tensor) -> Comparison:
     """Choose how images are compared on the device of a tensor, and in its type."""
     check_precision(precision)
     is_fast = precision == "fast"
-    if like.dtype == torch.float32 and is_usable is not None and is_usable(like.device):
+    if like.dtype == torch.float32 and HAS_TRITON and triton_kernel.is_usable(like.device):
         return TritonComparison(torch.float16 if is_fast else torch.float32)
     if like.dtype == torch.float32 and is_fast and EightBitProduct.is_supported(like.device):
         return PlainComparison(EightBitProduct(), like)

@@ -66,7 +66,6 @@ def layer_scores(
     pool = range(len(feature_map)) if images is None else images
     check_pool("feature_map", feature_map, pool, interval)
     feature_map = feature_map.detach()
-    _, channels, height, width = feature_map.shape
     dtype = torch.float64 if feature_map.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=dtype, device=feature_map.device if device is None else device)
     workloads = _workloads((len(pool), *feature_map.shape[1:]), degrees, precision, like)

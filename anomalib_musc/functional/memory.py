@@ -19,11 +19,12 @@ class MemoryBudgetError(ValueError):
     """A budget that does not suffice.
 
     Args:
-        least: What would do, in bytes.
+        least: What would do, in bytes; an attribute too.
         budget: What was given, in bytes.
     """
 
     def __init__(self, least: int, budget: int) -> None:
+        self.least = least
         super().__init__(
             f"memory_budget must be at least {math.ceil(1000 * least / GIB) / 1000:.3f} GiB to compare two of these "
             f"images, got {budget / GIB:.3f}; smaller images, or fewer, need less."

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from anomalib_musc.functional.comparison import Precision, make_comparison
-from anomalib_musc.functional.tiles import Tile, tile_of_vectors
 from anomalib_musc.functional.scheduling import Workload, average_distances
+from anomalib_musc.functional.tiles import Tile, tile_of_vectors
 
 
 def mutual_scores(
@@ -71,7 +71,7 @@ def mutual_scores(
     def load(first: int, last: int) -> Tile:
         return tile_of_vectors(features[first:last].to(like), comparison.encode)
 
-    workload = Workload(tuple(features.shape), (1,), like, comparison)
+    workload = Workload((features.shape[0], features.shape[1], features.shape[2]), (1,), like, comparison)
     return average_interval(workload, load, interval, memory_budget, progress)
 
 
@@ -126,5 +126,3 @@ def _interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, in
     start, stop = (min(int(bound if bound >= 1 else count * bound), count) for bound in interval)
     start = min(start, count - 1)
     return start, max(stop, start + 1)
-
-

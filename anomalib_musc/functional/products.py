@@ -26,7 +26,12 @@ class Product(Protocol):
         """Prepare the patches ``(b, L, C)`` of b images; what is returned has b entries too."""
 
     def __call__(
-        self, left: tuple[torch.Tensor, ...], image: int, right: tuple[torch.Tensor, ...], images: slice, out: torch.Tensor
+        self,
+        left: tuple[torch.Tensor, ...],
+        image: int,
+        right: tuple[torch.Tensor, ...],
+        images: slice,
+        out: torch.Tensor,
     ) -> None:
         """Write the products of one image on the left with c on the right to ``out (L, c * L)``."""
 
@@ -42,18 +47,23 @@ class ExactProduct:
         return (patches,)
 
     def __call__(
-        self, left: tuple[torch.Tensor, ...], image: int, right: tuple[torch.Tensor, ...], images: slice, out: torch.Tensor
+        self,
+        left: tuple[torch.Tensor, ...],
+        image: int,
+        right: tuple[torch.Tensor, ...],
+        images: slice,
+        out: torch.Tensor,
     ) -> None:
         """Multiply."""
         torch.mm(left[0][image], right[0][images].flatten(0, 1).T, out=out)
 
 
 class EightBitProduct:
-    """Products of numbers of 15 bits in three products of 8-bit integers, on a processor that has those.
+    r"""Products of numbers of 15 bits in three products of 8-bit integers, on a processor that has those.
 
     With the largest number of a patch as its scale, :math:`x = s (h + l / 254)` and
 
-    .. math:: x y \\approx s_x s_y \\left( h_x h_y + (h_x l_y + l_x h_y) / 254 \\right)
+    .. math:: x y \approx s_x s_y \left( h_x h_y + (h_x l_y + l_x h_y) / 254 \right)
 
     Before, the channels are mixed by an orthogonal matrix, which changes no product but spreads single large
     numbers, as transformers have them, over 64 channels: the largest number decides the error of all others.
@@ -85,7 +95,12 @@ class EightBitProduct:
         return high, low, scale
 
     def __call__(
-        self, left: tuple[torch.Tensor, ...], image: int, right: tuple[torch.Tensor, ...], images: slice, out: torch.Tensor
+        self,
+        left: tuple[torch.Tensor, ...],
+        image: int,
+        right: tuple[torch.Tensor, ...],
+        images: slice,
+        out: torch.Tensor,
     ) -> None:
         """Multiply."""
         (high_x, low_x, scale_x), (high_y, low_y, scale_y) = (

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from anomalib_musc.functional.comparison import Comparison, compare_tiles
 from anomalib_musc.functional.memory import MemoryBudgetError, budget_in_bytes, file_tensor, release
 from anomalib_musc.functional.tiles import Tile
-from anomalib_musc.functional.comparison import Comparison, compare_tiles
 
 # Numbers in a block of products: what stays in a processor's cache, and what fills a GPU.
 _CPU_BLOCK = 2**20
