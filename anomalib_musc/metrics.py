@@ -242,13 +242,12 @@ class PaperEvaluator(Evaluator):
 
     def __init__(self) -> None:
         metrics: list[AnomalibMetric] = []
-        levels: tuple[tuple[str, str, str, str, tuple[type[RankingMetric], ...]], ...] = (
-            ("image_", "pred_score", "pred_label", "gt_label", (AUROC, F1Max, AveragePrecision)),
-            ("pixel_", "anomaly_map", "pred_mask", "gt_mask", (AUROC, F1Max, AveragePrecision, AUPRO)),
-        )
-        for prefix, score, label, truth, (*followers, leader) in levels:
+        for prefix, score, label, truth, followers, leader in (
+            ("image_", "pred_score", "pred_label", "gt_label", (AUROC, F1Max), AveragePrecision),
+            ("pixel_", "anomaly_map", "pred_mask", "gt_mask", (AUROC, F1Max, AveragePrecision), AUPRO),
+        ):
             arguments: dict[str, Any] = {"fields": [score, truth], "prefix": prefix, "strict": False}
-            leading = leader(**arguments)
+            leading: RankingMetric = leader(**arguments)
             metrics += [follower(**arguments, ranking=leading.ranking) for follower in followers]
             metrics += [leading, F1Score(fields=[label, truth], prefix=prefix, strict=False)]
         super().__init__(test_metrics=metrics)
