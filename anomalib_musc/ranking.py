@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+r"""AUROC, F1-max, average precision and AUPRO of one ranking: the values are sorted once, for all of them.
+
+All four need only know, for every anomalous value, how many anomalous values are at or above it, :math:`T_i`, and how
+many normal ones are at or above it, :math:`F_i`, and above it, :math:`F'_i`. So the P anomalous and the N normal values
+are sorted apart, with no labels to carry along, and the counts are looked up.
+"""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+
+class Ranks(NamedTuple):
+    """Where the P anomalous values stand among all: ``(P,)`` each, by ascending value."""
+
+    scores: torch.Tensor
+    true_positives: torch.Tensor  # anomalous values at or above each, float64
+    false_positives: torch.Tensor  # normal values at or above each, float64
+    false_positives_above: torch.Tensor  # normal values above each, float64
+    num_normal: int
+    region_sizes: torch.Tensor | None = None  # size of the region that each is a pixel of
+
+
+def rank(normal: torch.Tensor, anomalous: torch.Tensor, region_sizes: torch.Tensor | None = None) -> Ranks:
+    """Rank anomalous values among normal ones, on their device; a NaN in either makes all counts NaN.
+
+    Args:
+        normal: Values of what is normal, ``(N,)``; on the host, they are sorted in place.
+        anomalous: Values of what is anomalous, ``(P,)``.
+        region_sizes: For AUPRO, the size of the region that each anomalous value is a pixel of, ``(P,)``.
+
+    Example:
+        >>> rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.4])).false_positives
+        tensor([1., 1.], dtype=torch.float64)
+    """
+    if normal.device.type == "cpu":
+        normal.numpy().sort()  # vectorised; torch.sort, which carries indices, takes many times as long
+    else:
+        normal = normal.sort().values
+    scores, order = anomalous.sort()
+    lookups = ((scores, False), (normal, False), (normal, True))
+    counts = torch.stack([len(values) - torch.searchsorted(values, scores, right=right) for values, right in lookups])
+    counts = counts.double()
+    if bool(torch.cat([normal[-1:], scores[-1:]]).isnan().any()):  # NaN sorts last
+        counts.fill_(torch.nan)
+    true, false, false_above = counts
+    sizes = None if region_sizes is None else region_sizes[order]
+    return Ranks(scores, true, false, false_above, len(normal), sizes)
+
+
+def auroc(ranks: Ranks) -> torch.Tensor:
+    r"""Area under the ROC curve, :math:`1 - \sum_i (F_i + F'_i) / 2PN`; 0 if there is only one class.
+
+    Example:
+        >>> auroc(rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.8])))
+        tensor(0.7500)
+    """
+    num_pairs = ranks.scores.numel() * ranks.num_normal
+    if num_pairs == 0:
+        return torch.zeros((), device=ranks.scores.device)
+    misranked = (ranks.false_positives + ranks.false_positives_above).sum() / 2  # ties count half
+    return (1 - misranked / num_pairs).float()
+
+
+def f1_max(ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Largest F1 of all thresholds, :math:`\max_i 2 T_i / (T_i + F_i + P)`, and the lowest threshold that has it.
+
+    Thresholds between anomalous values cannot be better, as they only add false positives. Without anomalous values F1
+    is 0 and the threshold NaN.
+
+    Example:
+        >>> f1_max(rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.8])))
+        (tensor(0.8000), tensor(0.3500))
+    """
+    scores = ranks.scores.flatten()
+    if len(scores) == 0:
+        return torch.zeros((), device=scores.device), torch.full((), torch.nan, device=scores.device)
+    f1 = 2 * ranks.true_positives / (ranks.true_positives + ranks.false_positives + len(scores))
+    return f1.max().float(), scores[f1.argmax()]
+
+
+def average_precision(ranks: Ranks) -> torch.Tensor:
+    r"""Average precision, :math:`\frac{1}{P} \sum_i T_i / (T_i + F_i)`; 0 without anomalous values.
+
+    This is :math:`\sum_n (R_n - R_{n-1}) P_n` over the distinct thresholds, as each value adds 1/P to the recall.
+
+    Example:
+        >>> average_precision(rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.8])))
+        tensor(0.8333)
+    """
+    if ranks.scores.numel() == 0:
+        return torch.zeros((), device=ranks.scores.device)
+    return (ranks.true_positives / (ranks.true_positives + ranks.false_positives)).mean().float()
+
+
+def aupro(ranks: Ranks, fpr_limit: float = 0.3) -> torch.Tensor:
+    r"""Area under the mean overlap of the regions against the false positive rate, up to a limit, divided by it.
+
+    A pixel of a region of size A adds :math:`1 / A` to that region's overlap, on a straight line from the rate
+    :math:`F'_i / N` to :math:`F_i / N`; what lies under it up to the limit is summed. 0 without anomalous values or
+    without normal ones.
+
+    Args:
+        ranks: A ranking with the sizes of regions.
+        fpr_limit: False positive rate at which the area ends.
+
+    Example:
+        >>> sizes = torch.tensor([1, 1])  # of two regions, each a pixel
+        >>> aupro(rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.8]), sizes), fpr_limit=0.75)
+        tensor(0.6667)
+    """
+    if ranks.region_sizes is None:
+        msg = "ranks has no region_sizes, which AUPRO needs."
+        raise ValueError(msg)
+    if ranks.scores.numel() * ranks.num_normal == 0:
+        return torch.zeros((), device=ranks.scores.device)
+    limit = min(fpr_limit, 1.0)
+    start = ranks.false_positives_above / ranks.num_normal
+    end = ranks.false_positives / ranks.num_normal
+    width = end - start
+    ramp = torch.minimum((limit - start).clamp(min=0), width)  # the part of the line that is below the limit
+    under_ramp = torch.where(width == 0, 0, ramp**2 / (2 * width))
+    areas = under_ramp + (limit - end).clamp(min=0)
+    weights = 1 / ranks.region_sizes.double()  # those of one region sum to 1
+    return ((weights * areas).sum() / weights.sum() / limit).float()
+
+
+def region_sizes(masks: torch.Tensor) -> torch.Tensor:
+    """Return the size in pixels of the 8-connected region of every anomalous pixel, in reading order.
+
+    Args:
+        masks: True where anomalous, ``(..., H, W)``.
+
+    Example:
+        >>> region_sizes(torch.tensor([[[1, 0, 0], [0, 1, 0], [0, 0, 0]], [[0, 0, 1], [0, 0, 0], [1, 0, 0]]]).bool())
+        tensor([2, 2, 1, 1], dtype=torch.int32)
+    """
+    sizes = [np.empty(0, dtype=np.int32)]
+    for mask in masks.reshape(-1, *masks.shape[-2:]).cpu().numpy():
+        if mask.any():
+            _, regions, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+            sizes.append(statistics[regions[mask], cv2.CC_STAT_AREA])
+    return torch.from_numpy(np.concatenate(sizes))
