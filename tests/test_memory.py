@@ -162,7 +162,9 @@ def test_no_room_for_files_is_said_before_the_work(tmp_path):
         tmp_path,
     )
     message = done.stderr.strip().splitlines()[-1]
-    assert message.startswith("OSError") and "TMPDIR" in message and str(tmp_path) in message
+    assert message.startswith("OSError")
+    assert "TMPDIR" in message
+    assert str(tmp_path) in message
     assert "worked" not in done.stdout
     assert not list(tmp_path.iterdir())
 

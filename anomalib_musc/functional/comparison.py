@@ -8,7 +8,7 @@ from typing import Literal, Protocol, get_args
 import torch
 
 from anomalib_musc.functional.lnamd import window_sum
-from anomalib_musc.functional.products import EightBitProduct, ExactProduct, Product
+from anomalib_musc.functional.products import EightBitProduct, ExactProduct, HalfRounding, NoRounding, Product, Rounding
 from anomalib_musc.functional.tiles import Tile
 
 try:
@@ -18,19 +18,23 @@ except ImportError:  # Triton comes with PyTorch for NVIDIA's GPUs
 else:
     HAS_TRITON = True
 
+_ROUNDING = 5e-7  # of the squared norm of a unit vector
+
 Precision = Literal["exact", "fast"]
 
 
 class Comparison(Protocol):
-    """How one image is compared with several."""
+    """How one image is compared with several.
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Prepare the patches ``(b, L, C)`` of b images for products; what is returned has b entries too."""
+    Attributes:
+        rounding: How patches are rounded before.
+        channels_to_share: From so many channels on, one comparison at all degrees is less work than one at each.
+    """
 
-    def bytes_of_image(self, num_patches: int, channels: int) -> int:
-        """Return the memory of one encoded image, beside its patches."""
+    rounding: Rounding
+    channels_to_share: float
 
-    def bytes_of_pair(self, num_patches: int, num_degrees: int) -> int:
+    def bytes_of_pair(self, num_patches: int) -> int:
         """Return the working memory of comparing an image with one other."""
 
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,99 +50,85 @@ class PlainComparison:
 
     The product with an aggregated patch is the sum of the products with the patches of its window. So the product of
     two images is computed once, summed over the windows of both, and scaled by the norms, for every degree.
+
+    Args:
+        product: Multiplies the patches.
     """
 
-    def __init__(self, product: Product, like: torch.Tensor) -> None:
+    def __init__(self, product: Product) -> None:
+        self.rounding: Rounding = product
+        self.channels_to_share: float = product.channels_to_share
         self._product = product
-        self._memory = like.new_empty(0)
+        self._memory = torch.empty(0)
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def bytes_of_pair(self, num_patches: int) -> int:
         """See :class:`Comparison`."""
-        return self._product.encode(patches)
-
-    def bytes_of_image(self, num_patches: int, channels: int) -> int:
-        """See :class:`Comparison`."""
-        return num_patches * channels * self._product.bytes_of_number
-
-    def bytes_of_pair(self, num_patches: int, num_degrees: int) -> int:
-        """See :class:`Comparison`."""
-        itemsize = self._memory.dtype.itemsize
-        return num_patches**2 * (_num_blocks(num_degrees) * itemsize + self._product.bytes_of_result)
+        return num_patches**2 * (self._product.bytes_of_result + 2 * 8)
 
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Comparison`."""
-        num_patches, count = left.patches.shape[1], images.stop - images.start
-        blocks = self._blocks(_num_blocks(len(left.degrees)), (num_patches, count, num_patches))
-        self._product(left.operands, image, right.operands, images, out=blocks[0].flatten(1))
-        distances = left.patches.new_empty(2, len(left.degrees), count, num_patches)
+        products = self._product(left.operands, image, right.operands, images)  # (c, L, L)
+        spare = self._spare(products)
+        distances = products.new_empty(2, len(left.degrees), *products.shape[:2])
         for index, degree in enumerate(left.degrees):
-            products = _sum_windows(blocks, left.grid, degree // 2)
+            similarities = _sum_windows(products, left.grid, degree // 2, spare)
             if left.scales is not None and right.scales is not None:
-                products = torch.mul(products, right.scales[index, images], out=blocks[1])
-                products.mul_(left.scales[index, image, :, None, None])
+                similarities = torch.mul(similarities, left.scales[index, image], out=spare[0])
+                similarities *= right.scales[index, images, :, None]
             of_left, of_right = left.half_norms[index, image], right.half_norms[index, images]  # (L,), (c, L)
-            largest = torch.sub(products, of_right, out=blocks[-1]).amax(dim=2)  # (L, c)
-            distances[0, index] = (of_left[:, None] - largest).T
-            largest = torch.sub(products, of_left[:, None, None], out=blocks[-1]).amax(dim=0)  # (c, L)
-            distances[1, index] = of_right - largest
+            largest = _largest(similarities, of_right[:, :, None], dim=1, out=spare[1])  # (c, L)
+            torch.sub(of_left, largest, out=distances[0, index])
+            largest = _largest(similarities, of_left, dim=2, out=spare[1])
+            torch.sub(of_right, largest, out=distances[1, index])
         to_right, to_left = distances.mul_(2).clamp_min_(0)
         return to_right, to_left
 
-    def _blocks(self, number: int, shape: tuple[int, int, int]) -> list[torch.Tensor]:
-        """Return memory that stays in a processor's cache, as it is used again and never cleared."""
-        size = math.prod(shape)
-        if self._memory.numel() < number * size:
-            self._memory = self._memory.new_empty(number * size)
-        return [block.view(shape) for block in self._memory[: number * size].split(size)]
+    def _spare(self, like: torch.Tensor) -> list[torch.Tensor]:
+        """Return two more blocks of memory, which stay in a processor's cache and are never cleared."""
+        size = like.numel()
+        if self._memory.numel() < 2 * size or self._memory.dtype != like.dtype or self._memory.device != like.device:
+            self._memory = like.new_empty(2 * size)
+        return [block.view(like.shape) for block in self._memory[: 2 * size].split(size)]
 
 
-def _num_blocks(num_degrees: int) -> int:
-    return 2 if num_degrees == 1 else 3
-
-
-def _sum_windows(blocks: list[torch.Tensor], grid: tuple[int, int], radius: int) -> torch.Tensor:
-    """Sum the products ``(L, c, L)`` of the first block over the windows of both sides, in the other blocks."""
-    source = blocks[0]
+def _sum_windows(products: torch.Tensor, grid: tuple[int, int], radius: int, spare: list[torch.Tensor]) -> torch.Tensor:
+    """Sum products ``(c, L, L)`` over the windows of both sides; the result is in the second spare block."""
     if radius == 0:
-        return source
-    left, right = (*grid, -1), (-1, *grid)
-    for shape, dim, target in ((left, 0, 1), (left, 1, 2), (right, 1, 1), (right, 2, 2)):
-        window_sum(source.view(shape), dim, radius, out=blocks[target].view(shape))
-        source = blocks[target]
-    return source
+        return products
+    of_right, of_left = (len(products), *grid, -1), (-1, *grid)
+    for shape, dim, target in ((of_right, 1, 0), (of_right, 2, 1), (of_left, 1, 0), (of_left, 2, 1)):
+        window_sum(products.view(shape), dim, radius, out=spare[target].view(shape))
+        products = spare[target]
+    return products
+
+
+def _largest(similarities: torch.Tensor, half_norms: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
+    """Return the largest ``similarities - half_norms`` along a dimension, without the difference for unit vectors."""
+    low, high = half_norms.aminmax()
+    if high - low <= _ROUNDING * high:
+        return similarities.amax(dim=dim) - high
+    return torch.sub(similarities, half_norms, out=out).amax(dim=dim)
 
 
 class TritonComparison:
     """Compares images in one GPU kernel, which never writes the products to memory.
 
     Args:
-        dtype: Type of the numbers that are multiplied; their products are added in float32.
+        is_half: Whether 16-bit numbers are multiplied; their products are added in float32.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    channels_to_share = math.inf
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the rounded patches and half their squared norms, ``(b, L)``."""
-        rounded = patches.to(self._dtype).contiguous()
-        half_norms = torch.stack([image.float().square().sum(dim=-1) / 2 for image in rounded])
-        if not half_norms.isfinite().all():
-            msg = "features are too large for 16-bit numbers; scale them to unit length, or use precision='exact'."
-            raise ValueError(msg)
-        return rounded, half_norms
+    def __init__(self, is_half: bool) -> None:
+        self.rounding: Rounding = HalfRounding() if is_half else NoRounding()
 
-    def bytes_of_image(self, num_patches: int, channels: int) -> int:
+    def bytes_of_pair(self, num_patches: int) -> int:
         """See :class:`Comparison`."""
-        return num_patches * (channels * self._dtype.itemsize + 4)
-
-    def bytes_of_pair(self, num_patches: int, num_degrees: int) -> int:
-        """See :class:`Comparison`."""
-        del num_degrees
         return 4 * (triton_kernel.num_partials(num_patches) + 4 * num_patches)
 
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`Comparison`."""
-        (x, of_left), (y, of_right) = left.operands, right.operands
+        (x,), (y,), (of_left,), (of_right,) = left.operands, right.operands, left.half_norms, right.half_norms
         second = torch.arange(images.start, images.stop, device=of_left.device)
         first = torch.full_like(second, image)
         rows, columns = triton_kernel.nearest_pairs(x, of_left, y, of_right, first, second)
@@ -158,10 +148,10 @@ def make_comparison(precision: Precision, like: torch.Tensor) -> Comparison:
     check_precision(precision)
     is_fast = precision == "fast"
     if like.dtype == torch.float32 and HAS_TRITON and triton_kernel.is_usable(like.device):
-        return TritonComparison(torch.float16 if is_fast else torch.float32)
+        return TritonComparison(is_half=is_fast)
     if like.dtype == torch.float32 and is_fast and EightBitProduct.is_supported(like.device):
-        return PlainComparison(EightBitProduct(), like)
-    return PlainComparison(ExactProduct(), like)
+        return PlainComparison(EightBitProduct())
+    return PlainComparison(ExactProduct())
 
 
 def compare_tiles(
@@ -175,31 +165,37 @@ def compare_tiles(
     Yields:
         The image on the left, the c images on the right, and both distances ``(D, c, L)``, as ``compare`` does.
     """
+    resolution = max(left.resolution, right.resolution)
     for image in range(len(left.patches)):
         start = image + 1 if right is left else 0
         for first in range(start, len(right.patches), chunk):
             images = slice(first, min(first + chunk, len(right.patches)))
             to_right, to_left = compare(left, image, right, images)
-            _restore_small_distances(to_right, to_left, left, image, right, images)
+            if min(to_right.min(), to_left.min()) < resolution:
+                _restore_small_distances((to_right, to_left), (left, image), (right, images.start), resolution)
             yield image, images, to_right.sqrt_(), to_left.sqrt_()
 
 
 def _restore_small_distances(
-    to_right: torch.Tensor, to_left: torch.Tensor, left: Tile, image: int, right: Tile, images: slice
+    squared: tuple[torch.Tensor, torch.Tensor], left: tuple[Tile, int], right: tuple[Tile, int], resolution: float
 ) -> None:
-    """Recompute in float64, in place, the squared distances that cancellation has spoilt."""
-    resolution = max(left.resolution, right.resolution)
-    if min(to_right.min(), to_left.min()) >= resolution:
-        return
-    for distances, is_mirrored in ((to_right, False), (to_left, True)):
-        spoilt = distances < resolution  # (D, c, L)
-        for index, other in spoilt.any(dim=-1).nonzero().tolist():
-            judged, judge = left.vectors(image, index), right.vectors(images.start + other, index)
+    """Recompute in float64, in place, the squared distances ``(D, c, L)`` that are too small for the products.
+
+    Args:
+        squared: Distances of the image to each of c others, and of theirs to it.
+        left: A tile and the position of the image.
+        right: A tile and the position of the first of the others.
+        resolution: What is too small.
+    """
+    for distances, is_mirrored in zip(squared, (False, True), strict=True):
+        is_spoilt = distances < resolution
+        for degree, other in is_spoilt.any(dim=-1).nonzero().tolist():
+            judged, judge = left[0].vectors(left[1], degree), right[0].vectors(right[1] + other, degree)
             if is_mirrored:
                 judged, judge = judge, judged
-            patches = spoilt[index, other]
+            patches = is_spoilt[degree, other]
             exact = torch.cdist(_in_float64(judged[patches]), _in_float64(judge)).amin(dim=1)
-            distances[index, other, patches] = exact.square().to(distances)
+            distances[degree, other, patches] = exact.square().to(distances)
 
 
 def _in_float64(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,15 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from anomalib_musc.functional.comparison import PlainComparison, Precision, make_comparison
+from anomalib_musc.functional.comparison import Precision, make_comparison
 from anomalib_musc.functional.lnamd import lnamd, normalize_map
 from anomalib_musc.functional.memory import release
 from anomalib_musc.functional.mutual_scoring import average_interval, check_pool
 from anomalib_musc.functional.scheduling import Workload
 from anomalib_musc.functional.tiles import Tile, tile_of_maps, tile_of_vectors
-
-# From so many channels on, summing a product over windows costs less than another product.
-_CHANNELS_TO_SHARE = 256
 
 
 def layer_scores(
@@ -89,8 +86,8 @@ def _workloads(
     """Compare all degrees together where that is less work, else one after the other."""
     num_images, channels, height, width = shape
     comparison = make_comparison(precision, like)
-    share = isinstance(comparison, PlainComparison) and channels >= _CHANNELS_TO_SHARE
-    groups = [tuple(degrees)] if share else [(degree,) for degree in degrees]
+    is_shared = channels >= comparison.channels_to_share
+    groups = [tuple(degrees)] if is_shared else [(degree,) for degree in degrees]
     return [Workload((num_images, height * width, channels), group, like, comparison) for group in groups]
 
 
@@ -98,14 +95,15 @@ def _load(feature_map: torch.Tensor, pool: Sequence[int], workload: Workload, fi
     """Normalise the maps of some images, and aggregate them where there is one degree."""
     _, channels, height, width = feature_map.shape
     patches = workload.like.new_empty(last - first, height, width, channels)
-    is_shared = len(workload.degrees) > 1
+    is_shared, rounding = len(workload.degrees) > 1, workload.comparison.rounding
     for target, image in zip(patches, pool[first:last], strict=True):
         maps = feature_map[image : image + 1].to(workload.like.device)
-        target.copy_(normalize_map(maps)[0] if is_shared else lnamd(maps, workload.degrees[0]).view_as(target))
+        vectors = normalize_map(maps).flatten(1, 2) if is_shared else lnamd(maps, workload.degrees[0])
+        target.copy_(rounding.prepare(vectors).view_as(target))
     release(feature_map)
     if is_shared:
-        return tile_of_maps(patches, workload.degrees, workload.comparison.encode)
-    return tile_of_vectors(patches.flatten(1, 2), workload.comparison.encode)
+        return tile_of_maps(patches, workload.degrees, rounding)
+    return tile_of_vectors(patches.flatten(1, 2), rounding)
 
 
 def check_degrees(degrees: Sequence[int], name: str = "degrees") -> None:

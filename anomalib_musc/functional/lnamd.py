@@ -62,9 +62,14 @@ def window_sum(values: torch.Tensor, dim: int, radius: int, out: torch.Tensor | 
     if radius == 0 and out is None:
         return values
     total = torch.empty_like(values) if out is None else out
-    total.copy_(values)
     size = values.shape[dim]
-    for shift in range(1, min(radius, size - 1) + 1):
+    if min(radius, size - 1) == 0:
+        return total.copy_(values)
+    later, earlier = values.narrow(dim, 1, size - 1), values.narrow(dim, 0, size - 1)
+    torch.add(later, earlier, out=total.narrow(dim, 1, size - 1))
+    total.select(dim, 0).copy_(values.select(dim, 0))
+    total.narrow(dim, 0, size - 1).add_(later)
+    for shift in range(2, min(radius, size - 1) + 1):
         total.narrow(dim, shift, size - shift).add_(values.narrow(dim, 0, size - shift))
         total.narrow(dim, 0, size - shift).add_(values.narrow(dim, shift, size - shift))
     return total

@@ -69,7 +69,8 @@ def mutual_scores(
     comparison = make_comparison(precision, like)
 
     def load(first: int, last: int) -> Tile:
-        return tile_of_vectors(features[first:last].to(like), comparison.encode)
+        rounding = comparison.rounding
+        return tile_of_vectors(rounding.prepare(features[first:last].to(like)), rounding)
 
     workload = Workload((features.shape[0], features.shape[1], features.shape[2]), (1,), like, comparison)
     return average_interval(workload, load, interval, memory_budget, progress)
@@ -94,7 +95,8 @@ def check_pool(name: str, features: torch.Tensor, images: Sequence[int], interva
         msg = f"{name} must hold at least 2 images, which judge each other; got {len(images)}."
         raise ValueError(msg)
     check_interval(interval, len(images))
-    bad = [image for image in images if not torch.isfinite(features[image]).all()]
+    suspects = [image for image in images if not torch.isfinite(features[image].sum())]  # which may overflow
+    bad = [image for image in suspects if not torch.isfinite(features[image]).all()]
     if bad:
         msg = f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the pool."
         raise ValueError(msg)

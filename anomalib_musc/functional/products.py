@@ -1,130 +1,195 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products of the patches of one image with those of several others: as they are, or in 8-bit integers."""
+"""Products of the patches of one image with those of several others: in float32, or in 8-bit integers."""
 
+import functools
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
-# Two 8-bit numbers stand for one: x = scale * (high + low / _STEPS), where low fills the gap between two highs.
+Encoded = tuple[torch.Tensor, ...]
+
 _LARGEST = 127
-_STEPS = 254
 _SPREAD = 64
 
 
-class Product(Protocol):
-    """How two images are multiplied.
+class Rounding(Protocol):
+    """How patches are rounded before they are multiplied.
 
     Attributes:
-        bytes_of_number: Memory of an encoded number, beside the number itself.
-        bytes_of_result: Working memory of one product.
+        bytes_of_number: Memory of a rounded number, beside the number itself.
     """
 
     bytes_of_number: int
+
+    def prepare(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return patches ``(..., C)`` in another orthonormal basis of the channels, or as they are."""
+
+    def encode(self, patches: torch.Tensor) -> Encoded:
+        """Round the prepared patches ``(b, L, C)`` of b images; what is returned has b entries too."""
+
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor | None:
+        """Return the rounded patches ``(L, C)`` of an image; ``None`` where nothing was rounded."""
+
+
+class Product(Rounding, Protocol):
+    """How two images are multiplied.
+
+    Attributes:
+        bytes_of_result: Working memory of one product of two patches.
+        channels_to_share: From so many channels on, summing a product over windows costs less than another product.
+    """
+
     bytes_of_result: int
+    channels_to_share: int
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Prepare the patches ``(b, L, C)`` of b images; what is returned has b entries too."""
+    def __call__(self, left: Encoded, image: int, right: Encoded, images: slice) -> torch.Tensor:
+        """Multiply an image p on the left with c images q on the right: ``(c, L, L)``, over q then p.
 
-    def __call__(
-        self,
-        left: tuple[torch.Tensor, ...],
-        image: int,
-        right: tuple[torch.Tensor, ...],
-        images: slice,
-        out: torch.Tensor,
-    ) -> None:
-        """Write the products of one image on the left with c on the right to ``out (L, c * L)``."""
+        The next call may overwrite the result.
+        """
 
 
-class ExactProduct:
-    """The products in the precision of the features."""
+class NoRounding:
+    """Patches are multiplied as they are."""
 
     bytes_of_number = 0
-    bytes_of_result = 0
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Take the patches as they are."""
+    def prepare(self, patches: torch.Tensor) -> torch.Tensor:
+        """See :class:`Rounding`."""
+        return patches
+
+    def encode(self, patches: torch.Tensor) -> Encoded:
+        """See :class:`Rounding`."""
         return (patches,)
 
-    def __call__(
-        self,
-        left: tuple[torch.Tensor, ...],
-        image: int,
-        right: tuple[torch.Tensor, ...],
-        images: slice,
-        out: torch.Tensor,
-    ) -> None:
-        """Multiply."""
-        torch.mm(left[0][image], right[0][images].flatten(0, 1).T, out=out)
+    def decode(self, encoded: Encoded, image: int) -> None:
+        """See :class:`Rounding`."""
+
+
+class HalfRounding(NoRounding):
+    """Patches are rounded to float16."""
+
+    bytes_of_number = 2
+
+    def encode(self, patches: torch.Tensor) -> Encoded:
+        """See :class:`Rounding`."""
+        rounded = patches.half()
+        if not rounded.isfinite().all():
+            msg = "features are too large for 16-bit numbers; scale them to unit length, or use precision='exact'."
+            raise ValueError(msg)
+        return (rounded,)
+
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:  # type: ignore[override]
+        """See :class:`Rounding`."""
+        return encoded[0][image].float()
+
+
+class ExactProduct(NoRounding):
+    """The products in the precision of the patches."""
+
+    bytes_of_result = 8
+    channels_to_share = 256
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(self, left: Encoded, image: int, right: Encoded, images: slice) -> torch.Tensor:
+        """See :class:`Product`."""
+        x, y = left[0][image], right[0][images]
+        num_patches, channels = x.shape
+        if is_convolution_faster(x.device, x.dtype, torch.get_num_threads()):
+            return _convolve(x, y.reshape(-1, channels)).view(-1, num_patches, num_patches)
+        size = len(y) * num_patches**2
+        if self._memory.numel() < size or self._memory.dtype != x.dtype or self._memory.device != x.device:
+            self._memory = x.new_empty(size)  # stays in a processor's cache, and is never cleared
+        products = self._memory[:size].view(-1, num_patches)
+        torch.mm(y.reshape(-1, channels), x.T, out=products)
+        return products.view(-1, num_patches, num_patches)
+
+
+def _convolve(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return ``y @ x.T`` as a 1 x 1 convolution, for oneDNN."""
+    pixels = y.view(1, -1, 1, y.shape[-1]).permute(0, 3, 1, 2)  # (1, C, rows of y, 1), channels last
+    return F.conv2d(pixels, x[:, :, None, None])[0, :, :, 0].T
+
+
+@functools.lru_cache
+def is_convolution_faster(device: torch.device, dtype: torch.dtype, num_threads: int) -> bool:
+    """Try whether oneDNN multiplies faster than the BLAS of this torch, which is twice as slow on some processors."""
+    # With one thread, torch does not give such convolutions to oneDNN.
+    if device.type != "cpu" or dtype != torch.float32 or num_threads == 1 or not torch.backends.mkldnn.is_available():
+        return False
+    x, y = torch.rand(2, 512, 512)
+    return _seconds(lambda: _convolve(x, y)) < _seconds(lambda: y @ x.T)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Return the shortest of a few times."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
 
 
 class EightBitProduct:
-    r"""Products of numbers of 15 bits in three products of 8-bit integers, on a processor that has those.
+    """Products of 8-bit integers, on a processor that has those; the largest number of a patch is 127.
 
-    With the largest number of a patch as its scale, :math:`x = s (h + l / 254)` and
-
-    .. math:: x y \approx s_x s_y \left( h_x h_y + (h_x l_y + l_x h_y) / 254 \right)
-
-    Before, the channels are mixed by an orthogonal matrix, which changes no product but spreads single large
-    numbers, as transformers have them, over 64 channels: the largest number decides the error of all others.
+    Before, the channels are mixed by an orthogonal matrix, which changes no distance but spreads single large numbers,
+    as transformers have them, over 64 channels: the largest number decides the error of all others.
     """
 
-    bytes_of_number = 2
+    bytes_of_number = 1
     bytes_of_result = 8
+    channels_to_share = 640
 
     def __init__(self) -> None:
-        self._integers = torch.empty(0, dtype=torch.int32)
+        self._memory = torch.empty(0, dtype=torch.int32)
 
     @staticmethod
     def is_supported(device: torch.device) -> bool:
         """Whether the processor multiplies 8-bit integers fast and without saturation."""
         return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
 
-    def encode(self, patches: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return the high and the low parts ``(b, L, C)`` and the scale ``(b, L)``."""
-        high = torch.empty(patches.shape, dtype=torch.int8)
-        low = torch.empty_like(high)
-        scale = patches.new_empty(patches.shape[:2])
+    def prepare(self, patches: torch.Tensor) -> torch.Tensor:
+        """Multiply the channels, as far as a power of two divides C, with signs and a Hadamard matrix."""
+        channels = patches.shape[-1]
+        size = min(channels & -channels, _SPREAD)
+        hadamard = patches.new_ones(1, 1)
+        while len(hadamard) < size:
+            hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (channels,), generator=generator) * 2 - 1
+        groups = (patches * signs).view(-1, size, channels // size).transpose(1, 2)
+        return (groups @ hadamard / size**0.5).reshape(patches.shape)
+
+    def encode(self, patches: torch.Tensor) -> Encoded:
+        """Return the integers ``(b, L, C)`` and what they are multiplied by, ``(b, L)``."""
+        integers = torch.empty(patches.shape, dtype=torch.int8)
+        scales = patches.new_empty(patches.shape[:2])
         for index, image in enumerate(patches):
-            mixed = _mix(image)
-            largest = mixed.abs().amax(dim=-1).clamp_min_(torch.finfo(mixed.dtype).tiny * _LARGEST)
-            scale[index] = largest / _LARGEST
-            mixed /= scale[index, :, None]
-            high[index] = mixed.round()
-            low[index] = mixed.sub_(high[index]).mul_(_STEPS).round_()
-        return high, low, scale
+            largest = image.abs().amax(dim=-1).clamp_min_(torch.finfo(image.dtype).tiny * _LARGEST)
+            scales[index] = largest / _LARGEST
+            integers[index] = (image / scales[index, :, None]).round_()
+        return integers, scales
 
-    def __call__(
-        self,
-        left: tuple[torch.Tensor, ...],
-        image: int,
-        right: tuple[torch.Tensor, ...],
-        images: slice,
-        out: torch.Tensor,
-    ) -> None:
-        """Multiply."""
-        (high_x, low_x, scale_x), (high_y, low_y, scale_y) = (
-            [part[image] for part in left],
-            [part[images].flatten(0, 1) for part in right],
-        )
-        if self._integers.numel() < 2 * out.numel():
-            self._integers = torch.empty(2 * out.numel(), dtype=torch.int32)
-        first, second = self._integers[: 2 * out.numel()].view(2, *out.shape)
-        torch._int_mm(high_x, low_y.T, out=first)
-        torch._int_mm(low_x, high_y.T, out=second)
-        out.copy_(first.add_(second)).div_(_STEPS)
-        torch._int_mm(high_x, high_y.T, out=first)
-        out.add_(first).mul_(scale_y).mul_(scale_x[:, None])
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
+        """See :class:`Product`."""
+        integers, scales = encoded
+        return integers[image] * scales[image, :, None]
 
-
-def _mix(patches: torch.Tensor) -> torch.Tensor:
-    """Multiply the channels of ``(L, C)``, as far as a power of two divides C, with signs and a Hadamard matrix."""
-    channels = patches.shape[-1]
-    size = min(channels & -channels, _SPREAD)
-    hadamard = patches.new_ones(1, 1)
-    while len(hadamard) < size:
-        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-    generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (channels,), generator=generator) * 2 - 1
-    groups = (patches * signs).view(-1, size, channels // size).transpose(1, 2)
-    return (groups @ hadamard / size**0.5).reshape(patches.shape)
+    def __call__(self, left: Encoded, image: int, right: Encoded, images: slice) -> torch.Tensor:
+        """See :class:`Product`."""
+        (x, scales_x), (y, scales_y) = left, right
+        num_patches, count = x.shape[1], images.stop - images.start
+        size = count * num_patches**2
+        if self._memory.numel() < 2 * size:
+            self._memory = torch.empty(2 * size, dtype=torch.int32)
+        integers, products = self._memory[: 2 * size].view(2, count, num_patches, num_patches)
+        torch._int_mm(y[images].flatten(0, 1), x[image].T, out=integers.flatten(0, 1))
+        torch.mul(integers, scales_x[image], out=products.view(torch.float32))
+        return products.view(torch.float32).mul_(scales_y[images, :, None])

@@ -39,7 +39,7 @@ class Workload:
         """Memory of an image in a tile."""
         _, num_patches, channels = self.shape
         numbers = num_patches * (channels + 2 * len(self.degrees))
-        return numbers * self.like.itemsize + self.comparison.bytes_of_image(num_patches, channels)
+        return numbers * self.like.itemsize + num_patches * channels * self.comparison.rounding.bytes_of_number
 
     @property
     def bytes_of_loading(self) -> int:
@@ -49,7 +49,7 @@ class Workload:
     @property
     def bytes_of_pair(self) -> int:
         """Working memory of comparing two images."""
-        return self.comparison.bytes_of_pair(self.shape[1], len(self.degrees))
+        return self.comparison.bytes_of_pair(self.shape[1])
 
     @property
     def bytes_of_distances(self) -> int:
