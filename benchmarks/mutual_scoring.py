@@ -1,27 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutual scoring in the official shape against ours, in one run: ``python benchmarks/mutual_scoring.py``.
+"""LNAMD and mutual scoring in the official shape against ours, in one run: ``python benchmarks/mutual_scoring.py``.
 
-The official shape, written from the paper's equations: one image at a time against all others, ``torch.cdist``, the
-minimum, a sort, the average. Both are timed in turn and the medians compared, beside the rate at which this machine
-multiplies matrices of the same size. Operations count each unordered pair of images once.
+The official shape, written from the paper's equations: every window unfolded and averaged, then one image at a time
+against all others, ``torch.cdist``, the minimum, a sort, the average. All are timed in turn and the medians compared,
+beside the time of the bare products, ``torch.mm`` of each unordered pair of images once. Peak memory is what each adds
+to a process of its own, features not counted.
 """
 
 import argparse
 import json
+import math
+import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.functional import mutual_scores
+from anomalib_musc.functional import Precision, layer_scores, mutual_scores
+from anomalib_musc.functional.products import EightBitProduct
 
 SIZES = ((16, 1369, 1024), (64, 256, 768), (32, 1024, 384))  # images, patches, channels
+DEGREES = (1, 3, 5)
+LAYERS = 4
+COLUMNS = (
+    "images x patches x channels",
+    "official",
+    "exact",
+    "fast",
+    "exact, times faster",
+    "fast, times faster",
+    "exact, of the matrix rate",
+    "largest difference of fast",
+)
+Work = Callable[[], Any]
 
 
-def official_shape(features: torch.Tensor, interval: tuple[float, float] = (0.0, 0.3)) -> torch.Tensor:
+def official_lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
+    """Aggregate ``(N, C, H, W)`` image by image."""
+    tokens = []
+    for image in F.layer_norm(feature_map, feature_map.shape[1:]):
+        windows = F.unfold(image[None], degree, padding=degree // 2)  # (1, C * r * r, L)
+        tokens.append(windows.view(len(image), degree**2, -1).mean(dim=1).T)
+    return F.normalize(torch.stack(tokens), dim=-1)
+
+
+def official_scores(features: torch.Tensor, interval: tuple[float, float] = (0.0, 0.3)) -> torch.Tensor:
     """Score ``(N, L, C)`` one image at a time against all others."""
     num_images, num_patches, _ = features.shape
     start, stop = (int((num_images - 1) * bound) for bound in interval)
@@ -33,50 +61,125 @@ def official_shape(features: torch.Tensor, interval: tuple[float, float] = (0.0,
     return torch.stack(scores)
 
 
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time one call, its device's queue included."""
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def official_whole(feature_maps: list[torch.Tensor]) -> torch.Tensor:
+    """LNAMD and mutual scoring of several layers at three degrees."""
+    scores = [official_scores(official_lnamd(maps, degree)) for maps in feature_maps for degree in DEGREES]
+    return torch.stack(scores).mean(dim=0)
 
 
-def compare(size: tuple[int, int, int], repeats: int, device: torch.device) -> dict[str, object]:
-    """Time both ways and the bare matrix product, in turn, on random unit vectors."""
-    num_images, num_patches, channels = size
-    generator = torch.Generator().manual_seed(0)
-    features = torch.nn.functional.normalize(torch.randn(size, generator=generator), dim=-1).to(device)
-    product = torch.empty(num_patches, num_patches, device=device)
+def our_whole(feature_maps: list[torch.Tensor], precision: Precision) -> torch.Tensor:
+    """Ours."""
+    return torch.stack([layer_scores(maps, DEGREES, precision=precision) for maps in feature_maps]).mean(dim=0)
 
-    def products() -> None:
-        for index in range(1, num_images):
-            torch.mm(features[0], features[index].T, out=product)
 
-    works: dict[str, Callable[[], object]] = {
-        "official": lambda: official_shape(features),
-        "ours": lambda: mutual_scores(features),
-        "products": products,
-    }
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats + 1):
-        for name, work in works.items():
-            times[name].append(seconds(work, device))
-    official, ours, bare = (statistics.median(times[name][1:]) for name in works)  # the first run warms up
-    pairs = num_images * (num_images - 1) / 2
-    operations = 2 * num_patches**2 * channels
-    deviation = (official_shape(features) - mutual_scores(features)).abs().max().item()
+def one_layer_one_degree(size: tuple[int, int, int], device: str) -> dict[str, Work]:
+    """Return the ways to score random unit vectors, and the bare products."""
+    features = F.normalize(torch.randn(size, generator=torch.Generator().manual_seed(0)), dim=-1).to(device)
+    product = torch.empty(size[1], size[1], device=device)
+
+    def bare() -> None:
+        for i in range(size[0]):
+            for j in range(i + 1, size[0]):
+                torch.mm(features[i], features[j].T, out=product)
+
     return {
-        "images": num_images,
-        "patches": num_patches,
-        "channels": channels,
-        "official_s": official,
-        "ours_s": ours,
-        "times_faster": official / ours,
-        "machine_gflops": operations * (num_images - 1) / bare / 1e9,
-        "ours_gflops": operations * pairs / ours / 1e9,
-        "largest_difference": deviation,
+        "official": lambda: official_scores(features),
+        "products": bare,
+        "exact": lambda: mutual_scores(features),
+        "fast": lambda: mutual_scores(features, precision="fast"),
     }
+
+
+def whole(size: tuple[int, int, int], device: str) -> dict[str, Work]:
+    """Return the ways to score random maps of four layers at three degrees."""
+    num_images, num_patches, channels = size
+    side = math.isqrt(num_patches)
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.randn(num_images, channels, side, side, generator=generator).to(device) for _ in range(LAYERS)]
+    return {
+        "official": lambda: official_whole(layers),
+        "exact": lambda: our_whole(layers, "exact"),
+        "fast": lambda: our_whole(layers, "fast"),
+    }
+
+
+SETTINGS = {"one layer, one degree": one_layer_one_degree, "4 layers, 3 degrees": whole}
+
+
+def timed(work: Work, device: str) -> tuple[float, Any]:
+    """Return the seconds of one call, its device's queue included, and its result."""
+    start = time.perf_counter()
+    result = work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def measure_peak(
+    setting: str, name: str, size: tuple[int, int, int], device: str, result: "multiprocessing.Queue"
+) -> None:
+    """Put the memory that one way adds at its peak, in bytes."""
+    work = SETTINGS[setting](size, device)[name]
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        work()
+        result.put(torch.cuda.max_memory_allocated() - before)
+        return
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    work()
+    result.put(resident("VmHWM") - before)
+
+
+def resident(field: str) -> int:
+    """Read a size in bytes from Linux."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def peak(setting: str, name: str, size: tuple[int, int, int], device: str) -> int | None:
+    """Run one way in a process of its own; ``None`` where the peak cannot be read."""
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return None
+    context = multiprocessing.get_context("spawn")
+    result = context.Queue()
+    process = context.Process(target=measure_peak, args=(setting, name, size, device, result))
+    process.start()
+    value = result.get()
+    process.join()
+    return value
+
+
+def compare(setting: str, size: tuple[int, int, int], repeats: int, device: str) -> dict[str, Any]:
+    """Time every way in turn, and read its peak."""
+    works = SETTINGS[setting](size, device)
+    times: dict[str, list[float]] = {name: [] for name in works}
+    results = {}
+    works["exact"]()  # warms up
+    for _ in range(repeats):
+        for name, work in works.items():
+            duration, results[name] = timed(work, device)
+            times[name].append(duration)
+    row: dict[str, Any] = {"setting": setting, "images": size[0], "patches": size[1], "channels": size[2]}
+    for name in works:
+        row[f"{name}_s"] = statistics.median(times[name])
+        if name != "products":
+            row[f"{name}_peak_bytes"] = peak(setting, name, size, device)
+            row[f"{name}_largest_difference"] = float((results[name] - results["official"]).abs().max())
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    """Print a line of the table."""
+    official, products = row["official_s"], row.get("products_s")
+    cells = [f"{row['setting']}: {row['images']} x {row['patches']} x {row['channels']}"]
+    for name in ("official", "exact", "fast"):
+        memory = row[f"{name}_peak_bytes"]
+        cells.append(f"{row[f'{name}_s']:.2f} s" + (f", {memory / 2**20:.0f} MiB" if memory is not None else ""))
+    cells += [f"**{official / row[name]:.1f}**" for name in ("exact_s", "fast_s")]
+    cells.append(f"{products / row['exact_s']:.0%}" if products else "")
+    cells.append(f"{row['fast_largest_difference']:.1e}")
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -86,23 +189,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    rows = []
-    print(f"{name}, torch {torch.__version__}, float32, one layer, one degree")
-    print("| images | patches | channels | official | ours | times faster | ours, of the matrix rate |")
-    print("|---|---|---|---|---|---|---|")
-    for size in SIZES:
-        row = compare(size, arguments.repeats, device)
-        rows.append(row)
-        share = float(str(row["ours_gflops"])) / float(str(row["machine_gflops"]))
-        print(
-            f"| {size[0]} | {size[1]} | {size[2]} | {row['official_s']:.3f} s | {row['ours_s']:.3f} s "
-            f"| {row['times_faster']:.1f} | {share:.0%} |"
-        )
-    if arguments.json:
-        report = {"device": name, "machine": platform.machine(), "torch": torch.__version__, "rows": rows}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    report: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "rows": [],
+    }
+    print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    for setting in SETTINGS:
+        for size in SIZES:
+            report["rows"].append(compare(setting, size, arguments.repeats, arguments.device))
+            show(report["rows"][-1])
+            if arguments.json:
+                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def processor() -> str:
+    """Name the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {'with' if EightBitProduct.is_supported(torch.device('cpu')) else 'without'} fast 8-bit products"
 
 
 if __name__ == "__main__":

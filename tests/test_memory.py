@@ -41,7 +41,7 @@ def test_a_budget_changes_nothing(channels, precision):
         scores = layer_scores(features, DEGREES, precision=precision, memory_budget=least * factor)
         assert_close(scores, expected, rtol=0, atol=2e-6)
     by_equations = sum(oracle.mutual_scores(oracle.lnamd(features.numpy(), degree), (0, 0.3)) for degree in DEGREES)
-    atol = 1e-4 if precision == "exact" else 1e-3
+    atol = 1e-4 if precision == "exact" else 4e-3
     assert_close(expected.double(), torch.from_numpy(by_equations) / 2, rtol=0, atol=atol)
 
 

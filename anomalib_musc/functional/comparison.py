@@ -18,7 +18,7 @@ except ImportError:  # Triton comes with PyTorch for NVIDIA's GPUs
 else:
     HAS_TRITON = True
 
-_ROUNDING = 5e-7  # of the squared norm of a unit vector
+_ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
 
 Precision = Literal["exact", "fast"]
 
@@ -105,7 +105,7 @@ def _sum_windows(products: torch.Tensor, grid: tuple[int, int], radius: int, spa
 def _largest(similarities: torch.Tensor, half_norms: torch.Tensor, dim: int, out: torch.Tensor) -> torch.Tensor:
     """Return the largest ``similarities - half_norms`` along a dimension, without the difference for unit vectors."""
     low, high = half_norms.aminmax()
-    if high - low <= _ROUNDING * high:
+    if high - low <= _ROUNDING * torch.finfo(high.dtype).eps * high:
         return similarities.amax(dim=dim) - high
     return torch.sub(similarities, half_norms, out=out).amax(dim=dim)
 

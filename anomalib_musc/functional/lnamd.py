@@ -58,18 +58,26 @@ def aggregate(patches: torch.Tensor, degree: int) -> torch.Tensor:
 
 
 def window_sum(values: torch.Tensor, dim: int, radius: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum ``2 * radius + 1`` neighbours along a dimension; places outside count as zeros."""
+    """Sum ``2 * radius + 1`` neighbours along a dimension; places outside count as zeros.
+
+    Args:
+        values: Any shape.
+        dim: Along which.
+        radius: Number of neighbours on each side; at least 1 where ``out`` is given.
+        out: Where to put the sums.
+    """
     if radius == 0 and out is None:
         return values
-    total = torch.empty_like(values) if out is None else out
     size = values.shape[dim]
-    if min(radius, size - 1) == 0:
-        return total.copy_(values)
-    later, earlier = values.narrow(dim, 1, size - 1), values.narrow(dim, 0, size - 1)
-    torch.add(later, earlier, out=total.narrow(dim, 1, size - 1))
-    total.select(dim, 0).copy_(values.select(dim, 0))
-    total.narrow(dim, 0, size - 1).add_(later)
-    for shift in range(2, min(radius, size - 1) + 1):
+    if out is None or size == 1:
+        total, first = values.clone() if out is None else out.copy_(values), 1
+    else:  # the first sum takes the place of a copy
+        total, first = out, 2
+        later, earlier = values.narrow(dim, 1, size - 1), values.narrow(dim, 0, size - 1)
+        torch.add(later, earlier, out=total.narrow(dim, 1, size - 1))
+        total.select(dim, 0).copy_(values.select(dim, 0))
+        total.narrow(dim, 0, size - 1).add_(later)
+    for shift in range(first, min(radius, size - 1) + 1):
         total.narrow(dim, shift, size - shift).add_(values.narrow(dim, 0, size - shift))
         total.narrow(dim, 0, size - shift).add_(values.narrow(dim, shift, size - shift))
     return total

@@ -164,7 +164,7 @@ class EightBitProduct:
             hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
         generator = torch.Generator().manual_seed(0)
         signs = torch.randint(0, 2, (channels,), generator=generator) * 2 - 1
-        groups = (patches * signs).view(-1, size, channels // size).transpose(1, 2)
+        groups = (patches * signs).reshape(-1, size, channels // size).transpose(1, 2)
         return (groups @ hadamard / size**0.5).reshape(patches.shape)
 
     def encode(self, patches: torch.Tensor) -> Encoded:
