@@ -22,7 +22,7 @@ from anomalib_musc.functional import check_budget, check_interval
 from anomalib_musc.metrics import PaperEvaluator
 from anomalib_musc.pool import Pool, PoolSource, fingerprint, image_names, transform_leaves
 from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool
-from anomalib_musc.progress import progress_bar
+from anomalib_musc.progress import profile, profiled, progress_bar
 from anomalib_musc.torch_model import MuScModel
 from anomalib_musc.workarounds import MultiLoaderPreProcessor, NoValidationLoader
 
@@ -242,7 +242,7 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         paths = source.paths
         if paths is not None:
             check_size(paths)
-            check_interval(self.model.interval, len(paths))
+            check_interval(self.model.interval, len(paths) // self.model.count_subsets(len(paths)))
             check_readable(paths)
         try:
             names, features, class_tokens = self._extract(source, dataloader_idx)
@@ -252,7 +252,7 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         subsets = self.model.subsets(class_tokens)
         total = self.model.num_comparisons(subsets, len(features.layers))
         budget = features.remaining_budget if self.device.type == "cpu" else self.memory_budget
-        with progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
+        with profile(self.trainer, "[MuSc]score"), progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
             patch_scores = self.model.score(features.layers, subsets, memory_budget=budget, progress=advance)
         raw_scores = [self.model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
         return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens)
@@ -264,9 +264,9 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         features: FeatureStore | None = None
         num_images = None if source.paths is None else len(source.paths)
         with progress_bar(self.trainer, "MuSc: extracting features", source.limit) as advance:
-            for batch in source.batches():
+            for batch in profiled(self.trainer, "[MuSc]read_images", source.batches()):
                 images = self._prepare(batch, dataloader_idx)
-                with self.trainer.precision_plugin.forward_context():
+                with self.trainer.precision_plugin.forward_context(), profile(self.trainer, "[MuSc]extract"):
                     feature_maps, class_tokens = self.model.extract(images)
                 if features is None:
                     least = self.model.least_memory(feature_maps, num_images or MIN_IMAGES)

@@ -1,14 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bar of our own on whichever progress bar Lightning's trainer shows."""
+"""A bar of our own on whichever progress bar Lightning's trainer shows, and times in its profiler."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from math import isfinite
+from typing import Any, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.profilers import Profiler
+
+Item = TypeVar("Item")
+
+
+def profile(trainer: Trainer, action: str) -> AbstractContextManager[None]:
+    """Let the trainer's profiler time what is done under this name."""
+    profiler: Profiler = trainer.profiler  # type: ignore[attr-defined]  # which Lightning sets where mypy cannot see
+    return profiler.profile(action)
+
+
+def profiled(trainer: Trainer, action: str, items: Iterable[Item]) -> Iterator[Item]:
+    """Iterate, and let the trainer's profiler time how long each item takes to come."""
+    iterator, end = iter(items), object()
+    while True:
+        with profile(trainer, action):
+            item: Any = next(iterator, end)
+        if item is end:
+            return
+        yield item
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class MuScModel(nn.Module):
         Returns:
             The indices of each subset's images, in ascending order.
         """
-        number = max(1, min(self.num_subsets, len(class_tokens) // MIN_SUBSET))
+        number = self.count_subsets(len(class_tokens))
         if number < self.num_subsets:
             logger.warning(
                 "num_subsets=%d would leave a pool of %d images fewer than %d a subset; using %d.",
@@ -166,6 +166,10 @@ class MuScModel(nn.Module):
         by_projection = (tokens @ direction).argsort(stable=True)
         shuffled = by_projection[torch.randperm(len(tokens), generator=generator)]
         return [part.sort().values.tolist() for part in shuffled.tensor_split(number)]
+
+    def count_subsets(self, num_images: int) -> int:
+        """Return into how many subsets a pool is split: ``num_subsets``, or fewer where they would be too small."""
+        return max(1, min(self.num_subsets, num_images // MIN_SUBSET))
 
     @torch.no_grad()
     def score(

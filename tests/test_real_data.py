@@ -10,9 +10,10 @@ from anomalib.data import MVTecAD
 from anomalib.engine import Engine
 from conftest import SHARED
 from safetensors.torch import load_file
+from sklearn.metrics import roc_auc_score
 from torch import nn
 
-from anomalib_musc import MuSc
+from anomalib_musc import MuSc, MuScModel
 
 WEIGHTS = SHARED / "weights/mobilenetv2_100_imagenet.safetensors"
 pytestmark = pytest.mark.skipif(
@@ -50,6 +51,37 @@ def measure(root: str, category: str, folder: Path) -> dict[str, float]:
     pairs = raw[~normal, None] - raw[None, normal]
     metrics["raw_AUROC"] = ((pairs > 0).float() + (pairs == 0).float() / 2).mean().item()
     return metrics
+
+
+@pytest.fixture(scope="module", params=[("cookies", "cookie"), ("magnetic_tile", "tile")], ids=["cookies", "tile"])
+def features(request) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Maps of each layer, whether an image is broken, and its mask at the size of the map."""
+    root, category = request.param
+    data = MVTecAD(root=SHARED / "data" / root, category=category, num_workers=0, eval_batch_size=1)
+    data.setup()
+    model = MuSc(MobileNet(), visualizer=False)
+    maps, masks = [], []
+    for batch in data.test_dataloader():
+        maps.append(model.model.extract(model.pre_processor.transform(batch.image))[0])
+        masks.append(nn.functional.interpolate(batch.gt_mask[None].float(), 224)[0, 0])
+    stacked = torch.stack(masks) > 0.5
+    return [torch.cat(layer) for layer in zip(*maps, strict=True)], stacked.flatten(1).any(dim=1), stacked
+
+
+def test_fast_is_as_good_as_exact(features):
+    maps, labels, masks = features
+    anomaly_maps = []
+    for precision in ("exact", "fast"):
+        model = MuScModel(MobileNet(), precision=precision)
+        anomaly_maps.append(model.anomaly_maps(model.score(maps))[:, 0])
+    exact, fast = anomaly_maps
+    assert (fast - exact).abs().max() <= 0.01 * (exact.max() - exact.min())
+    for truth, values in (
+        (labels, [maps.amax(dim=(1, 2)) for maps in anomaly_maps]),
+        (masks.flatten(), [maps.flatten() for maps in anomaly_maps]),
+    ):
+        of_exact, of_fast = (roc_auc_score(truth, value) for value in values)
+        assert of_fast == pytest.approx(of_exact, abs=0.003)
 
 
 def test_cookies(tmp_path):

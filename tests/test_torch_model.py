@@ -41,6 +41,49 @@ def test_musc_called_with_a_pool_gives_final_predictions(images):
     torch.testing.assert_close(prediction.anomaly_map, raw.anomaly_map)
 
 
+@pytest.mark.parametrize(("num_images", "num_subsets"), [(20, 3), (10, 2), (17, 1)])
+def test_subsets_are_balanced_and_random(num_images, num_subsets):
+    tokens = torch.randn(num_images, 8, generator=torch.Generator().manual_seed(0))
+    model = MuScModel(OwnBackbone(), num_subsets=num_subsets)
+    subsets = model.subsets(tokens)
+    assert sorted(index for subset in subsets for index in subset) == list(range(num_images))
+    sizes = [len(subset) for subset in subsets]
+    assert len(sizes) == num_subsets
+    assert max(sizes) - min(sizes) <= 1
+    assert subsets == model.subsets(tokens)
+    assert num_subsets == 1 or subsets[0] != list(range(sizes[0]))
+
+
+def test_subsets_do_not_depend_on_the_order_of_the_images():
+    tokens = torch.randn(30, 8, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    model = MuScModel(OwnBackbone(), num_subsets=3)
+    shuffled = [sorted(order[subset].tolist()) for subset in model.subsets(tokens[order])]
+    assert shuffled == model.subsets(tokens)
+
+
+def test_subsets_are_never_too_small(caplog):
+    model = MuScModel(OwnBackbone(), num_subsets=4)
+    assert [len(subset) for subset in model.subsets(torch.randn(14, 8))] == [7, 7]
+    assert "num_subsets=4 would leave a pool of 14 images fewer than 5 a subset; using 2" in caplog.text
+    assert [len(subset) for subset in model.subsets(torch.randn(3, 8))] == [3]
+
+
+def test_each_subset_judges_itself():
+    images = torch.randn(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
+    model = MuScModel(OwnBackbone(), num_subsets=2)
+    together = model(images)
+    _, tokens = model.extract(images)
+    for subset in model.subsets(tokens):
+        alone = MuScModel(OwnBackbone())(images[subset])
+        torch.testing.assert_close(together.anomaly_map[subset], alone.anomaly_map, rtol=0, atol=1e-5)
+
+
+def test_num_subsets_is_a_count():
+    with pytest.raises(ValueError, match="num_subsets must be at least 1, got 0"):
+        MuScModel(OwnBackbone(), num_subsets=0)
+
+
 def test_an_oblong_image_gives_an_oblong_map():
     model = MuScModel("test_vit", pretrained=False, image_size=(48, 80), layers=(1, 3))
     prediction = model(torch.rand(3, 3, 48, 80))

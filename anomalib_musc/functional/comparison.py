@@ -18,6 +18,9 @@ except ImportError:  # Triton comes with PyTorch for NVIDIA's GPUs
 else:
     HAS_TRITON = True
 
+# Products in a block: what stays in a processor's cache, and what fills a GPU.
+_CPU_BLOCK = 2**20
+_GPU_BLOCK = 2**27
 _ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
 
 Precision = Literal["exact", "fast"]
@@ -29,10 +32,12 @@ class Comparison(Protocol):
     Attributes:
         rounding: How patches are rounded before.
         channels_to_share: From so many channels on, one comparison at all degrees is less work than one at each.
+        block: Products that are best computed at once.
     """
 
     rounding: Rounding
     channels_to_share: float
+    block: int
 
     def bytes_of_pair(self, num_patches: int) -> int:
         """Return the working memory of comparing an image with one other."""
@@ -53,9 +58,11 @@ class PlainComparison:
 
     Args:
         product: Multiplies the patches.
+        block: Products that are computed at once.
     """
 
-    def __init__(self, product: Product) -> None:
+    def __init__(self, product: Product, block: int) -> None:
+        self.block = block
         self.rounding: Rounding = product
         self.channels_to_share: float = product.channels_to_share
         self._product = product
@@ -118,6 +125,7 @@ class TritonComparison:
     """
 
     channels_to_share = math.inf
+    block = 2**31
 
     def __init__(self, is_half: bool) -> None:
         self.rounding: Rounding = HalfRounding() if is_half else NoRounding()
@@ -150,8 +158,8 @@ def make_comparison(precision: Precision, like: torch.Tensor) -> Comparison:
     if like.dtype == torch.float32 and HAS_TRITON and triton_kernel.is_usable(like.device):
         return TritonComparison(is_half=is_fast)
     if like.dtype == torch.float32 and is_fast and EightBitProduct.is_supported(like.device):
-        return PlainComparison(EightBitProduct())
-    return PlainComparison(ExactProduct())
+        return PlainComparison(EightBitProduct(), _CPU_BLOCK)
+    return PlainComparison(ExactProduct(), _CPU_BLOCK if like.device.type == "cpu" else _GPU_BLOCK)
 
 
 def compare_tiles(

@@ -100,7 +100,7 @@ def _load(feature_map: torch.Tensor, pool: Sequence[int], workload: Workload, fi
         maps = feature_map[image : image + 1].to(workload.like.device)
         vectors = normalize_map(maps).flatten(1, 2) if is_shared else lnamd(maps, workload.degrees[0])
         target.copy_(rounding.prepare(vectors).view_as(target))
-    release(feature_map)
+        release(feature_map)
     if is_shared:
         return tile_of_maps(patches, workload.degrees, rounding)
     return tile_of_vectors(patches.flatten(1, 2), rounding)

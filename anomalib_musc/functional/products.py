@@ -25,7 +25,7 @@ class Rounding(Protocol):
     bytes_of_number: int
 
     def prepare(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return patches ``(..., C)`` in another orthonormal basis of the channels, or as they are."""
+        """Return patches ``(b, L, C)`` in another orthonormal basis of the channels, or as they are."""
 
     def encode(self, patches: torch.Tensor) -> Encoded:
         """Round the prepared patches ``(b, L, C)`` of b images; what is returned has b entries too."""
@@ -120,10 +120,14 @@ def _convolve(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def is_convolution_faster(device: torch.device, dtype: torch.dtype, num_threads: int) -> bool:
     """Try whether oneDNN multiplies faster than the BLAS of this torch, which is twice as slow on some processors."""
     # With one thread, torch does not give such convolutions to oneDNN.
-    if device.type != "cpu" or dtype != torch.float32 or num_threads == 1 or not torch.backends.mkldnn.is_available():
+    if device.type != "cpu" or dtype != torch.float32 or num_threads == 1 or not _has_onednn():
         return False
     x, y = torch.rand(2, 512, 512)
     return _seconds(lambda: _convolve(x, y)) < _seconds(lambda: y @ x.T)
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -153,7 +157,7 @@ class EightBitProduct:
     @staticmethod
     def is_supported(device: torch.device) -> bool:
         """Whether the processor multiplies 8-bit integers fast and without saturation."""
-        return device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.cpu._is_vnni_supported()
+        return device.type == "cpu" and _has_onednn() and torch.cpu._is_vnni_supported()
 
     def prepare(self, patches: torch.Tensor) -> torch.Tensor:
         """Multiply the channels, as far as a power of two divides C, with signs and a Hadamard matrix."""
@@ -162,10 +166,12 @@ class EightBitProduct:
         hadamard = patches.new_ones(1, 1)
         while len(hadamard) < size:
             hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (channels,), generator=generator) * 2 - 1
-        groups = (patches * signs).reshape(-1, size, channels // size).transpose(1, 2)
-        return (groups @ hadamard / size**0.5).reshape(patches.shape)
+        signs = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        mixed = torch.empty_like(patches)
+        for source, target in zip(patches, mixed, strict=True):
+            groups = (source * signs).reshape(-1, size, channels // size).transpose(1, 2)
+            target.copy_((groups @ hadamard / size**0.5).reshape(source.shape))
+        return mixed
 
     def encode(self, patches: torch.Tensor) -> Encoded:
         """Return the integers ``(b, L, C)`` and what they are multiplied by, ``(b, L)``."""

@@ -11,9 +11,6 @@ from anomalib_musc.functional.comparison import Comparison, compare_tiles
 from anomalib_musc.functional.memory import MemoryBudgetError, budget_in_bytes, file_tensor, release
 from anomalib_musc.functional.tiles import Tile
 
-# Numbers in a block of products: what stays in a processor's cache, and what fills a GPU.
-_CPU_BLOCK = 2**20
-_GPU_BLOCK = 2**27
 # Working memory of sorting one distance, in its own size: the distance, its copy, and values and indices of the result.
 _SORTING = 5
 
@@ -97,8 +94,7 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
         raise MemoryBudgetError(workload.least_bytes, budget)
 
     of_pair, of_image, loading = workload.bytes_of_pair, workload.bytes_of_image, workload.bytes_of_loading
-    block = _CPU_BLOCK if workload.like.device.type == "cpu" else _GPU_BLOCK
-    chunk = max(1, min(block // num_patches**2, (budget // 4 - loading) // of_pair, num_images))
+    chunk = max(1, min(workload.comparison.block // num_patches**2, (budget // 4 - loading) // of_pair, num_images))
     rest = budget - chunk * of_pair - loading
     home = _home(workload, rest, memory_budget)
     if home is None:
@@ -188,6 +184,7 @@ def _compare_all(
                     progress(to_right.shape[0] * to_right.shape[1])
             if plan.home is None:
                 for target, block in zip(targets, blocks, strict=True):
-                    target.copy_(block)
-            release(distances)
+                    for line in range(target.shape[1]):
+                        target[:, line] = block[:, line]
+                        release(distances)
             del right, blocks
