@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A budget of memory, and tensors that lie in a temporary file where it does not suffice."""
 
+import ctypes
 import math
 import mmap
 import os
@@ -95,6 +96,14 @@ def release(tensor: torch.Tensor) -> None:
     memory = _FILES.get(tensor.untyped_storage().data_ptr())
     if memory is not None and hasattr(memory, "madvise"):
         memory.madvise(mmap.MADV_DONTNEED)
+
+
+def trim() -> None:
+    """Let the allocator give freed memory back to the system: glibc's keeps up to 64 MiB, beyond a small budget."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
 
 
 def _reserve(descriptor: int, size: int) -> None:

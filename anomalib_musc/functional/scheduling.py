@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from anomalib_musc.functional.comparison import Comparison, compare_tiles
-from anomalib_musc.functional.memory import MemoryBudgetError, budget_in_bytes, file_tensor, release
+from anomalib_musc.functional.memory import MemoryBudgetError, budget_in_bytes, file_tensor, release, trim
 from anomalib_musc.functional.tiles import Tile
 
 # Working memory of sorting one distance, in its own size: the distance, its copy, and values and indices of the result.
@@ -187,4 +187,5 @@ def _compare_all(
                     for line in range(target.shape[1]):
                         target[:, line] = block[:, line]
                         release(distances)
-            del right, blocks
+            del right, targets, blocks
+            trim()
