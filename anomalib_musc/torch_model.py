@@ -15,6 +15,7 @@ from anomalib_musc.backbones.base import resolve_image_size
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.layer_scoring import least_memory
 
+_SIGNS = 20
 MIN_SUBSET = 5  # below it, a fraction of 0.3 of the others is no image
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,8 @@ class MuScModel(nn.Module):
         super().__init__()
         check_interval(interval)
         check_precision(precision)
-        if num_subsets < 1:
-            msg = f"num_subsets must be at least 1, got {num_subsets}."
+        if not isinstance(num_subsets, int) or num_subsets < 1:
+            msg = f"num_subsets must be a number of at least 1, got {num_subsets!r}."
             raise ValueError(msg)
         check_degrees(aggregation_degrees, "aggregation_degrees")
         self.aggregation_degrees = tuple(aggregation_degrees)
@@ -145,8 +146,8 @@ class MuScModel(nn.Module):
     def subsets(self, class_tokens: torch.Tensor) -> list[list[int]]:
         """Split a pool at random into ``num_subsets`` of equal size, give or take one.
 
-        The split does not depend on the order of the images: they are first ordered by a random projection of their
-        image features. It is the same each time.
+        The split is the same each time and does not depend on the order of the images: they are ordered by a hash of
+        the signs of random projections of their image features.
 
         Args:
             class_tokens: Image features, shape ``(N, D)``.
@@ -160,12 +161,15 @@ class MuScModel(nn.Module):
                 "num_subsets=%d would leave a pool of %d images fewer than %d a subset; using %d.",
                 *(self.num_subsets, len(class_tokens), MIN_SUBSET, number),
             )
-        generator = torch.Generator().manual_seed(0)
         tokens = class_tokens.cpu().double()
-        direction = torch.randn(tokens.shape[1], generator=generator, dtype=torch.float64)
-        by_projection = (tokens @ direction).argsort(stable=True)
-        shuffled = by_projection[torch.randperm(len(tokens), generator=generator)]
-        return [part.sort().values.tolist() for part in shuffled.tensor_split(number)]
+        generator = torch.Generator().manual_seed(0)
+        directions = torch.randn(tokens.shape[1], _SIGNS, generator=generator, dtype=torch.float64)
+        projections = (tokens - tokens.mean(dim=0)) @ directions  # (N, signs)
+        codes = ((projections > 0) * 2 ** torch.arange(_SIGNS)).sum(dim=1)
+        hashes = torch.randperm(2**_SIGNS, generator=generator)[codes]
+        by_projection = projections[:, 0].argsort(stable=True)  # decides between images of equal signs
+        order = by_projection[hashes[by_projection].argsort(stable=True)]
+        return [part.sort().values.tolist() for part in order.tensor_split(number)]
 
     def count_subsets(self, num_images: int) -> int:
         """Return into how many subsets a pool is split: ``num_subsets``, or fewer where they would be too small."""

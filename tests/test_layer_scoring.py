@@ -91,6 +91,16 @@ def test_blank_and_repeated_images(channels, precision):
     assert_close(scores, by_equations(maps, (1, 3, 5), (0, 1)), 1e-4 if precision == "exact" else FAST)
 
 
+@pytest.mark.parametrize("memory_budget", [None, 5e-3], ids=["at once", "in tiles"])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("size", [0.1, 0.01, 1e-3])
+def test_patches_that_cancel_in_their_window(size, precision, memory_budget):
+    signs = torch.tensor([1.0, 1, -2]).repeat(4).view(1, 1, 12, 1)
+    maps = signs * randn(1, 768, 1, 1) + size * randn(4, 768, 12, 12, seed=1)
+    scores = layer_scores(maps, (1, 3, 5), (0, 1), precision=precision, memory_budget=memory_budget)
+    assert_close(scores, by_equations(maps, (1, 3, 5), (0, 1)), 1e-4 if precision == "exact" else 2e-2)
+
+
 def test_gradients_are_not_followed():
     maps = randn(3, SHARED, 3, 3).requires_grad_()
     assert not layer_scores(maps).requires_grad
@@ -102,6 +112,8 @@ def test_gradients_are_not_followed():
         ({"feature_map": torch.ones(3, 4, 5)}, r"feature_map must have shape \(N, C, H, W\), got \(3, 4, 5\)"),
         ({"feature_map": torch.ones(1, 4, 5, 5)}, "feature_map must hold at least 2 images"),
         ({"images": [1]}, "feature_map must hold at least 2 images"),
+        ({"images": [0, 4]}, r"images must be different indices from 0 to 3, got \[0, 4\]"),
+        ({"images": [0, 1, 1]}, "images must be different indices"),
         ({"feature_map": torch.full((3, 4, 5, 5), torch.nan)}, r"NaN or infinity in images \[0, 1, 2\]"),
         ({"degrees": (1, 2)}, r"degrees must be a non-empty sequence of positive odd numbers, got \(1, 2\)"),
         ({"degrees": ()}, "degrees must be"),

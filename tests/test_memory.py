@@ -56,6 +56,21 @@ def test_budgets_lead_to_every_kind_of_plan(channels):
     assert any(1 < plan.tile < 13 for plan in plans)
 
 
+def test_no_plan_exceeds_its_budget():
+    for shape in [(40, 256, 28, 28), (20, 64, 28, 28), (2000, 8, 4, 4), (9, 1024, 37, 37), (3, 8, 1, 1)]:
+        for workload in _workloads(shape, DEGREES, "exact", torch.empty(0)):
+            for factor in (1, 1.01, 1.1, 1.3, 1.7, 2.5, 4, 10, 100):
+                budget = workload.least_bytes * factor
+                plan = make_plan(workload, budget / GIB)
+                held = plan.chunk * workload.bytes_of_pair + workload.bytes_of_loading
+                distances = shape[0] ** 2 if plan.home else 2 * plan.tile**2
+                tiles = plan.tile if plan.tile == shape[0] else 2 * plan.tile
+                comparing = tiles * workload.bytes_of_image + distances * workload.bytes_of_distances
+                kept = distances * workload.bytes_of_distances if plan.home else 0
+                sorting = kept + plan.sorted_at_once * workload.bytes_of_sorting
+                assert held + max(comparing, sorting) <= budget * 1.001, (shape, factor, plan)
+
+
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_too_small_a_budget_names_the_least_that_would_do(precision):
     features = torch.nn.functional.normalize(maps(7, 8).flatten(2).mT, dim=-1)

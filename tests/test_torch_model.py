@@ -80,7 +80,7 @@ def test_each_subset_judges_itself():
 
 
 def test_num_subsets_is_a_count():
-    with pytest.raises(ValueError, match="num_subsets must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_subsets must be a number of at least 1, got 0"):
         MuScModel(OwnBackbone(), num_subsets=0)
 
 

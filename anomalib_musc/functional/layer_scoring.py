@@ -11,7 +11,7 @@ from anomalib_musc.functional.lnamd import lnamd, normalize_map
 from anomalib_musc.functional.memory import release
 from anomalib_musc.functional.mutual_scoring import average_interval, check_pool
 from anomalib_musc.functional.scheduling import Workload
-from anomalib_musc.functional.tiles import Tile, tile_of_maps, tile_of_vectors
+from anomalib_musc.functional.tiles import CancellingWindowsError, Tile, tile_of_maps, tile_of_vectors
 
 
 def layer_scores(
@@ -61,17 +61,24 @@ def layer_scores(
         raise ValueError(msg)
     check_degrees(degrees)
     pool = range(len(feature_map)) if images is None else images
+    if len(set(pool)) < len(pool) or not set(pool) <= set(range(len(feature_map))):
+        msg = f"images must be different indices from 0 to {len(feature_map) - 1}, got {list(pool)[:10]}."
+        raise ValueError(msg)
     check_pool("feature_map", feature_map, pool, interval)
     feature_map = feature_map.detach()
     dtype = torch.float64 if feature_map.dtype == torch.float64 else torch.float32
     like = torch.empty(0, dtype=dtype, device=feature_map.device if device is None else device)
-    workloads = _workloads((len(pool), *feature_map.shape[1:]), degrees, precision, like)
-    total = like.new_zeros(workloads[0].shape[:2])
-    for workload in workloads:
+    shape = (len(pool), *feature_map.shape[1:])
+
+    def score(workload: Workload) -> torch.Tensor:
         load = functools.partial(_load, feature_map, pool, workload)
-        average = average_interval(workload, load, interval, memory_budget, progress)
-        total += average * (len(workload.degrees) / len(degrees))
-    return total
+        return average_interval(workload, load, interval, memory_budget, progress) * len(workload.degrees)
+
+    try:
+        scores = [score(workload) for workload in _workloads(shape, degrees, precision, like)]
+    except CancellingWindowsError:  # rare, and found before the first comparison where the pool fits the budget
+        scores = [score(workload) for workload in _workloads(shape, degrees, precision, like, may_share=False)]
+    return torch.stack(scores).sum(dim=0) / len(degrees)
 
 
 def least_memory(shape: Sequence[int], degrees: Sequence[int], precision: Precision, device: torch.device) -> int:
@@ -81,12 +88,12 @@ def least_memory(shape: Sequence[int], degrees: Sequence[int], precision: Precis
 
 
 def _workloads(
-    shape: Sequence[int], degrees: Sequence[int], precision: Precision, like: torch.Tensor
+    shape: Sequence[int], degrees: Sequence[int], precision: Precision, like: torch.Tensor, *, may_share: bool = True
 ) -> list[Workload]:
     """Compare all degrees together where that is less work, else one after the other."""
     num_images, channels, height, width = shape
     comparison = make_comparison(precision, like)
-    is_shared = channels >= comparison.channels_to_share
+    is_shared = may_share and channels >= comparison.channels_to_share
     groups = [tuple(degrees)] if is_shared else [(degree,) for degree in degrees]
     return [Workload((num_images, height * width, channels), group, like, comparison) for group in groups]
 

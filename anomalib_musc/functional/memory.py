@@ -34,8 +34,9 @@ class MemoryBudgetError(ValueError):
 
 def check_budget(memory_budget: float | None) -> None:
     """Raise a ValueError unless ``memory_budget`` is a positive number of GiB, or ``None``."""
-    if memory_budget is not None and not (math.isfinite(memory_budget) and memory_budget > 0):
-        msg = f"memory_budget must be a positive number of GiB, got {memory_budget}."
+    is_number = isinstance(memory_budget, (int, float)) and math.isfinite(memory_budget)
+    if memory_budget is not None and not (is_number and memory_budget > 0):
+        msg = f"memory_budget must be a positive number of GiB, got {memory_budget!r}."
         raise ValueError(msg)
 
 

@@ -94,7 +94,8 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
         raise MemoryBudgetError(workload.least_bytes, budget)
 
     of_pair, of_image, loading = workload.bytes_of_pair, workload.bytes_of_image, workload.bytes_of_loading
-    chunk = max(1, min(workload.comparison.block // num_patches**2, (budget // 4 - loading) // of_pair, num_images))
+    spared = min(budget // 4, budget - workload.least_bytes + of_pair)
+    chunk = max(1, min(workload.comparison.block // num_patches**2, spared // of_pair, num_images))
     rest = budget - chunk * of_pair - loading
     home = _home(workload, rest, memory_budget)
     if home is None:
@@ -111,7 +112,7 @@ def _home(workload: Workload, rest: int, memory_budget: float | None) -> torch.d
     """Return where all distances take at most half of the memory."""
     distances = workload.shape[0] ** 2 * workload.bytes_of_distances
     device, host = workload.like.device, torch.device("cpu")
-    if distances <= rest // 2:
+    if distances <= min(rest // 2, rest - 2 * workload.bytes_of_image):
         return device
     on_host = device.type != "cpu" and distances <= budget_in_bytes(memory_budget, host) // 2
     return host if on_host else None
@@ -153,6 +154,7 @@ def average_distances(
             smallest = of_degree[images].to(averages.device).topk(stop, dim=1, largest=False).values
             averages[images] += smallest[:, start:].mean(dim=1)
         release(distances)
+    trim()
     return averages / len(distances)
 
 

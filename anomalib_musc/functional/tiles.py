@@ -11,6 +11,8 @@ from anomalib_musc.functional.products import Encoded, Rounding
 # Below this squared distance (relative to the squared norms) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
 _CANCELLATION = 1e-4
+# How much longer the terms of a window may be than their sum; the error of a product grows with the square of it.
+_CONDITION = 10
 _TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
@@ -53,17 +55,28 @@ def tile_of_vectors(vectors: torch.Tensor, rounding: Rounding) -> Tile:
     return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, torch.stack(half_norms)[None])
 
 
+class CancellingWindowsError(ArithmeticError):
+    """The patches of a window cancel each other, so that sums of their products would lose too many digits."""
+
+
 def tile_of_maps(patches: torch.Tensor, degrees: tuple[int, ...], rounding: Rounding) -> Tile:
-    """Make a tile of prepared patches ``(b, H, W, C)`` that are compared at several degrees."""
+    """Make a tile of prepared patches ``(b, H, W, C)`` that are compared at several degrees.
+
+    Raises:
+        CancellingWindowsError: If the sum of a window is much smaller than its terms.
+    """
     vectors = patches.flatten(1, 2)
     operands = rounding.encode(vectors)
     scales = patches.new_empty(len(degrees), *vectors.shape[:2])
     half_norms = torch.empty_like(scales)
     for image, normalized in enumerate(patches):
+        terms = torch.linalg.vector_norm(normalized, dim=-1, keepdim=True)  # (H, W, 1)
         rounded = rounding.decode(operands, image)
         for index, degree in enumerate(degrees):
             aggregated = _sums(normalized, degree)
             norms = torch.linalg.vector_norm(aggregated, dim=-1)
+            if bool((_sums(terms, degree)[:, 0] > _CONDITION * norms).any()):
+                raise CancellingWindowsError
             scale = norms.clamp_min_(_TINY_NORM * degree**2).reciprocal_()
             of_sums = _half_norms(aggregated, None if rounded is None else _sums(rounded.view_as(normalized), degree))
             scales[index, image], half_norms[index, image] = scale, of_sums * scale.square()
