@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time and peak memory of large pools and small budgets: ``python benchmarks/memory.py``.
 
-LNAMD and mutual scoring of 3 layers at 3 degrees, 196 patches of 192 channels, as of a small transformer at 224 x 224.
+LNAMD and mutual scoring at 3 degrees of 196 patches of 192 channels, as a small transformer has them at 224 x 224.
 Every line is a process of its own; the peak is what it adds to the features, which are counted beside the budget.
 """
 
@@ -18,15 +18,17 @@ from mutual_scoring import processor, resident
 from anomalib_musc.functional import layer_scores
 from anomalib_musc.functional.memory import budget_in_bytes
 
-LAYERS, CHANNELS, SIDE = 3, 192, 14
+CHANNELS, SIDE = 192, 14
 GROWTH = (250, 500, 1000, 2000)  # images, with the default budget
-BUDGETS = (0.0625, 0.125, 0.25)  # GiB, for 500 images
+BUDGETS = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # GiB, for 250 images
 
 
-def measure(num_images: int, budget: float | None, precision: Any, result: "multiprocessing.Queue") -> None:
+def measure(
+    num_images: int, num_layers: int, budget: float | None, precision: Any, result: "multiprocessing.Queue"
+) -> None:
     """Put the seconds, the peak and the budget in bytes."""
     generator = torch.Generator().manual_seed(0)
-    layers = [torch.randn(num_images, CHANNELS, SIDE, SIDE, generator=generator) for _ in range(LAYERS)]
+    layers = [torch.randn(num_images, CHANNELS, SIDE, SIDE, generator=generator) for _ in range(num_layers)]
     layer_scores(layers[0][:4], precision=precision)  # loads what the libraries load once
     before, allowed = resident("VmRSS"), budget_in_bytes(budget, torch.device("cpu"))
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -36,15 +38,15 @@ def measure(num_images: int, budget: float | None, precision: Any, result: "mult
     result.put((time.perf_counter() - start, resident("VmHWM") - before, allowed))
 
 
-def run(num_images: int, budget: float | None, precision: str) -> dict[str, Any]:
+def run(num_images: int, num_layers: int, budget: float | None, precision: str) -> dict[str, Any]:
     """Measure in a process of its own."""
     context = multiprocessing.get_context("spawn")
     result = context.Queue()
-    process = context.Process(target=measure, args=(num_images, budget, precision, result))
+    process = context.Process(target=measure, args=(num_images, num_layers, budget, precision, result))
     process.start()
     seconds, peak, allowed = result.get()
     process.join()
-    row = {"images": num_images, "stated_gib": budget, "precision": precision}
+    row = {"images": num_images, "layers": num_layers, "stated_gib": budget, "precision": precision}
     return {**row, "seconds": seconds, "peak_bytes": peak, "budget_bytes": allowed}
 
 
@@ -53,15 +55,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     parser.add_argument("--precision", default="exact")
+    parser.add_argument("--layers", type=int, default=3)
     arguments = parser.parse_args()
     report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads(), "rows": []}
     print(f"{report['device']}, {report['threads']} threads, torch {torch.__version__}")
     print("| images | budget | time | per pair, layer and degree | peak | of the budget |\n|---|---|---|---|---|---|")
-    cases = [(500, budget) for budget in BUDGETS] + [(num_images, None) for num_images in GROWTH]
+    cases = [(GROWTH[0], budget) for budget in BUDGETS] + [(num_images, None) for num_images in GROWTH]
     for num_images, budget in cases:
-        row = run(num_images, budget, arguments.precision)
+        row = run(num_images, arguments.layers, budget, arguments.precision)
         report["rows"].append(row)
-        pair = row["seconds"] / (num_images * (num_images - 1) / 2) / 9 * 1e6
+        pair = row["seconds"] / (num_images * (num_images - 1) / 2) / 3 / arguments.layers * 1e6
         stated = "default" if budget is None else f"{budget * 1024:.0f} MiB"
         share = row["peak_bytes"] / row["budget_bytes"]
         peak = row["peak_bytes"] / 2**20
