@@ -8,7 +8,15 @@ from typing import Literal, Protocol, get_args
 import torch
 
 from anomalib_musc.functional.lnamd import window_sum
-from anomalib_musc.functional.products import EightBitProduct, ExactProduct, HalfRounding, NoRounding, Product, Rounding
+from anomalib_musc.functional.products import (
+    EightBitProduct,
+    ExactProduct,
+    HalfRounding,
+    NoRounding,
+    Product,
+    Rounding,
+    grown,
+)
 from anomalib_musc.functional.tiles import Tile
 
 try:
@@ -93,8 +101,7 @@ class PlainComparison:
     def _spare(self, like: torch.Tensor) -> list[torch.Tensor]:
         """Return two more blocks of memory, which stay in a processor's cache and are never cleared."""
         size = like.numel()
-        if self._memory.numel() < 2 * size or self._memory.dtype != like.dtype or self._memory.device != like.device:
-            self._memory = like.new_empty(2 * size)
+        self._memory = grown(self._memory, 2 * size, like)
         return [block.view(like.shape) for block in self._memory[: 2 * size].split(size)]
 
 

@@ -52,9 +52,14 @@ def normalize_map(feature_map: torch.Tensor) -> torch.Tensor:
 
 def aggregate(patches: torch.Tensor, degree: int) -> torch.Tensor:
     """Average normalised patches ``(N, H, W, C)`` over their windows; returns unit vectors ``(N, H * W, C)``."""
-    for dim in (1, 2):
+    return F.normalize(window_sums(patches, degree) / degree**2, dim=-1)
+
+
+def window_sums(patches: torch.Tensor, degree: int) -> torch.Tensor:
+    """Sum patches ``(..., H, W, C)`` over their windows; returns ``(..., H * W, C)``."""
+    for dim in (-3, -2):
         patches = window_sum(patches, dim, degree // 2)
-    return F.normalize(patches.flatten(1, 2) / degree**2, dim=-1)
+    return patches.flatten(-3, -2)
 
 
 def window_sum(values: torch.Tensor, dim: int, radius: int, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -103,11 +103,16 @@ class ExactProduct(NoRounding):
         if is_convolution_faster(x.device, x.dtype, torch.get_num_threads()):
             return _convolve(x, y.reshape(-1, channels)).view(-1, num_patches, num_patches)
         size = len(y) * num_patches**2
-        if self._memory.numel() < size or self._memory.dtype != x.dtype or self._memory.device != x.device:
-            self._memory = x.new_empty(size)  # stays in a processor's cache, and is never cleared
+        self._memory = grown(self._memory, size, x)
         products = self._memory[:size].view(-1, num_patches)
         torch.mm(y.reshape(-1, channels), x.T, out=products)
         return products.view(-1, num_patches, num_patches)
+
+
+def grown(memory: torch.Tensor, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Return memory of at least so many numbers: the same again, which stays in a processor's cache, if it suffices."""
+    suffices = memory.numel() >= size and memory.dtype == like.dtype and memory.device == like.device
+    return memory if suffices else like.new_empty(size)
 
 
 def _convolve(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -193,8 +198,7 @@ class EightBitProduct:
         (x, scales_x), (y, scales_y) = left, right
         num_patches, count = x.shape[1], images.stop - images.start
         size = count * num_patches**2
-        if self._memory.numel() < 2 * size:
-            self._memory = torch.empty(2 * size, dtype=torch.int32)
+        self._memory = grown(self._memory, 2 * size, self._memory)
         integers, products = self._memory[: 2 * size].view(2, count, num_patches, num_patches)
         torch._int_mm(y[images].flatten(0, 1), x[image].T, out=integers.flatten(0, 1))
         torch.mul(integers, scales_x[image], out=products.view(torch.float32))

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from anomalib_musc.functional.lnamd import aggregate, window_sum
+from anomalib_musc.functional.lnamd import aggregate, window_sums
 from anomalib_musc.functional.products import Encoded, Rounding
 
 # Below this squared distance (relative to the squared norms) the difference |x|² + |y|² - 2xy has lost the digits
@@ -73,20 +73,17 @@ def tile_of_maps(patches: torch.Tensor, degrees: tuple[int, ...], rounding: Roun
         terms = torch.linalg.vector_norm(normalized, dim=-1, keepdim=True)  # (H, W, 1)
         rounded = rounding.decode(operands, image)
         for index, degree in enumerate(degrees):
-            aggregated = _sums(normalized, degree)
+            aggregated = window_sums(normalized, degree)
             norms = torch.linalg.vector_norm(aggregated, dim=-1)
-            if bool((_sums(terms, degree)[:, 0] > _CONDITION * norms).any()):
+            if bool((window_sums(terms, degree)[:, 0] > _CONDITION * norms).any()):
                 raise CancellingWindowsError
             scale = norms.clamp_min_(_TINY_NORM * degree**2).reciprocal_()
-            of_sums = _half_norms(aggregated, None if rounded is None else _sums(rounded.view_as(normalized), degree))
+            of_sums = _half_norms(
+                aggregated, None if rounded is None else window_sums(rounded.view_as(normalized), degree)
+            )
             scales[index, image], half_norms[index, image] = scale, of_sums * scale.square()
     grid = (patches.shape[1], patches.shape[2])
     return Tile(vectors, grid, degrees, operands, scales, half_norms)
-
-
-def _sums(patches: torch.Tensor, degree: int) -> torch.Tensor:
-    """Sum the patches ``(H, W, C)`` of an image over their windows; returns ``(L, C)``."""
-    return window_sum(window_sum(patches, 0, degree // 2), 1, degree // 2).flatten(0, 1)
 
 
 def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
