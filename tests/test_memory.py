@@ -22,7 +22,7 @@ from anomalib_musc.functional.scheduling import make_plan
 
 CPU = torch.device("cpu")
 DEGREES = (1, 3)
-FACTORS = (1, 1.2, 2, 5, 20, 1000)  # of the least budget
+FACTORS = (1, 1.2, 2, 3, 5, 20, 1000)  # of the least budget
 
 
 def maps(num_images: int, channels: int, height: int = 6, width: int = 5) -> torch.Tensor:

@@ -13,6 +13,8 @@ from anomalib_musc.functional.tiles import Tile
 
 # Working memory of sorting one distance, in its own size: the distance, its copy, and values and indices of the result.
 _SORTING = 5
+# What the libraries of each thread pack their operands into; no more of a small budget than this share.
+_BYTES_OF_THREAD, _SHARE_OF_THREADS = 3 * 2**20, 1 / 8
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,8 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     budget = budget_in_bytes(memory_budget, workload.like.device)
     if budget < workload.least_bytes:
         raise MemoryBudgetError(workload.least_bytes, budget)
+    packing = min(torch.get_num_threads() * _BYTES_OF_THREAD, int(budget * _SHARE_OF_THREADS))
+    budget = max(workload.least_bytes, budget - packing)
 
     of_pair, of_image, loading = workload.bytes_of_pair, workload.bytes_of_image, workload.bytes_of_loading
     spared = min(budget // 4, budget - workload.least_bytes + of_pair)
