@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from anomalib_musc.lightning_model import MuSc
     from anomalib_musc.post_processor import RsCINPostProcessor
+    from anomalib_musc.prediction_writer import PredictionWriter
     from anomalib_musc.torch_model import MuScModel
 
-__all__ = ["MuSc", "MuScModel", "RsCINPostProcessor"]
+__all__ = ["MuSc", "MuScModel", "PredictionWriter", "RsCINPostProcessor"]
 
-_HOMES = {"MuSc": "lightning_model", "MuScModel": "torch_model", "RsCINPostProcessor": "post_processor"}
+_HOMES = {
+    "MuSc": "lightning_model",
+    "MuScModel": "torch_model",
+    "PredictionWriter": "prediction_writer",
+    "RsCINPostProcessor": "post_processor",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,25 +12,40 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import Visualizer
+from anomalib.visualization import ImageVisualizer, Visualizer
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_musc.checks import MIN_IMAGES, check_readable, check_size, check_writable
+from anomalib_musc.checks import (
+    FEW_IMAGES,
+    MIN_IMAGES,
+    check_readable,
+    check_size,
+    check_writable,
+    closed_folders,
+    few_images,
+    find_fault,
+    unreadable,
+)
+from anomalib_musc.deep_images import DeepImages
 from anomalib_musc.features import FeatureStore
+from anomalib_musc.files import common_folder
 from anomalib_musc.functional import check_budget, check_interval
 from anomalib_musc.metrics import PaperEvaluator
-from anomalib_musc.pool import Pool, PoolSource, fingerprint, image_names, transform_leaves
-from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool
+from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
+from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool, forget_calibration, uncalibrated
+from anomalib_musc.prediction_writer import PredictionWriter
 from anomalib_musc.progress import profile, profiled, progress_bar
 from anomalib_musc.torch_model import MuScModel
-from anomalib_musc.workarounds import MultiLoaderPreProcessor, NoValidationLoader
+from anomalib_musc.workarounds import FolderVisualizer, MultiLoaderPreProcessor, NoValidationData
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomalib's own bases disagree on to_onnx
+class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib's own bases disagree on to_onnx
     """Zero-shot anomaly detection by mutual scoring of unlabelled images (Li et al., ICLR 2024, arXiv 2401.16753).
 
     The unlabelled images of one dataloader are its pool: when a test, validation or prediction starts, all of them are
@@ -54,7 +69,9 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         pre_processor: anomalib's component, or whether to use the default: resize and normalise as the backbone asks.
         post_processor: Likewise; the default is :class:`~anomalib_musc.RsCINPostProcessor`.
         evaluator: Likewise; the default reports the paper's metrics.
-        visualizer: Likewise; the default is anomalib's ``ImageVisualizer``.
+        visualizer: Likewise; the default is anomalib's ``ImageVisualizer``, with names of its own for the pictures.
+        prediction_writer: Likewise; the default writes ``predictions.csv`` when predicting, see
+            :class:`~anomalib_musc.PredictionWriter`.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the backbone.
@@ -84,6 +101,7 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
+        prediction_writer: PredictionWriter | bool = True,
     ) -> None:
         model = MuScModel(
             backbone,
@@ -103,8 +121,11 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         )
         self.model: MuScModel = model
         self.memory_budget = memory_budget
+        self.prediction_writer = PredictionWriter() if prediction_writer is True else prediction_writer or None
+        self.skipped_images: dict[Path, str] = {}
+        self._sources: list[PoolSource] = []
         self._pools: list[Pool] = []
-        self._calibrated_on_pool = False
+        self._calibrated_on_pool: list[str] = []
         self._scored_in_validation = False
         if isinstance(backbone, nn.Module):
             # Lightning would pickle it into checkpoints, which could not be loaded safely: pass it again on loading.
@@ -150,12 +171,25 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         return PaperEvaluator()
 
     @staticmethod
+    def configure_visualizer() -> ImageVisualizer:
+        """Create the default visualizer."""
+        return FolderVisualizer()
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Add the writer to anomalib's components, after the post-processor."""
+        callbacks = super().configure_callbacks()
+        writers = [self.prediction_writer] if self.prediction_writer else []
+        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *writers]
+
+    @staticmethod
     def configure_optimizers() -> None:
         """Nothing is trained."""
 
     def on_validation_start(self) -> None:
         """Score the validation pools."""
-        self._calibrated_on_pool = False
+        if isinstance(self.post_processor, PostProcessor):
+            forget_calibration(self.post_processor, self._calibrated_on_pool)
+        self._calibrated_on_pool = []
         self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
 
     def on_test_start(self) -> None:
@@ -167,6 +201,11 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         """Score the prediction pools."""
         self._score_pools(self.trainer.predict_dataloaders, self.trainer.num_predict_batches)
         self._calibrate()
+
+    def on_predict_end(self) -> None:
+        """Leave the datasets as they were found."""
+        for source in self._sources:
+            source.restore()
 
     def validation_step(  # type: ignore[override]
         self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
@@ -199,14 +238,14 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         return batch.update(in_place=False, pred_score=scores / 2, anomaly_map=anomaly_maps / 2)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whether the normalisation is that of a validation set or of a pool."""
+        """Say which of the thresholds come from a pool, as another pool needs others."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["calibrated_on_pool"] = self._calibrated_on_pool
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over where the normalisation came from."""
+        """Take over where the thresholds came from."""
         super().on_load_checkpoint(checkpoint)
-        self._calibrated_on_pool = checkpoint.get("calibrated_on_pool", False)
+        self._calibrated_on_pool = checkpoint.get("calibrated_on_pool", [])
 
     def _share(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch."""
@@ -222,16 +261,19 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
             raise ValueError(msg)
         if self.visualizer is not None:
             check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
-        known, self._pools = self._pools, []
+        known, self._pools, self._sources = self._pools, [], []
         settings = self._settings()
-        for index, (loader, limit) in enumerate(zip(_as_list(dataloaders), limits, strict=True)):
+        for index, (loader, limit) in enumerate(zip(as_list(dataloaders), limits, strict=True)):
             source = PoolSource(loader, limit)
             key = (source.key, settings)
             is_known = source.is_recognised_by_files or self._scored_in_validation
             pool = next((pool for pool in known if is_known and pool.key == key), None)
             self._pools.append(pool or self._score_pool(source, key, index))
             known.append(self._pools[-1])
+            self._sources.append(source)
+            source.skip(self._pools[-1].skipped)
         self._scored_in_validation = self.trainer.validating
+        self.skipped_images = {path: reason for pool in self._pools for path, reason in pool.skipped.items()}
         for pool in self._pools:
             pool.scores = pool.raw_scores
             if isinstance(self.post_processor, RsCINPostProcessor):
@@ -239,23 +281,44 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
 
     def _score_pool(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
         """Extract the features of a loader's images and score them against each other."""
+        skipped = self._skip(source)
         paths = source.paths
         if paths is not None:
             check_size(paths)
             check_interval(self.model.interval, len(paths) // self.model.count_subsets(len(paths)))
-            check_readable(paths)
         try:
             names, features, class_tokens = self._extract(source, dataloader_idx)
         except (OSError, SyntaxError):  # Pillow's, which do not name a truncated file
-            check_readable(paths or [], decode=True)
+            check_readable(paths or [])
             raise
+        if len(names) < FEW_IMAGES:
+            rank_zero_warn(few_images(len(names)))
         subsets = self.model.subsets(class_tokens)
         total = self.model.num_comparisons(subsets, len(features.layers))
         budget = features.remaining_budget if self.device.type == "cpu" else self.memory_budget
         with profile(self.trainer, "[MuSc]score"), progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
             patch_scores = self.model.score(features.layers, subsets, memory_budget=budget, progress=advance)
         raw_scores = [self.model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
-        return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens)
+        source.restore()
+        return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens, skipped)
+
+    def _skip(self, source: PoolSource) -> dict[Path, str]:
+        """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
+        paths = source.paths or []
+        faults: dict[Path, str] = {}
+        with progress_bar(self.trainer, "MuSc: looking at files", len(paths)) as advance:
+            for path in paths:
+                reason = find_fault(path)
+                faults |= {path: reason} if reason else {}
+                advance(1)
+        can_skip = self.trainer.predicting and source.can_skip
+        if faults and (not can_skip or len(paths) - len(faults) < MIN_IMAGES):
+            raise unreadable(faults, len(paths))
+        source.skip(faults)
+        skipped = {**faults, **(closed_folders(common_folder(paths)) if can_skip else {})}
+        for path, reason in skipped.items():
+            rank_zero_warn(f"Skipped {path}: {reason}.")
+        return skipped
 
     def _extract(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], FeatureStore, torch.Tensor]:
         """Return the names, the feature maps of each layer, on the host, and the class tokens ``(N, D)``."""
@@ -263,9 +326,10 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         tokens: list[torch.Tensor] = []
         features: FeatureStore | None = None
         num_images = None if source.paths is None else len(source.paths)
-        with progress_bar(self.trainer, "MuSc: extracting features", source.limit) as advance:
+        deep_images = DeepImages(source.paths or [])
+        with progress_bar(self.trainer, "MuSc: extracting features", source.num_batches) as advance:
             for batch in profiled(self.trainer, "[MuSc]read_images", source.batches()):
-                images = self._prepare(batch, dataloader_idx)
+                images = self._prepare(batch, deep_images, dataloader_idx)
                 with self.trainer.precision_plugin.forward_context(), profile(self.trainer, "[MuSc]extract"):
                     feature_maps, class_tokens = self.model.extract(images)
                 if features is None:
@@ -279,12 +343,12 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         assert features is not None  # noqa: S101  # as there are names
         return names, features, torch.cat(tokens)
 
-    def _prepare(self, batch: ImageBatch, dataloader_idx: int) -> torch.Tensor:
+    def _prepare(self, batch: ImageBatch, deep_images: DeepImages, dataloader_idx: int) -> torch.Tensor:
         """Bring a batch to the device and pre-process it as anomalib's callbacks will."""
         if batch.image_path is None and self.visualizer is not None:
             msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
             raise ValueError(msg)
-        images = self.trainer.precision_plugin.convert_input(batch.image)
+        images = self.trainer.precision_plugin.convert_input(deep_images.correct(batch))
         images = self.trainer.strategy.batch_to_device(images, dataloader_idx=dataloader_idx)
         transform = getattr(self.pre_processor, "transform", None)
         images = transform(images) if transform else images
@@ -304,16 +368,8 @@ class MuSc(NoValidationLoader, AnomalibModule):  # type: ignore[misc]  # anomali
         return [self.trainer.precision, *settings, *transforms, fingerprint(model)]
 
     def _calibrate(self) -> None:
-        """Normalise over the pool where no validation has said how."""
-        post_processor = self.post_processor
-        if not isinstance(post_processor, PostProcessor):
-            return
-        if self._calibrated_on_pool or bool(torch.isnan(post_processor.image_min)):
-            calibrate_on_pool(post_processor, self._pools)
-            self._calibrated_on_pool = True
-
-
-def _as_list(dataloaders: Any) -> list[Any]:
-    if isinstance(dataloaders, dict):
-        return list(dataloaders.values())
-    return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]
+        """Find the thresholds that no validation has found on those pools."""
+        if isinstance(self.post_processor, PostProcessor):
+            levels = uncalibrated(self.post_processor) | set(self._calibrated_on_pool)
+            calibrate_on_pool(self.post_processor, self._pools, levels)
+            self._calibrated_on_pool = sorted(levels)

@@ -3,14 +3,14 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, PredictDataset
 from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, SequentialSampler, Subset
 
@@ -27,6 +27,7 @@ class Pool:
         patch_scores: Shape ``(N, h, w)``.
         raw_scores: Maxima of the anomaly maps, shape ``(N,)``.
         class_tokens: Image features, shape ``(N, D)``.
+        skipped: Files that are no images, and why.
         scores: Image scores that are handed out, shape ``(N,)``: the raw ones until they are re-scored.
     """
 
@@ -35,6 +36,7 @@ class Pool:
     patch_scores: torch.Tensor
     raw_scores: torch.Tensor
     class_tokens: torch.Tensor
+    skipped: Mapping[Path, str]
 
     def __post_init__(self) -> None:
         self.scores = self.raw_scores
@@ -70,6 +72,7 @@ class PoolSource:
         self.loader = loader
         length = _length(loader)
         self.limit = min(limit, length) if _is_sequential(loader) else length
+        self._all_files: Any = None
         self.reads_all = self.limit >= length and not getattr(loader, "drop_last", False)
 
     @property
@@ -93,6 +96,27 @@ class PoolSource:
         transforms = [getattr(self._dataset, name, None) for name in ("augmentations", "transform")]
         order = sorted(files) if self.reads_all and self._sampler is None else (files, self.limit, self._batch_size)
         return order, self._sampler, [leaf for transform in transforms for leaf in transform_leaves(transform)]
+
+    @property
+    def num_batches(self) -> float:
+        """How many batches will be read, infinite if unknown."""
+        return min(self.limit, _length(self.loader))
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether files can be left out: from a folder for prediction, whose loader has no workers that have it yet."""
+        return isinstance(self._dataset, PredictDataset) and getattr(self.loader, "num_workers", 0) == 0
+
+    def skip(self, files: Mapping[Path, str]) -> None:
+        """Leave files out, until they are brought back by :meth:`restore`."""
+        if files:
+            self._all_files = self._dataset.image_filenames
+            self._dataset.image_filenames = [path for path in self._all_files if Path(path) not in files]
+
+    def restore(self) -> None:
+        """Bring back the files that were left out."""
+        if self._all_files is not None:
+            self._dataset.image_filenames, self._all_files = self._all_files, None
 
     @property
     def is_recognised_by_files(self) -> bool:
@@ -148,6 +172,19 @@ def transform_leaves(transform: Any) -> list[Any]:
     """Return the transforms of which a composition consists; two are equal only if they are one object."""
     parts = getattr(transform, "transforms", None)
     return [transform] if parts is None else [leaf for part in parts for leaf in transform_leaves(part)]
+
+
+def as_list(dataloaders: Any) -> list[Any]:
+    """Return the dataloaders that a trainer holds, whatever their collection."""
+    if isinstance(dataloaders, dict):
+        return list(dataloaders.values())
+    return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]
+
+
+def image_paths(dataloaders: Any) -> list[Path]:
+    """Return the image files that dataloaders read, as far as their datasets tell."""
+    datasets = [getattr(loader, "dataset", loader) for loader in as_list(dataloaders)]
+    return [path for dataset in datasets for path in _image_paths(dataset) or []]
 
 
 def _length(sized: Any) -> float:

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """RsCIN as anomalib's post-processor."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
+from lightning.pytorch.utilities import rank_zero_info
 
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.rscin import check_windows
 from anomalib_musc.pool import Pool
+from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
 from anomalib_musc.torch_model import PoolPrediction
 
 
@@ -23,10 +27,13 @@ class RsCINPostProcessor(PostProcessor):
     Args:
         windows: Neighbourhood sizes k, the image itself included: ``(1, 2, 3)`` for MVTec AD and BTAD,
             ``(1, 8, 9)`` for VisA.
+        image_threshold: Image score above which an image is anomalous, before normalisation. ``None``: found on
+            validation labels by anomalib, or without labels by :mod:`anomalib_musc.thresholds`.
+        pixel_threshold: Likewise for the values of anomaly maps, from 0 to 2.
         **kwargs: Arguments of anomalib's ``PostProcessor``: normalisation, thresholding and sensitivities.
 
     Raises:
-        ValueError: If ``windows`` is empty or holds a number below 1.
+        ValueError: If ``windows`` is empty or holds a number below 1, or a threshold is not a finite number.
 
     Example:
         >>> import torch
@@ -35,14 +42,37 @@ class RsCINPostProcessor(PostProcessor):
         tensor([0., 0., 1.])
     """
 
-    def __init__(self, windows: Sequence[int] = (1, 2, 3), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        windows: Sequence[int] = (1, 2, 3),
+        image_threshold: float | None = None,
+        pixel_threshold: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_windows(windows)
+        for name, threshold in (("image_threshold", image_threshold), ("pixel_threshold", pixel_threshold)):
+            if threshold is not None and not (isinstance(threshold, (int, float)) and math.isfinite(threshold)):
+                msg = f"{name} must be a finite number or None, got {threshold!r}."
+                raise ValueError(msg)
         self.windows = tuple(windows)
+        self.fixed_image_threshold = image_threshold
+        self.fixed_pixel_threshold = pixel_threshold
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "windows")
+        own = ("windows", "fixed_image_threshold", "fixed_pixel_threshold")
+        return (*super()._checkpoint_config_keys, *own)
+
+    @property
+    def image_threshold(self) -> torch.Tensor:
+        """The threshold of image scores before normalisation."""
+        return _fixed_or(self.fixed_image_threshold, super().image_threshold)
+
+    @property
+    def pixel_threshold(self) -> torch.Tensor:
+        """The threshold of anomaly maps before normalisation."""
+        return _fixed_or(self.fixed_pixel_threshold, super().pixel_threshold)
 
     def rescore(self, scores: torch.Tensor, class_tokens: torch.Tensor) -> torch.Tensor:
         """Return the pool's scores, in [0, 1], shape ``(N,)``; see :func:`~anomalib_musc.functional.rscin`."""
@@ -56,15 +86,47 @@ class RsCINPostProcessor(PostProcessor):
         return super().forward(predictions)
 
 
-def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool]) -> None:
-    """Give a post-processor that saw no validation set the range of the pools, so that all share one scale.
+def _fixed_or(fixed: float | None, found: torch.Tensor) -> torch.Tensor:
+    return found if fixed is None else torch.full_like(found, fixed)
+
+
+def uncalibrated(post_processor: PostProcessor) -> set[str]:
+    """Return for which of "image" and "pixel" no validation labels or masks have said what is anomalous."""
+    state = post_processor.state_dict()
+    name = "_{}_threshold" if post_processor.enable_thresholding else "{}_min"
+    return {level for level in ("image", "pixel") if bool(state[name.format(level)].isnan())}
+
+
+def forget_calibration(post_processor: PostProcessor, levels: Iterable[str]) -> None:
+    """Make "image" or "pixel" uncalibrated."""
+    unknown = torch.tensor(float("nan"))
+    names = [name for level in levels for name in (f"{level}_min", f"{level}_max", f"_{level}_threshold")]
+    post_processor.load_state_dict(dict.fromkeys(names, unknown), strict=False)
+
+
+def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]) -> None:
+    """Normalise and threshold without labels: by the range of the pools, which share one scale, and by their scores.
 
     Args:
-        post_processor: anomalib's or ours; its thresholds stay unknown, which anomalib reads as mid-range.
+        post_processor: anomalib's or ours.
         pools: The scored pools.
+        levels: Which of "image" and "pixel" to calibrate.
     """
-    scores = torch.cat([pool.scores for pool in pools])
-    post_processor.image_min.copy_(scores.min())
-    post_processor.image_max.copy_(scores.max())
-    post_processor.pixel_min.copy_(min(pool.patch_scores.min() for pool in pools))
-    post_processor.pixel_max.copy_(max(pool.raw_scores.max() for pool in pools))
+    scores = torch.cat([pool.scores for pool in pools]).double().cpu()
+    patch_scores = [pool.patch_scores.flatten(1).double().cpu().numpy() for pool in pools]
+    if "image" in levels:
+        threshold = image_threshold(scores.numpy(), sum(map(count_anomalous, patch_scores)))
+        _load(post_processor, "image", scores.min(), scores.max(), threshold)
+    if "pixel" in levels:
+        is_anomalous = scores > post_processor.image_threshold.cpu()
+        every_patch = np.concatenate(patch_scores)
+        threshold = pixel_threshold(every_patch, is_anomalous.numpy())
+        _load(post_processor, "pixel", every_patch.min(), max(pool.raw_scores.max() for pool in pools), threshold)
+
+
+def _load(post_processor: PostProcessor, level: str, lowest: Any, highest: Any, threshold: float) -> None:
+    found = {f"{level}_min": torch.as_tensor(lowest), f"{level}_max": torch.as_tensor(highest)}
+    if post_processor.enable_thresholding:
+        found[f"_{level}_threshold"] = torch.tensor(threshold)
+        rank_zero_info(f"No labels for the {level} threshold: {threshold:.3f} by the pool's own scores.")
+    post_processor.load_state_dict(found, strict=False)

@@ -394,22 +394,23 @@ def test_interval_that_ends_before_it_begins_in_this_pool(folder, own_backbone, 
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no picture", b"\x89PNG\r\n\x1a\n\x00\x00"])
-def test_corrupt_image_is_named_before_the_long_work(content, tmp_path, folder, own_backbone, make_engine):
-    shutil.copytree(folder, tmp_path / "pile")
-    broken = tmp_path / "pile/zz_broken.png"
-    broken.write_bytes(content)
+def test_corrupt_test_image_is_named_before_the_long_work(content, tmp_path, mvtec_root, own_backbone, make_engine):
+    shutil.copytree(mvtec_root, tmp_path / "data")
+    (tmp_path / "data/widget/test/good/zz_broken.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"1 of 13 images cannot be read.*zz_broken\.png"):
-        make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+        make_engine().test(MuSc(own_backbone), datamodule=datamodule(tmp_path / "data"))
     assert own_backbone.num_images == 0
 
 
-def test_truncated_image_is_named(tmp_path, folder, own_backbone, make_engine):
-    shutil.copytree(folder, tmp_path / "pile")
-    truncated = tmp_path / "pile/zz_truncated.jpg"
+def test_truncated_test_image_is_named(tmp_path, mvtec_root, own_backbone, make_engine):
+    shutil.copytree(mvtec_root, tmp_path / "data")
+    truncated = tmp_path / "data/widget/test/good/zz_truncated.jpg"
     cv2.imwrite(str(truncated), product(0)[0])
     truncated.write_bytes(truncated.read_bytes()[:-400])
     with pytest.raises(ValueError, match=r"zz_truncated\.jpg.*truncated"):
-        make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+        make_engine().predict(
+            MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "data/widget/test", num_workers=1)
+        )
     assert own_backbone.num_images == 0
 
 

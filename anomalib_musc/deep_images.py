@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grey images of more than 8 bits, as industrial cameras take them.
+
+anomalib 2.7.0 reads images by Pillow's conversion to RGB, which makes every value above 255 white: a picture of 16 bits
+comes out empty. Colour images of 16 bits are read well.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+_FORMATS = {".png", ".tif", ".tiff", ".pgm"}
+
+
+def is_deep(path: Path) -> bool:
+    """Return whether a file holds a grey image of more than 8 bits; only its header is read."""
+    if path.suffix.lower() not in _FORMATS:
+        return False
+    with Image.open(path) as image:
+        return image.mode in {"I", "F"} or image.mode.startswith("I;16")
+
+
+def read_deep(path: Path) -> torch.Tensor:
+    """Return the grey values as they are stored, shape ``(1, H, W)``, float32."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image, dtype=np.float32).copy())[None]
+
+
+class DeepImages:
+    """The deep images of a pool, all on one scale: the least number of bits, of 8 or more, that holds every value.
+
+    So a camera of 12 bits whose images are stored in 16 is not taken for a dark one. Fractions are in [0, 1].
+
+    Args:
+        paths: All images of the pool.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._deep = {str(path) for path in paths if is_deep(path)}
+        brightest = max((read_deep(Path(path)).max().item() for path in sorted(self._deep)), default=0.0)
+        self.white = 1.0 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
+
+    def correct(self, batch: ImageBatch) -> torch.Tensor:
+        """Return the images ``(B, 3, H, W)`` of a batch, in [0, 1], the deep ones among them read again."""
+        images: torch.Tensor = batch.image  # type: ignore[assignment]  # every batch that is read has images
+        for index, path in enumerate(batch.image_path or []):
+            if path in self._deep:
+                grey = (read_deep(Path(path)) / self.white).clamp(0, 1)
+                images = images.clone()
+                images[index] = resize(grey, list(images.shape[-2:]), InterpolationMode.BICUBIC, antialias=True)
+        return images

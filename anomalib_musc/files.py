@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where results go: beneath a folder as the images lie beneath theirs, and never half-written."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def common_folder(paths: Sequence[Path]) -> Path | None:
+    """Return the deepest folder that holds all files, ``None`` where there is none."""
+    try:
+        return Path(os.path.commonpath([path.parent for path in paths]))
+    except ValueError:  # no files, or on several drives
+        return None
+
+
+def place_of(path: Path, root: Path | None, folder: Path) -> Path:
+    """Return where a file's result belongs: ``folder / root's name / path from root``; its own parent without root.
+
+    Example:
+        >>> place_of(Path("/data/bolts/monday/1.png"), Path("/data/bolts"), Path("images")).as_posix()
+        'images/bolts/monday/1.png'
+    """
+    root = root if root is not None and root in path.parents else path.parent
+    return folder / root.name / path.relative_to(root)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a file to write to, which takes its place at ``path`` only once it is whole.
+
+    Args:
+        path: The result; its folder is created if need be.
+
+    Raises:
+        OSError: If it cannot be written; nothing is left then.
+    """
+    part = path.with_name(f".{os.getpid()}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.replace(path)
+    except OSError as error:
+        msg = f"{path} cannot be written: {error.strerror or error}. Make room, or choose another folder for results."
+        raise OSError(error.errno, msg) from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Thresholds for a pool of which nobody has said what is normal.
+
+The assumption is that of the method: at every place most images are normal, and a defect is confined to a part of its
+image. Where defects look like ordinary variation, they are missed rather than all images flagged.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+# Chosen on pools with 0 to 50 % defects of two real and two procedural products, see benchmarks/README.md.
+_SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # (q90 - q10) / median beyond which a pool has two groups, and what few images add
+_FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
+_MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
+_NORMAL_PEAKS, _ALL_PATCHES = 0.75, 0.99  # quantiles that an anomalous pixel exceeds
+
+
+def standing_out(patch_scores: Array) -> Array:
+    r"""Return how far the worst patch of each image stands out, :math:`\max_p (\log a_{ip} - m_p - m_i)`.
+
+    :math:`m_p` is the median of the logarithms over the images at a place, :math:`m_i` then that of an image over its
+    places: neither an edge that is rare everywhere nor an image that is a little different all over stands out.
+
+    Args:
+        patch_scores: The scores a, shape ``(N, L)``.
+    """
+    logarithms = np.log(np.maximum(patch_scores, np.finfo(np.float32).tiny))
+    logarithms -= np.median(logarithms, axis=0)
+    logarithms -= np.median(logarithms, axis=1, keepdims=True)
+    return logarithms.max(axis=1)
+
+
+def count_anomalous(patch_scores: Array) -> int:
+    """Estimate how many images of a pool are anomalous; never all of them.
+
+    Where the images stand out by widely different amounts, there are two groups, which Otsu's criterion parts. Else
+    only outliers are anomalous.
+
+    Args:
+        patch_scores: Shape ``(N, L)``.
+    """
+    heights = standing_out(patch_scores)
+    low, quarter, median, high = np.quantile(heights, (0.1, 0.25, 0.5, 0.9))
+    most_near = int(_MOST_NEAR * len(heights))
+    count = max((heights > _FAR * quarter).sum(), min(most_near, (heights > _NEAR * quarter).sum()))
+    if high - low > (_SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))) * median:
+        count = max(count, upper_group(np.log(np.maximum(heights, max(median / 10, np.finfo(np.float32).tiny)))))
+    return int(min(count, len(heights) - 1))
+
+
+def upper_group(values: Array) -> int:
+    """Return how many of the values are in the upper group, where two groups differ most (Otsu, 1979).
+
+    Example:
+        >>> upper_group(np.array([1.0, 9.0, 1.5, 8.0, 2.0]))
+        2
+    """
+    ascending = np.sort(values)
+    sizes = np.arange(1, len(ascending))
+    sums = np.cumsum(ascending)
+    lower_means = sums[:-1] / sizes
+    upper_means = (sums[-1] - sums[:-1]) / (len(ascending) - sizes)
+    between = sizes * (len(ascending) - sizes) * (upper_means - lower_means) ** 2
+    return len(ascending) - int(sizes[between.argmax()])
+
+
+def image_threshold(scores: Array, num_anomalous: int) -> float:
+    """Return the threshold that so many of the scores ``(N,)`` exceed: fewer where some are equal, none for 0.
+
+    Example:
+        >>> image_threshold(np.array([0.1, 0.5, 0.9]), 1)
+        0.7
+    """
+    descending = np.sort(scores)[::-1]
+    above = descending[max(num_anomalous - 1, 0)]
+    return float((above + descending[num_anomalous]) / 2)
+
+
+def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> float:
+    """Return a threshold that three of four normal images stay below everywhere, and 99 % of all patches do.
+
+    Args:
+        patch_scores: Shape ``(N, L)``.
+        is_anomalous: Which images are, shape ``(N,)``; where none is, no patch exceeds the threshold.
+    """
+    peaks = patch_scores.max(axis=1)
+    if not is_anomalous.any():
+        return float(peaks.max())
+    return float(max(np.quantile(peaks[~is_anomalous], _NORMAL_PEAKS), np.quantile(patch_scores, _ALL_PATCHES)))

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plain folder of a user's own: any format, broken files among them, and results that are whole or not there."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch, PredictDataset
+from conftest import SIDE, OwnBackbone, product, write_products
+from PIL import Image
+from test_cli import SMALL, anomalib
+from test_engine import assert_same, by_path, predict_loader
+
+from anomalib_musc import MuSc, PredictionWriter
+from anomalib_musc.deep_images import DeepImages
+
+
+def read_table(root: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of the one ``predictions.csv`` beneath a folder by file name."""
+    (table,) = root.rglob("predictions.csv")
+    with table.open(newline="", encoding="utf-8") as file:
+        return {Path(row["path"]).name: row for row in csv.DictReader(file)}
+
+
+def grey(seed: int, *, defect: bool = False) -> np.ndarray:
+    return cv2.cvtColor(product(seed, defect=defect)[0], cv2.COLOR_RGB2GRAY)
+
+
+def write_every_format(folder: Path) -> dict[str, Path]:
+    """Write one product in many formats, sizes, names and folders; the last has a defect."""
+    rgb = Image.fromarray(product(1)[0])
+    deep = grey(2).astype(np.uint16) * 257
+    pictures = {
+        "grey.png": Image.fromarray(grey(0)),
+        "rgb.jpg": rgb,
+        "nested/deeper/rgb.jpg": Image.fromarray(product(3)[0]),
+        "other/deeper/rgb.jpg": Image.fromarray(product(4)[0]),
+        "alpha.png": Image.fromarray(product(5)[0]).convert("RGBA"),
+        "palette.png": Image.fromarray(product(6)[0]).quantize(64),
+        "bitmap.bmp": Image.fromarray(product(7)[0]),
+        "tagged.tiff": Image.fromarray(product(8)[0]).resize((90, 50)),
+        "sixteen.png": Image.fromarray(deep),
+        "sixteen.TIF": Image.fromarray(grey(9).astype(np.uint16) * 257),
+        "mit Leerzeichen & Ümläut 部品.png": Image.fromarray(product(10)[0]),
+        "nested/defect.png": Image.fromarray(product(30, defect=True)[0]).resize((128, 96)),
+    }
+    for name, picture in pictures.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / name)
+    return {name: folder / name for name in pictures}
+
+
+def test_one_command_for_any_folder(tmp_path):
+    files = write_every_format(tmp_path / "meine Bilder")
+    done = anomalib("predict", "--model", "MuSc", "--data", tmp_path / "meine Bilder", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (table,) = (tmp_path / "results").rglob("predictions.csv")
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert rows.keys() == {str(path) for path in files.values()}
+    assert all(0 <= float(row["score"]) <= 1 for row in rows.values())
+    assert {row["label"] for row in rows.values()} <= {"normal", "anomalous"}
+    assert str(table) in done.stdout + done.stderr
+    pictures = [path for path in (table.parent / "images/meine Bilder").rglob("*") if path.is_file()]
+    names = [path.relative_to(table.parent / "images/meine Bilder").as_posix() for path in pictures]
+    assert sorted(names) == sorted(files)
+    for picture in pictures:
+        assert np.asarray(Image.open(picture).convert("RGB")).std() > 5, picture
+
+
+def test_the_defect_is_in_the_table(tmp_path, own_backbone, make_engine):
+    files = write_every_format(tmp_path / "pile")
+    predictions = make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+    assert all(batch.pred_mask.dtype == torch.bool for batch in predictions)
+    rows = read_table(tmp_path)
+    assert rows["defect.png"]["label"] == "anomalous"
+    region = json.loads(rows["defect.png"]["regions"])[0]
+    _, mask = product(30, defect=True)
+    y, x = np.argwhere(cv2.resize(mask, (128, 96), interpolation=cv2.INTER_NEAREST)).mean(axis=0)
+    assert region["x"] <= x <= region["x"] + region["width"]
+    assert region["y"] <= y <= region["y"] + region["height"]
+    assert 0 < region["area"] <= region["width"] * region["height"]
+    assert max(rows, key=lambda name: float(rows[name]["score"])) == "defect.png"
+    assert len(files) > len(rows)  # three files share a name, and all are in the table
+    (table,) = tmp_path.rglob("predictions.csv")
+    assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(files)
+
+
+# --- grey images of more than 8 bits -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "name"), [(16, "{}.png"), (12, "{}.png"), (10, "{}.tif")])
+def test_deep_images_score_as_their_8_bit_twins(bits, name, tmp_path, make_engine):
+    flat, deep = tmp_path / "flat/x", tmp_path / "deep/x"
+    for folder in (flat, deep):
+        folder.mkdir(parents=True)
+    for seed in range(6):
+        values = grey(30 + seed, defect=seed == 0)
+        values[0, 0] = 255  # both scales reach their white
+        Image.fromarray(values).save(flat / f"{seed}.png")
+        white = 2**bits - 1
+        Image.fromarray(np.round(values / 255 * white).astype(np.uint16)).save(deep / name.format(seed))
+    engine = make_engine()
+    ours, twins = (
+        {Path(path).stem: item for path, item in by_path(engine.predict(MuSc(OwnBackbone()), data_path=data)).items()}
+        for data in (deep, flat)
+    )
+    assert_same(ours, twins, tolerance=0.02)
+    assert max(score for score, _ in ours.values()) > 0.5
+
+
+def test_fractions_and_colour_are_read_as_they_are(tmp_path):
+    fractions = tmp_path / "fraction.tif"
+    Image.fromarray((grey(0) / 255).astype(np.float32)).save(fractions)
+    colour = tmp_path / "colour.png"
+    cv2.imwrite(str(colour), product(0)[0].astype(np.uint16) * 257)
+    images = DeepImages([fractions, colour])
+    assert images.white == 1
+    blank = torch.zeros(1, 3, SIDE, SIDE)
+    batch = ImageBatch(image=blank, image_path=[str(fractions)])
+    torch.testing.assert_close(images.correct(batch)[0, 0], torch.from_numpy(grey(0) / 255).float())
+    assert images.correct(ImageBatch(image=blank, image_path=[str(colour)])).max() == 0
+
+
+# --- small pools ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_images", [2, 3, 4, 5])
+def test_small_pools_are_scored_with_a_warning(num_images, tmp_path, own_backbone, make_engine):
+    write_products(tmp_path / "few", range(num_images))
+    with pytest.warns(UserWarning, match=rf"pool of {num_images} images is small"):
+        predictions = by_path(make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "few"))
+    assert len(predictions) == num_images
+    for score, anomaly_map in predictions.values():
+        assert 0 <= score <= 1
+        assert torch.isfinite(anomaly_map).all()
+
+
+def test_identical_images_are_all_normal(tmp_path, own_backbone, make_engine):
+    (path,) = write_products(tmp_path / "same", range(1))
+    for number in range(6):
+        shutil.copy(path, path.with_name(f"copy{number}.png"))
+    make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "same")
+    rows = read_table(tmp_path).values()
+    assert {row["label"] for row in rows} == {"normal"}
+    assert {row["regions"] for row in rows} == {"[]"}
+
+
+# --- the table and the heatmaps ------------------------------------------------------------------------------------
+
+
+def test_the_table_can_be_switched_off(tmp_path, folder, own_backbone, make_engine):
+    make_engine().predict(MuSc(own_backbone, prediction_writer=False), data_path=folder)
+    assert not list(tmp_path.rglob("predictions.csv"))
+    assert list(tmp_path.rglob("images/**/*.png"))
+
+
+def test_heatmaps_at_the_size_of_the_images(tmp_path, own_backbone, make_engine):
+    files = write_every_format(tmp_path / "pile")
+    writer = PredictionWriter(output_dir=tmp_path / "out", heatmaps=["png", "npy"])
+    predictions = make_engine().predict(MuSc(own_backbone, prediction_writer=writer), data_path=tmp_path / "pile")
+    maps = {path: anomaly_map for path, (_, anomaly_map) in by_path(predictions).items()}
+    assert (tmp_path / "out/predictions.csv").is_file()
+    for name, path in files.items():
+        values = np.load(tmp_path / f"out/heatmaps/pile/{name}.npy")
+        with Image.open(path) as image, Image.open(tmp_path / f"out/heatmaps/pile/{name}.png") as heatmap:
+            assert values.shape == image.size[::-1]
+            assert heatmap.size == image.size
+        assert values.dtype == np.float32
+        assert values.min() >= 0
+        assert values.max() <= 1
+        assert values.max() == pytest.approx(maps[str(path)].max().item(), abs=0.05)
+
+
+@pytest.mark.parametrize("heatmaps", ["png", ["tiff"]])
+def test_unknown_heatmaps(heatmaps):
+    with pytest.raises(ValueError, match="heatmaps must be a list of"):
+        PredictionWriter(heatmaps=heatmaps)
+
+
+# --- faults --------------------------------------------------------------------------------------------------------
+
+
+def spoil(folder: Path) -> dict[str, str]:
+    """Put broken files among the good ones; return what is said of each."""
+    (folder / "empty.png").touch()
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "header.png").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00")
+    reasons = {"empty.png": "empty file", "text.png": "not an image", "header.png": ""}
+    for suffix in ("png", "jpg", "bmp", "tiff"):
+        whole = folder / f"truncated.{suffix}"
+        cv2.imwrite(str(whole), product(0)[0])
+        whole.write_bytes(whole.read_bytes()[:-400])
+        reasons[whole.name] = ""
+    return reasons
+
+
+def test_broken_files_are_skipped_and_named(tmp_path, folder, make_engine, recwarn):
+    shutil.copytree(folder, tmp_path / "pile")
+    reasons = spoil(tmp_path / "pile")
+    backbone = OwnBackbone()
+    ours = by_path(make_engine().predict(MuSc(backbone), data_path=tmp_path / "pile"))
+    assert backbone.num_images == len(ours) == 12
+    rows = read_table(tmp_path)
+    for name, reason in reasons.items():
+        assert rows[name]["label"] == "skipped"
+        assert rows[name]["score"] == rows[name]["regions"] == ""
+        assert reason in rows[name]["note"]
+        assert rows[name]["note"]
+        assert any(name in str(warning.message) for warning in recwarn)
+    whole = by_path(make_engine().predict(MuSc(OwnBackbone()), data_path=folder))
+    assert_same(ours, {path.replace(str(folder), str(tmp_path / "pile")): item for path, item in whole.items()})
+
+
+def test_skipped_files_are_named_each_time(tmp_path, folder, own_backbone, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    spoil(tmp_path / "pile")
+    engine, model, loader = make_engine(), MuSc(own_backbone), predict_loader(tmp_path / "pile")
+    for _ in range(2):
+        engine.predict(model, dataloaders=loader)
+        assert read_table(tmp_path)["empty.png"]["label"] == "skipped"
+        assert len(loader.dataset) == 19
+    engine.predict(model, dataset=PredictDataset(tmp_path / "pile"))
+    assert read_table(tmp_path)["empty.png"]["label"] == "skipped"
+    assert own_backbone.num_images == 12  # the pool was recognised
+
+
+def test_files_that_cannot_be_skipped_are_an_error(tmp_path, folder, own_backbone, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    (tmp_path / "pile/empty.png").touch()
+    with pytest.raises(ValueError, match=r"1 of 13 images cannot be read.*empty\.png \(empty file\)"):
+        make_engine().predict(MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "pile", num_workers=1))
+    with pytest.raises(ValueError, match=r"1 of 13 images cannot be read"):
+        make_engine().test(MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "pile"))
+    assert own_backbone.num_images == 0
+
+
+def test_too_few_that_can_be_read(tmp_path, own_backbone, make_engine):
+    write_products(tmp_path / "pile", range(1))
+    (tmp_path / "pile/empty.png").touch()
+    with pytest.raises(ValueError, match=r"1 of 2 images cannot be read.*empty\.png"):
+        make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+    assert not list(tmp_path.rglob("predictions.csv"))
+
+
+@pytest.mark.parametrize("size", [(2, 40), (20_000, 30)], ids=["two pixels wide", "20,000 pixels wide"])
+def test_odd_sizes_are_scored(size, tmp_path, own_backbone, make_engine):
+    write_products(tmp_path / "pile", range(6))
+    Image.new("RGB", size, "gray").save(tmp_path / "pile/odd.png")
+    make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+    row = read_table(tmp_path)["odd.png"]
+    for region in json.loads(row["regions"]):
+        assert region["x"] + region["width"] <= size[0]
+        assert region["y"] + region["height"] <= size[1]
+    assert 0 <= float(row["score"]) <= 1
+
+
+def run_as_stranger(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python without a superuser's rights."""
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+
+
+PREDICT = """
+import sys
+sys.path.insert(0, {tests!r})
+from anomalib.engine import Engine
+from anomalib_musc import MuSc
+from conftest import OwnBackbone
+{before}
+Engine(default_root_dir={out!r}, enable_progress_bar=False).predict(MuSc(OwnBackbone()), data_path={data!r})
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
+def test_nothing_is_half_written_where_the_disk_is_full(tmp_path, folder):
+    out = tmp_path / "out"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
+    tests = str(Path(__file__).parent)
+    code = PREDICT.format(tests=tests, before=limit, out=str(out), data=str(folder))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "cannot be written" in done.stderr
+    assert "Make room, or choose another folder" in done.stderr
+    left = [path for path in out.rglob("*") if path.is_file()]
+    assert not left, left
