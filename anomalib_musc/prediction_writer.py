@@ -99,6 +99,7 @@ class PredictionWriter(Callback):
         self.heatmaps = tuple(heatmaps)
         self._rows: list[dict[str, object]] = []
         self._root: Path | None = None
+        self._pending: ImageBatch | None = None
 
     def folder(self, trainer: Trainer) -> Path:
         """Return where this writes."""
@@ -108,19 +109,25 @@ class PredictionWriter(Callback):
         """See whether results can be written."""
         del pl_module
         check_writable(self.folder(trainer))
-        self._rows, self._root = [], common_folder(image_paths(trainer.predict_dataloaders))
+        self._rows, self._pending = [], None
+        self._root = common_folder(image_paths(trainer.predict_dataloaders))
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        """Note the predictions of a batch and write its heatmaps."""
-        del pl_module, batch, batch_idx, args
-        predictions: ImageBatch = outputs
-        for item in predictions:
-            size = _original_size(item)
-            self._rows.append(_row(item, size))
-            if item.anomaly_map is not None and item.image_path is not None:
-                self._write_heatmaps(item, size, self.folder(trainer) / "heatmaps")
+        """Keep a batch until all callbacks have seen it: a model's post-processor comes after those of a user."""
+        del trainer, pl_module, batch, batch_idx, args
+        self._pending = outputs
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Write the batch before this one."""
+        del pl_module, args
+        self._write_pending(trainer)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the last batch."""
+        del pl_module
+        self._write_pending(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, with the images that the model says it skipped, if it does."""
@@ -136,6 +143,15 @@ class PredictionWriter(Callback):
             table.writeheader()
             table.writerows(self._rows)
         rank_zero_info(f"Predictions of {len(self._rows)} images: {target}")
+
+    def _write_pending(self, trainer: Trainer) -> None:
+        """Note the predictions of a finished batch and write its heatmaps."""
+        predictions, self._pending = self._pending, None
+        for item in predictions or ():
+            size = _original_size(item)
+            self._rows.append(_row(item, size))
+            if item.anomaly_map is not None and item.image_path is not None:
+                self._write_heatmaps(item, size, self.folder(trainer) / "heatmaps")
 
     def _write_heatmaps(self, item: Any, size: tuple[int, int], folder: Path) -> None:
         path = place_of(Path(item.image_path), self._root, folder)

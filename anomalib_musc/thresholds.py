@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 # Chosen on pools with 0 to 50 % defects of two real and two procedural products, see benchmarks/README.md.
-_SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # (q90 - q10) / median beyond which a pool has two groups, and what few images add
+_SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add to it
+_TAIL = 4.3  # q999 / q90 of all patches, of two groups
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 _NORMAL_PEAKS, _ALL_PATCHES = 0.75, 0.99  # quantiles that an anomalous pixel exceeds
 
 
-def standing_out(patch_scores: Array) -> Array:
-    r"""Return how far the worst patch of each image stands out, :math:`\max_p (\log a_{ip} - m_p - m_i)`.
+def deviations(patch_scores: Array) -> Array:
+    r"""Return how far each patch stands out, :math:`\log a_{ip} - m_p - m_i`.
 
     :math:`m_p` is the median of the logarithms over the images at a place, :math:`m_i` then that of an image over its
     places: neither an edge that is rare everywhere nor an image that is a little different all over stands out.
@@ -31,24 +32,27 @@ def standing_out(patch_scores: Array) -> Array:
     logarithms = np.log(np.maximum(patch_scores, np.finfo(np.float32).tiny))
     logarithms -= np.median(logarithms, axis=0)
     logarithms -= np.median(logarithms, axis=1, keepdims=True)
-    return logarithms.max(axis=1)
+    return logarithms
 
 
 def count_anomalous(patch_scores: Array) -> int:
     """Estimate how many images of a pool are anomalous; never all of them.
 
-    Where the images stand out by widely different amounts, there are two groups, which Otsu's criterion parts. Else
-    only outliers are anomalous.
+    The height of an image is its largest deviation. Where heights differ widely and the highest patches are far from
+    the rest, there are two groups of images, which Otsu's criterion parts. Else only outliers are anomalous.
 
     Args:
         patch_scores: Shape ``(N, L)``.
     """
-    heights = standing_out(patch_scores)
+    patches = deviations(patch_scores)
+    heights = patches.max(axis=1)
     low, quarter, median, high = np.quantile(heights, (0.1, 0.25, 0.5, 0.9))
     most_near = int(_MOST_NEAR * len(heights))
     count = max((heights > _FAR * quarter).sum(), min(most_near, (heights > _NEAR * quarter).sum()))
-    if high - low > (_SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))) * median:
-        count = max(count, upper_group(np.log(np.maximum(heights, max(median / 10, np.finfo(np.float32).tiny)))))
+    spread = _SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))
+    if high - low > spread * median and np.quantile(patches, 0.999) > _TAIL * np.quantile(patches, 0.9):
+        floor = max(median / 10, np.finfo(np.float32).tiny)
+        count = max(count, upper_group(-1 / np.sqrt(np.maximum(heights, floor))))
     return int(min(count, len(heights) - 1))
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import cv2
@@ -263,12 +264,6 @@ def test_odd_sizes_are_scored(size, tmp_path, own_backbone, make_engine):
     assert 0 <= float(row["score"]) <= 1
 
 
-def run_as_stranger(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run Python without a superuser's rights."""
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-c", code]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-
-
 PREDICT = """
 import sys
 sys.path.insert(0, {tests!r})
@@ -280,15 +275,59 @@ Engine(default_root_dir={out!r}, enable_progress_bar=False).predict(MuSc(OwnBack
 """
 
 
+def predict_in_a_process(data: Path, out: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+    """Predict a folder in a process that first runs some code."""
+    code = PREDICT.format(tests=str(Path(__file__).parent), before=before, out=str(out), data=str(data))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
 def test_nothing_is_half_written_where_the_disk_is_full(tmp_path, folder):
-    out = tmp_path / "out"
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
-    tests = str(Path(__file__).parent)
-    code = PREDICT.format(tests=tests, before=limit, out=str(out), data=str(folder))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = predict_in_a_process(folder, tmp_path / "out", before=limit)
     assert done.returncode != 0
     assert "cannot be written" in done.stderr
     assert "Make room, or choose another folder" in done.stderr
-    left = [path for path in out.rglob("*") if path.is_file()]
-    assert not left, left
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become a stranger")
+class TestRights:
+    """What a user without rights sees; root sees everything, so root steps down first."""
+
+    stranger = "import os; os.setgid(65534); os.setuid(65534)"
+
+    @pytest.fixture
+    def pile(self):
+        """A folder that strangers can reach, unlike pytest's own."""
+        with tempfile.TemporaryDirectory() as name:
+            root = Path(name)
+            root.chmod(0o755)
+            write_products(root / "pile/open", range(5))
+            (root / "out").mkdir()
+            (root / "out").chmod(0o777)
+            yield root
+
+    def test_files_and_folders_without_permission_are_skipped(self, pile):
+        (shut,) = write_products(pile / "pile/shut", range(1))
+        (unreadable,) = write_products(pile / "pile/more", range(1))
+        unreadable.chmod(0)
+        shut.parent.chmod(0)
+        done = predict_in_a_process(pile / "pile", pile / "out", before=self.stranger)
+        assert done.returncode == 0, done.stderr
+        (table,) = (pile / "out").rglob("predictions.csv")
+        lines = table.read_text().splitlines()
+        assert sum(",normal," in line for line in lines) == 5
+        skipped = [line for line in lines if ",skipped," in line]
+        assert len(skipped) == 2
+        assert all("Permission" in line and "Permission" in done.stderr for line in skipped)
+
+    @pytest.mark.parametrize("shut", ["pile", "out"])
+    def test_a_folder_without_permission_is_an_error(self, shut, pile):
+        (pile / shut).chmod(0)
+        done = predict_in_a_process(pile / "pile", pile / "out", before=self.stranger)
+        (pile / shut).chmod(0o755)
+        assert done.returncode != 0
+        assert "ermission" in done.stderr
+        assert str(pile / shut) in done.stderr
+        assert not [path for path in (pile / "out").rglob("*") if path.is_file()]

@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decisions without labels: on scores made here, where it is known what is anomalous, and through Engine."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from anomalib.models import Padim
+from anomalib.post_processing import MEBinPostProcessor, PostProcessor
+from conftest import SHARED, OwnBackbone, write_products
+from test_engine import by_path, datamodule
+from test_own_images import read_table
+
+from anomalib_musc import MuSc, PredictionWriter, RsCINPostProcessor
+from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold, upper_group
+
+
+def pool(num_normal: int, num_anomalous: int, seed: int = 0, contrast: float = 3.0) -> np.ndarray:
+    """Patch scores (N, 196) of textures that differ by place and by image; the last images have a blob each."""
+    rng = np.random.default_rng(seed)
+    places, images = rng.normal(0, 0.3, 196), rng.normal(0, 0.1, num_normal + num_anomalous)
+    logarithms = places + images[:, None] + rng.normal(0, 0.12, (len(images), 196))
+    for index in range(num_normal, len(images)):
+        y, x = rng.integers(0, 11, 2)
+        logarithms[index].reshape(14, 14)[y : y + 3, x : x + 3] += np.log(contrast)
+    return np.exp(logarithms)
+
+
+def flagged(patch_scores: np.ndarray) -> np.ndarray:
+    scores = patch_scores.max(axis=1)
+    return scores > image_threshold(scores, count_anomalous(patch_scores))
+
+
+def f1(truth: np.ndarray, found: np.ndarray) -> float:
+    return 2 * (truth & found).sum() / (truth.sum() + found.sum())
+
+
+def best_f1(truth: np.ndarray, scores: np.ndarray) -> float:
+    return max(f1(truth, scores >= threshold) for threshold in np.unique(scores))
+
+
+@pytest.mark.parametrize("num_images", [10, 20, 40, 80, 200])
+def test_a_pool_of_good_images_is_left_alone(num_images):
+    shares = [flagged(pool(num_images, 0, seed)).mean() for seed in range(20)]
+    assert max(shares) <= 0.05
+
+
+@pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
+def test_clear_defects_are_found(share):
+    for seed in range(10):
+        num_anomalous = round(40 * share)
+        patch_scores = pool(40 - num_anomalous, num_anomalous, seed)
+        truth = np.arange(40) >= 40 - num_anomalous
+        assert f1(truth, flagged(patch_scores)) >= 0.9 * best_f1(truth, patch_scores.max(axis=1))
+
+
+@pytest.mark.parametrize("num_images", [2, 3, 4, 5, 12])
+@pytest.mark.parametrize("num_anomalous", [0, 1, "all"])
+def test_never_everything(num_images, num_anomalous):
+    num_anomalous = num_images if num_anomalous == "all" else num_anomalous
+    for seed in range(10):
+        assert not flagged(pool(num_images - num_anomalous, num_anomalous, seed, contrast=10)).all()
+
+
+def test_order_and_scale_change_nothing():
+    patch_scores = pool(30, 8)
+    order = np.random.default_rng(1).permutation(38)
+    assert count_anomalous(patch_scores) == count_anomalous(patch_scores[order]) == count_anomalous(0.01 * patch_scores)
+
+
+@pytest.mark.parametrize("patch_scores", [np.zeros((6, 9)), np.ones((6, 9)), np.full((2, 1), 0.5)])
+def test_equal_images_are_normal(patch_scores):
+    assert not flagged(patch_scores).any()
+    assert pixel_threshold(patch_scores, np.zeros(len(patch_scores), bool)) == patch_scores.max()
+
+
+def test_one_odd_image_among_copies():
+    patch_scores = np.full((12, 196), 0.1)
+    patch_scores[3, 50] = 0.4
+    assert flagged(patch_scores).nonzero()[0].tolist() == [3]
+
+
+def test_pixels():
+    patch_scores = pool(30, 10)
+    is_anomalous = np.arange(40) >= 30
+    above = patch_scores > pixel_threshold(patch_scores, is_anomalous)
+    assert above[:30].any(axis=1).mean() <= 0.25
+    assert above[30:].any(axis=1).mean() >= 0.9
+    assert above.mean() <= 0.011
+
+
+def test_image_threshold_lies_between():
+    scores = np.array([0.1, 0.9, 0.5, 0.7])
+    for count in range(4):
+        assert (scores > image_threshold(scores, count)).sum() == count
+    assert (np.array([0.5, 0.5, 0.1]) > image_threshold(np.array([0.5, 0.5, 0.1]), 1)).sum() == 0
+
+
+def test_upper_group_is_otsus():
+    values = np.random.default_rng(0).normal(size=50)
+    ascending = np.sort(values)
+    splits = range(1, 50)
+    within = [k * ascending[:k].var() + (50 - k) * ascending[k:].var() for k in splits]
+    assert upper_group(values) == 50 - splits[int(np.argmin(within))]
+
+
+# --- through Engine ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pile(tmp_path):
+    """Thirty products, five of them broken."""
+    write_products(tmp_path / "pile/a", range(25))
+    write_products(tmp_path / "pile/b", range(30, 35), masks=tmp_path / "masks")
+    return tmp_path / "pile"
+
+
+def labels(tmp_path) -> dict[str, str]:
+    (table,) = tmp_path.rglob("predictions.csv")
+    rows = [line.split(",") for line in table.read_text().splitlines()[1:]]
+    return {row[0].split("/pile/")[1]: row[2] for row in rows}
+
+
+def test_a_folder_is_decided_without_labels(tmp_path, pile, own_backbone, make_engine):
+    make_engine().predict(MuSc(own_backbone), data_path=pile)
+    assert {name for name, label in labels(tmp_path).items() if label == "anomalous"} == {
+        f"b/{number:03d}.png" for number in range(5)
+    }
+
+
+@pytest.mark.parametrize("post_processor", [PostProcessor, MEBinPostProcessor])
+def test_anomalibs_post_processors_get_thresholds_too(post_processor, tmp_path, pile, own_backbone, make_engine):
+    model = MuSc(own_backbone, post_processor=post_processor())
+    make_engine().predict(model, data_path=pile)
+    found = {name for name, label in labels(tmp_path).items() if label == "anomalous"}
+    assert found == {f"b/{number:03d}.png" for number in range(5)}
+
+
+def test_sensitivity_is_anomalibs(tmp_path, pile, make_engine):
+    counts = []
+    for sensitivity in (0.0, 0.5, 1.0):
+        post_processor = RsCINPostProcessor(image_sensitivity=sensitivity)
+        make_engine().predict(MuSc(OwnBackbone(), post_processor=post_processor), data_path=pile)
+        counts.append(list(labels(tmp_path).values()).count("anomalous"))
+    assert counts[0] == 0
+    assert counts[1] == 5
+    assert counts[2] > 5
+
+
+def test_a_threshold_by_hand(tmp_path, pile, mvtec_root, make_engine):
+    post_processor = RsCINPostProcessor(image_threshold=0.999, pixel_threshold=10.0)
+    model, engine = MuSc(OwnBackbone(), post_processor=post_processor), make_engine()
+    engine.predict(model, data_path=pile)
+    assert list(labels(tmp_path).values()).count("anomalous") <= 1
+    assert '"x"' not in next(tmp_path.rglob("predictions.csv")).read_text()
+    engine.validate(model, datamodule=datamodule(mvtec_root))  # labels do not overrule a hand
+    assert post_processor.image_threshold.item() == pytest.approx(0.999)
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = MuSc.load_from_checkpoint(tmp_path / "model.ckpt", backbone=OwnBackbone())
+    assert loaded.post_processor.pixel_threshold.item() == 10
+
+
+@pytest.mark.parametrize("arguments", [{"image_threshold": "0.5"}, {"pixel_threshold": float("nan")}])
+def test_bad_thresholds(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be a finite number or None"):
+        RsCINPostProcessor(**arguments)
+
+
+def test_labels_decide_where_there_are_any(mvtec_root, own_backbone, make_engine):
+    ours, plain = MuSc(own_backbone), MuSc(OwnBackbone(), post_processor=RsCINPostProcessor())
+    engine = make_engine()
+    engine.test(ours, datamodule=datamodule(mvtec_root))
+    make_engine().validate(plain, datamodule=datamodule(mvtec_root))
+    assert ours.post_processor.image_threshold == plain.post_processor.image_threshold
+    assert ours.post_processor.pixel_threshold == plain.post_processor.pixel_threshold
+
+
+def test_labels_without_masks_decide_for_images_alone(tmp_path, own_backbone, make_engine):
+    write_products(tmp_path / "good", range(16))
+    write_products(tmp_path / "bad", range(30, 36), masks=tmp_path / "masks")
+    data = Folder(
+        name="x", root=tmp_path, normal_dir="good", normal_test_dir="good", abnormal_dir="bad", num_workers=0, seed=0
+    )
+    model = MuSc(own_backbone)
+    (batch, *_) = make_engine().predict(model, datamodule=data)
+    threshold = model.post_processor.pixel_threshold.item()
+    assert threshold != model.post_processor.image_threshold.item()
+    assert model.post_processor.pixel_min < threshold <= model.post_processor.pixel_max
+    assert 0 < batch.pred_mask.float().mean() < 0.2
+
+
+def test_another_pool_gets_thresholds_of_its_own(tmp_path, pile, make_engine):
+    write_products(tmp_path / "good", range(40, 60))
+    engine, model = make_engine(), MuSc(OwnBackbone())
+    engine.predict(model, data_path=pile)
+    first = model.post_processor.image_threshold.item()
+    engine.predict(model, data_path=tmp_path / "good")
+    assert model.post_processor.image_threshold.item() != first
+    fresh = MuSc(OwnBackbone())
+    make_engine().predict(fresh, data_path=tmp_path / "good")
+    assert model.post_processor.image_threshold == fresh.post_processor.image_threshold
+    assert model.post_processor.pixel_threshold == fresh.post_processor.pixel_threshold
+
+
+FOLDERS = {
+    "unlabelled as test set": {"normal_test_dir": "mixed", "val_split_mode": "none"},
+    "only normal": {"normal_test_dir": "good", "val_split_mode": "none"},
+    "only abnormal": {"abnormal_dir": "bad", "test_split_mode": "none"},
+    "only abnormal, no validation": {"abnormal_dir": "bad", "test_split_mode": "none", "val_split_mode": "none"},
+    "no masks": {"normal_test_dir": "good", "abnormal_dir": "bad"},
+    "no masks, no validation": {"normal_test_dir": "good", "abnormal_dir": "bad", "val_split_mode": "none"},
+    "validation from training": {"abnormal_dir": "bad", "val_split_mode": "from_train"},
+    "synthetic validation": {"abnormal_dir": "bad", "val_split_mode": "synthetic"},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("folders")
+    write_products(root / "good", range(16))
+    write_products(root / "bad", range(30, 36), masks=root / "masks")
+    write_products(root / "mixed/a", range(50, 60))
+    write_products(root / "mixed/b", range(36, 38), masks=root / "more")
+    return root
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+@pytest.mark.parametrize("entry", ["test", "predict"])
+def test_folders(entry, case, folders, tmp_path, own_backbone, make_engine):
+    data = Folder(name="x", root=folders, normal_dir="good", num_workers=0, seed=0, **FOLDERS[case])
+    outputs = getattr(make_engine(), entry)(MuSc(own_backbone), datamodule=data)
+    assert outputs
+    if entry == "test":
+        assert all(np.isfinite(value) for value in outputs[0].values())
+        assert not any(name.startswith("pixel_") for name in outputs[0])
+    else:
+        for batch in outputs:
+            assert torch.isfinite(batch.pred_score).all()
+            assert batch.pred_label.dtype == batch.pred_mask.dtype == torch.bool
+    if entry == "predict" and case == "unlabelled as test set":
+        rows = read_table(tmp_path)
+        assert {name for name, row in rows.items() if row["label"] == "anomalous"} <= {"000.png", "001.png"}
+
+
+@pytest.mark.parametrize("val_split_mode", ["none", "from_test"])
+def test_a_folder_without_test_images_is_an_error(val_split_mode, folders, own_backbone, make_engine):
+    arguments = {"test_split_mode": "none", "val_split_mode": val_split_mode, "num_workers": 0}
+    for entry in ("test", "predict"):
+        data = Folder(name="x", root=folders, normal_dir="good", **arguments)
+        with pytest.raises(ValueError, match="test_split_mode='none' leaves Folder without test images"):
+            getattr(make_engine(), entry)(MuSc(own_backbone), datamodule=data)
+
+
+def test_a_folder_split_too_small_says_so(folders, own_backbone, make_engine):
+    data = Folder(name="x", root=folders, normal_dir="bad", num_workers=0)
+    with pytest.raises(ValueError, match="where a datamodule has set images apart"):
+        make_engine().test(MuSc(own_backbone), datamodule=data)
+
+
+# --- the table of another model ------------------------------------------------------------------------------------
+
+
+def test_the_writer_serves_other_models(tmp_path, mvtec_root, folder):
+    engine = Engine(
+        default_root_dir=tmp_path,
+        callbacks=[PredictionWriter(heatmaps=["npy"])],
+        enable_progress_bar=False,
+        max_epochs=1,
+    )
+    model = Padim(backbone="resnet18", layers=["layer1"], pre_trained=False, n_features=16)
+    engine.fit(model, datamodule=datamodule(mvtec_root))
+    predictions = by_path(engine.predict(model, data_path=folder))
+    (table,) = tmp_path.rglob("predictions.csv")
+    lines = table.read_text().splitlines()
+    assert len(lines) == 13
+    assert len(list(table.parent.glob("heatmaps/test/**/*.npy"))) == 12
+    for row in read_table(tmp_path).values():
+        assert float(row["score"]) == pytest.approx(predictions[row["path"]][0], abs=1e-6)
+        assert row["label"] in {"normal", "anomalous"}
+        json.loads(row["regions"])
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="../shared is not here")
+def test_real_photographs_are_decided_without_labels(tmp_path):
+    from test_real_data import MobileNet
+
+    model = MuSc(MobileNet(), visualizer=False)
+    batches = Engine(default_root_dir=tmp_path, enable_progress_bar=False).predict(
+        model, data_path=SHARED / "data/cookies/cookie/test"
+    )
+    truth = np.array(["/good/" not in path for batch in batches for path in batch.image_path])
+    scores = torch.cat([pool.scores for pool in model._pools]).numpy()
+    found = torch.cat([batch.pred_label for batch in batches]).numpy()
+    assert f1(truth, found) >= 0.9 * best_f1(truth, scores)
+    assert f1(truth, found) > 0.75
