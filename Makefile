@@ -14,8 +14,11 @@ demo: environment
 		$(BIN)/anomalib test --model MuSc $(OFFLINE) --data MVTec --data.root $(SAMPLE) --data.category $$category \
 			|| exit 1; \
 	done
+	@echo; echo "The same fabric as a plain folder, without labels:"
+	$(BIN)/anomalib predict --model MuSc $(OFFLINE) --data $(SAMPLE)/fabric/test
 	@echo; echo "Heatmaps:"; \
-	for category in fabric gear; do echo "  results/MuSc/MVTec/$$category/latest/images/"; done
+	for run in MVTec/fabric/latest MVTec/gear/latest latest; do echo "  results/MuSc/$$run/images/"; done; \
+	echo "Table: results/MuSc/latest/predictions.csv"
 
 test: environment
 	$(BIN)/ruff check .

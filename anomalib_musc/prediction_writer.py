@@ -4,6 +4,7 @@
 import csv
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +98,7 @@ class PredictionWriter(Callback):
             raise ValueError(msg)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.heatmaps = tuple(heatmaps)
-        self._rows: list[dict[str, object]] = []
+        self._rows: list[dict[str, str]] = []
         self._root: Path | None = None
         self._pending: ImageBatch | None = None
 
@@ -132,7 +133,7 @@ class PredictionWriter(Callback):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, with the images that the model says it skipped, if it does."""
         for path, reason in getattr(pl_module, "skipped_images", {}).items():
-            self._rows.append({"path": path, "label": "skipped", "note": reason})
+            self._rows.append({"path": str(path), "label": "skipped", "note": reason})
         name = "predictions.csv" if trainer.world_size == 1 else f"predictions_{trainer.global_rank}.csv"
         target = self.folder(trainer) / name
         with (
@@ -142,7 +143,8 @@ class PredictionWriter(Callback):
             table = csv.DictWriter(file, COLUMNS, restval="")
             table.writeheader()
             table.writerows(self._rows)
-        rank_zero_info(f"Predictions of {len(self._rows)} images: {target}")
+        counts = Counter(row.get("label", "unlabelled") for row in self._rows)
+        rank_zero_info(f"Predictions ({', '.join(f'{n} {label}' for label, n in sorted(counts.items()))}): {target}")
 
     def _write_pending(self, trainer: Trainer) -> None:
         """Note the predictions of a finished batch and write its heatmaps."""
@@ -173,8 +175,8 @@ def _original_size(item: Any) -> tuple[int, int]:
         return image.size
 
 
-def _row(item: Any, size: tuple[int, int]) -> dict[str, object]:
-    row: dict[str, object] = {"path": item.image_path or ""}
+def _row(item: Any, size: tuple[int, int]) -> dict[str, str]:
+    row: dict[str, str] = {"path": item.image_path or ""}
     if item.pred_score is not None:
         row["score"] = f"{float(item.pred_score):.6f}"
     if item.pred_label is not None:
