@@ -12,9 +12,9 @@ MIN_IMAGES = 2
 FEW_IMAGES = 6  # below which labels are not to be relied on
 
 
-def check_size(images: Sequence[object] | None) -> None:
+def check_size(images: Sequence[object] | None, num_references: int = 0) -> None:
     """Raise a ValueError unless there are enough images to judge each other; ``None`` means not known yet."""
-    if images is not None and len(images) < MIN_IMAGES:
+    if images is not None and len(images) < (MIN_IMAGES if not num_references else 1):
         which = f" ({images[0]})" if images else ""
         msg = (
             f"MuSc needs at least {MIN_IMAGES} images of one product in a dataloader, as they judge each other; got "

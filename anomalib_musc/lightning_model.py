@@ -7,45 +7,38 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, PredictDataset
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_musc.checks import (
-    FEW_IMAGES,
-    MIN_IMAGES,
-    check_readable,
-    check_size,
-    check_writable,
-    closed_folders,
-    few_images,
-    find_fault,
-    unreadable,
-)
-from anomalib_musc.deep_images import DeepImages
-from anomalib_musc.features import FeatureStore
-from anomalib_musc.files import common_folder
-from anomalib_musc.functional import check_budget, check_interval
+from anomalib_musc.checks import check_writable
+from anomalib_musc.functional import check_budget
 from anomalib_musc.metrics import PaperEvaluator
 from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
-from anomalib_musc.post_processor import RsCINPostProcessor, calibrate_on_pool, forget_calibration, uncalibrated
+from anomalib_musc.pool_scorer import PoolScorer
+from anomalib_musc.post_processor import (
+    RsCINPostProcessor,
+    calibrate_on_bank,
+    calibrate_on_pool,
+    forget_calibration,
+    uncalibrated,
+)
 from anomalib_musc.prediction_writer import PredictionWriter
-from anomalib_musc.progress import profile, profiled, progress_bar
-from anomalib_musc.torch_model import MuScModel
+from anomalib_musc.torch_model import MuScModel, most_normal
 from anomalib_musc.workarounds import FolderVisualizer, MultiLoaderPreProcessor, NoValidationData
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib's own bases disagree on to_onnx
+class MuSc(NoValidationData, AnomalibModule):
     """Zero-shot anomaly detection by mutual scoring of unlabelled images (Li et al., ICLR 2024, arXiv 2401.16753).
 
     The unlabelled images of one dataloader are its pool: when a test, validation or prediction starts, all of them are
@@ -66,6 +59,11 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
             falls as its inverse.
         memory_budget: GiB that the pool may take, its features and scoring, on the host and on the compute device
             each. What does not fit goes to temporary files. Defaults to half of what is free.
+        mode: Who judges: "mutual", the images of the pool each other, as in the paper; "reference", a bank of reference
+            images, so that an image's score does not depend on the others; "both", the pool and the bank.
+        references: Folder of images for the bank, normal or unlabelled. Defaults to the datamodule's training images.
+        k_shot: How many of the datamodule's training images to take. Defaults to all.
+        bank_size: How many references to keep, the most normal and diverse ones. Defaults to all.
         pre_processor: anomalib's component, or whether to use the default: resize and normalise as the backbone asks.
         post_processor: Likewise; the default is :class:`~anomalib_musc.RsCINPostProcessor`.
         evaluator: Likewise; the default reports the paper's metrics.
@@ -97,6 +95,10 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
         precision: Literal["exact", "fast"] = "exact",
         num_subsets: int = 1,
         memory_budget: float | None = None,
+        mode: Literal["mutual", "reference", "both"] = "mutual",
+        references: str | Path | None = None,
+        k_shot: int | None = None,
+        bank_size: int | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -114,6 +116,7 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
             num_subsets=num_subsets,
         )
         check_budget(memory_budget)
+        _check_bank_arguments(mode, references, k_shot, bank_size)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
         super().__init__(
@@ -121,6 +124,10 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
         )
         self.model: MuScModel = model
         self.memory_budget = memory_budget
+        self.mode = mode
+        self.references = references
+        self.k_shot = k_shot
+        self.bank_size = bank_size
         self.prediction_writer = PredictionWriter() if prediction_writer is True else prediction_writer or None
         self.skipped_images: dict[Path, str] = {}
         self._sources: list[PoolSource] = []
@@ -134,8 +141,9 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
 
     @property
     def learning_type(self) -> LearningType:
-        """Zero-shot: nothing is learned from normal images."""
-        return LearningType.ZERO_SHOT
+        """Few-shot where a bank is made of a datamodule's normal training images, else zero-shot."""
+        is_few_shot = self.mode != "mutual" and self.references is None
+        return LearningType.FEW_SHOT if is_few_shot else LearningType.ZERO_SHOT
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -234,18 +242,66 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
             batch: A batch that a step of the running loop has returned.
             dataloader_idx: The dataloader that it came from.
         """
-        scores, anomaly_maps = self._share(batch, dataloader_idx)  # at most 2, the distance of opposite unit vectors
-        return batch.update(in_place=False, pred_score=scores / 2, anomaly_map=anomaly_maps / 2)
+        scores, anomaly_maps = self._share(
+            batch, dataloader_idx
+        )  # maps at most 2, the distance of opposite unit vectors
+        scores = (1 + scores / (1 + scores.abs())) / 2 if self.mode == "reference" else scores / 2
+        return batch.update(in_place=False, pred_score=scores, anomaly_map=anomaly_maps / 2)
+
+    def keep_bank(self, size: int = 16) -> None:
+        """Make a bank of the most normal and diverse images of the pools that were just scored.
+
+        From then on every image is judged by the bank alone. Validate again where thresholds came from labels.
+
+        Args:
+            size: How many images to keep.
+
+        Raises:
+            RuntimeError: If no pool was scored, or its images have no files.
+        """
+        files = [(pool, index) for pool in self._pools for index, name in enumerate(pool.names) if Path(name).is_file()]
+        if not files:
+            msg = "No pool of image files was scored: call Engine.test or Engine.predict first."
+            raise RuntimeError(msg)
+        scores = torch.stack([pool.raw_scores[index] for pool, index in files])
+        tokens = torch.stack([pool.class_tokens[index] for pool, index in files])
+        kept = most_normal(scores, tokens, min(size, len(files)))
+        paths = [Path(files[index][0].names[files[index][1]]) for index in kept]
+        dataset = PredictDataset(paths[0])
+        dataset.image_filenames = paths
+        self._scorer.fill_bank(DataLoader(dataset, collate_fn=dataset.collate_fn), None)
+        self.mode, self._pools = "reference", []
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which of the thresholds come from a pool, as another pool needs others."""
+        """Say what network this is, and which of the thresholds come from a pool, as another pool needs others."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["network"] = self._network()
         checkpoint["calibrated_on_pool"] = self._calibrated_on_pool
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over where the thresholds came from."""
+        """Take over where the thresholds came from.
+
+        Raises:
+            ValueError: If the checkpoint is of another backbone or image size.
+        """
+        saved, here = checkpoint.get("network", self._network()), self._network()
+        differing = [
+            f"{name} {saved.get(name)!r}, here {here[name]!r}" for name in here if saved.get(name) != here[name]
+        ]
+        if differing:
+            msg = f"The checkpoint is of another model: {'; '.join(differing)}. Make the model with the same arguments."
+            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._calibrated_on_pool = checkpoint.get("calibrated_on_pool", [])
+
+    def _network(self) -> dict[str, Any]:
+        """Describe what a bank depends on."""
+        backbone = self.model.backbone
+        name = self.hparams.get("backbone", type(backbone).__name__)
+        num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
+        layers = list(getattr(backbone, "layers", ()))
+        size = list(self.model.image_size)
+        return {"backbone": name, "number of parameters": num_parameters, "image_size": size, "layers": layers}
 
     def _share(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch."""
@@ -261,6 +317,8 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
             raise ValueError(msg)
         if self.visualizer is not None:
             check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
+        if self.mode != "mutual" and not len(self.model.bank):
+            self._build_bank()
         known, self._pools, self._sources = self._pools, [], []
         settings = self._settings()
         for index, (loader, limit) in enumerate(zip(as_list(dataloaders), limits, strict=True)):
@@ -268,7 +326,7 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
             key = (source.key, settings)
             is_known = source.is_recognised_by_files or self._scored_in_validation
             pool = next((pool for pool in known if is_known and pool.key == key), None)
-            self._pools.append(pool or self._score_pool(source, key, index))
+            self._pools.append(pool or self._scorer.score(source, key, index))
             known.append(self._pools[-1])
             self._sources.append(source)
             source.skip(self._pools[-1].skipped)
@@ -277,99 +335,81 @@ class MuSc(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib'
         for pool in self._pools:
             pool.scores = pool.raw_scores
             if isinstance(self.post_processor, RsCINPostProcessor):
-                pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens)
+                bank = self.model.bank if self.mode == "reference" else None
+                pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens, bank)
 
-    def _score_pool(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
-        """Extract the features of a loader's images and score them against each other."""
-        skipped = self._skip(source)
-        paths = source.paths
-        if paths is not None:
-            check_size(paths)
-            check_interval(self.model.interval, len(paths) // self.model.count_subsets(len(paths)))
-        try:
-            names, features, class_tokens = self._extract(source, dataloader_idx)
-        except (OSError, SyntaxError):  # Pillow's, which do not name a truncated file
-            check_readable(paths or [])
-            raise
-        if len(names) < FEW_IMAGES:
-            rank_zero_warn(few_images(len(names)))
-        subsets = self.model.subsets(class_tokens)
-        total = self.model.num_comparisons(subsets, len(features.layers))
-        budget = features.remaining_budget if self.device.type == "cpu" else self.memory_budget
-        with profile(self.trainer, "[MuSc]score"), progress_bar(self.trainer, "MuSc: mutual scoring", total) as advance:
-            patch_scores = self.model.score(features.layers, subsets, memory_budget=budget, progress=advance)
-        raw_scores = [self.model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
-        source.restore()
-        return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens, skipped)
-
-    def _skip(self, source: PoolSource) -> dict[Path, str]:
-        """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
-        paths = source.paths or []
-        faults: dict[Path, str] = {}
-        with progress_bar(self.trainer, "MuSc: looking at files", len(paths)) as advance:
-            for path in paths:
-                reason = find_fault(path)
-                faults |= {path: reason} if reason else {}
-                advance(1)
-        can_skip = self.trainer.predicting and source.can_skip
-        if faults and (not can_skip or len(paths) - len(faults) < MIN_IMAGES):
-            raise unreadable(faults, len(paths))
-        source.skip(faults)
-        skipped = {**faults, **(closed_folders(common_folder(paths)) if can_skip else {})}
-        for path, reason in skipped.items():
-            rank_zero_warn(f"Skipped {path}: {reason}.")
-        return skipped
-
-    def _extract(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], FeatureStore, torch.Tensor]:
-        """Return the names, the feature maps of each layer, on the host, and the class tokens ``(N, D)``."""
-        names: list[str] = []
-        tokens: list[torch.Tensor] = []
-        features: FeatureStore | None = None
-        num_images = None if source.paths is None else len(source.paths)
-        deep_images = DeepImages(source.paths or [])
-        with progress_bar(self.trainer, "MuSc: extracting features", source.num_batches) as advance:
-            for batch in profiled(self.trainer, "[MuSc]read_images", source.batches()):
-                images = self._prepare(batch, deep_images, dataloader_idx)
-                with self.trainer.precision_plugin.forward_context(), profile(self.trainer, "[MuSc]extract"):
-                    feature_maps, class_tokens = self.model.extract(images)
-                if features is None:
-                    least = self.model.least_memory(feature_maps, num_images or MIN_IMAGES)
-                    features = FeatureStore(self.memory_budget, feature_maps, num_images, least)
-                features.append(feature_maps)
-                tokens.append(class_tokens)
-                names += image_names(batch.image_path, images)
-                advance(1)
-        check_size(names)
-        assert features is not None  # noqa: S101  # as there are names
-        return names, features, torch.cat(tokens)
-
-    def _prepare(self, batch: ImageBatch, deep_images: DeepImages, dataloader_idx: int) -> torch.Tensor:
-        """Bring a batch to the device and pre-process it as anomalib's callbacks will."""
-        if batch.image_path is None and self.visualizer is not None:
-            msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
-            raise ValueError(msg)
-        images = self.trainer.precision_plugin.convert_input(deep_images.correct(batch))
-        images = self.trainer.strategy.batch_to_device(images, dataloader_idx=dataloader_idx)
+    @property
+    def _scorer(self) -> PoolScorer:
         transform = getattr(self.pre_processor, "transform", None)
-        images = transform(images) if transform else images
-        if tuple(images.shape[-2:]) != self.model.image_size:
+        needs_paths = self.visualizer is not None
+        return PoolScorer(self.trainer, self.model, self.mode, self.memory_budget, transform, needs_paths)
+
+    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
+        """Export with torch; see anomalib's method."""
+        self._check_bank()
+        return super().to_torch(export_root, model_file_name)
+
+    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
+        """Export to ONNX, which to_openvino does first; see anomalib's method."""
+        self._check_bank()
+        path: Path = super().to_onnx(*args, **kwargs)
+        return path
+
+    def _check_bank(self) -> None:
+        if not len(self.model.bank):
             msg = (
-                f"pre_processor gives images of size {tuple(images.shape[-2:])}, but image_size is "
-                f"{self.model.image_size}; use the default pre_processor, or one that resizes to image_size."
+                "An exported MuSc judges one image at a time, by a bank of reference images, and there is none. Make "
+                "one with mode='reference' and Engine.fit, from training images or references=FOLDER; or call "
+                "keep_bank() after a pool was scored; or load a checkpoint with a bank."
             )
             raise ValueError(msg)
-        return images
+
+    def _build_bank(self) -> None:
+        """Fill the bank from the folder of references, or with training images of the datamodule."""
+        data: Any = getattr(self.trainer, "datamodule", None)
+        train_data = getattr(data, "train_data", None)
+        if self.references is not None:
+            dataset: Any = PredictDataset(self.references)
+            self._scorer.fill_bank(DataLoader(dataset, collate_fn=dataset.collate_fn), self.bank_size)
+        elif train_data is not None and len(train_data):
+            chosen = train_data.subsample(range(min(self.k_shot or len(train_data), len(train_data))))
+            loader = DataLoader(
+                chosen, batch_size=data.eval_batch_size, num_workers=data.num_workers, collate_fn=chosen.collate_fn
+            )
+            self._scorer.fill_bank(loader, self.bank_size)
+        else:
+            msg = (
+                f"mode={self.mode!r} needs a bank of reference images: give references=FOLDER, or a datamodule with "
+                "training images, or a checkpoint with a bank, or call keep_bank() after a pool was scored."
+            )
+            raise ValueError(msg)
 
     def _settings(self) -> list[object]:
         """Return whatever else decides the scores of the same images."""
         model = self.model
         transforms = transform_leaves(getattr(self.pre_processor, "transform", None))
         settings = (model.image_size, model.interval, model.aggregation_degrees, model.precision, model.num_subsets)
-        return [self.trainer.precision, *settings, *transforms, fingerprint(model)]
+        return [self.trainer.precision, self.mode, *settings, *transforms, fingerprint(model)]
 
     def _calibrate(self) -> None:
         """Find the thresholds that no validation has found on those pools."""
         if isinstance(self.post_processor, PostProcessor):
             levels = uncalibrated(self.post_processor) | set(self._calibrated_on_pool)
-            calibrate_on_pool(self.post_processor, self._pools, levels)
+            if self.mode == "reference":
+                calibrate_on_bank(self.post_processor, self.model, levels)
+            else:
+                calibrate_on_pool(self.post_processor, self._pools, levels)
             self._calibrated_on_pool = sorted(levels)
+
+
+def _check_bank_arguments(mode: str, references: str | Path | None, k_shot: int | None, bank_size: int | None) -> None:
+    if mode not in {"mutual", "reference", "both"}:
+        msg = f"mode must be 'mutual', 'reference' or 'both', got {mode!r}."
+        raise ValueError(msg)
+    for name, number in (("k_shot", k_shot), ("bank_size", bank_size)):
+        if number is not None and not (isinstance(number, int) and number >= 1):
+            msg = f"{name} must be a number of at least 1, or None for all, got {number!r}."
+            raise ValueError(msg)
+    if references is not None and k_shot is not None:
+        msg = f"k_shot={k_shot} is for the datamodule's training images; use bank_size with references={references!r}."
+        raise ValueError(msg)

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from anomalib_musc.bank import ReferenceBank
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.rscin import check_windows
 from anomalib_musc.pool import Pool
 from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
-from anomalib_musc.torch_model import PoolPrediction
+from anomalib_musc.torch_model import MuScModel, PoolPrediction, ReferencePrediction
 
 
 class RsCINPostProcessor(PostProcessor):
@@ -74,14 +75,31 @@ class RsCINPostProcessor(PostProcessor):
         """The threshold of anomaly maps before normalisation."""
         return _fixed_or(self.fixed_pixel_threshold, super().pixel_threshold)
 
-    def rescore(self, scores: torch.Tensor, class_tokens: torch.Tensor) -> torch.Tensor:
-        """Return the pool's scores, in [0, 1], shape ``(N,)``; see :func:`~anomalib_musc.functional.rscin`."""
-        return rscin(scores, class_tokens, self.windows)
+    def rescore(
+        self, scores: torch.Tensor, class_tokens: torch.Tensor, bank: ReferenceBank | None = None
+    ) -> torch.Tensor:
+        """Re-score the images of a pool with each other, or each on its own with a bank's images.
 
-    def forward(self, predictions: InferenceBatch | PoolPrediction) -> InferenceBatch:
-        """Post-process a batch of predictions; the scores of a whole pool are re-scored first."""
-        if isinstance(predictions, PoolPrediction):
-            scores = self.rescore(predictions.pred_score, predictions.class_tokens)
+        Args:
+            scores: Raw scores, shape ``(N,)``.
+            class_tokens: Image features, shape ``(N, D)``.
+            bank: The bank that judged them.
+
+        Returns:
+            Scores ``(N,)``: of a pool in [0, 1], see :func:`~anomalib_musc.functional.rscin`; by a bank above 1 where
+            an image is more anomalous than its, see :func:`~anomalib_musc.functional.rscin_by_references`.
+        """
+        return (
+            rscin(scores, class_tokens, self.windows)
+            if bank is None
+            else bank.rescore(scores, class_tokens, self.windows)
+        )
+
+    def forward(self, predictions: InferenceBatch | PoolPrediction | ReferencePrediction) -> InferenceBatch:
+        """Post-process a batch of predictions; those of a pool or by a bank are re-scored first."""
+        if isinstance(predictions, (PoolPrediction, ReferencePrediction)):
+            bank = predictions.bank if isinstance(predictions, ReferencePrediction) else None
+            scores = self.rescore(predictions.pred_score, predictions.class_tokens, bank)
             predictions = InferenceBatch(pred_score=scores, anomaly_map=predictions.anomaly_map)
         return super().forward(predictions)
 
@@ -124,9 +142,34 @@ def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], leve
         _load(post_processor, "pixel", every_patch.min(), max(pool.raw_scores.max() for pool in pools), threshold)
 
 
+def calibrate_on_bank(post_processor: PostProcessor, model: MuScModel, levels: Collection[str]) -> None:
+    """Normalise and threshold without labels, by what the images of a bank score against each other.
+
+    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds. A score of 1 is
+    reached as far above it as twice their range.
+
+    Args:
+        post_processor: anomalib's or ours.
+        model: A model with a bank.
+        levels: Which of "image" and "pixel" to calibrate.
+    """
+    if not levels:
+        return
+    peaks = model.bank.raw_scores
+    lowest, highest = peaks.min().item(), peaks.max().item()
+    if len(peaks) < 2:
+        rank_zero_warn("A bank of one image has no scale: thresholds without labels are not to be relied on.")
+    if "pixel" in levels:
+        _load(post_processor, "pixel", lowest, lowest + 4 * (highest - lowest), highest)
+    if "image" in levels:
+        is_scaled = isinstance(post_processor, RsCINPostProcessor) and highest > lowest
+        lowest, highest = (0.0, 1.0) if is_scaled else (lowest, highest)
+        _load(post_processor, "image", lowest, lowest + 4 * (highest - lowest), highest)
+
+
 def _load(post_processor: PostProcessor, level: str, lowest: Any, highest: Any, threshold: float) -> None:
     found = {f"{level}_min": torch.as_tensor(lowest), f"{level}_max": torch.as_tensor(highest)}
     if post_processor.enable_thresholding:
         found[f"_{level}_threshold"] = torch.tensor(threshold)
-        rank_zero_info(f"No labels for the {level} threshold: {threshold:.3f} by the pool's own scores.")
+        rank_zero_info(f"No labels for the {level} threshold: {threshold:.3f} by the images' own scores.")
     post_processor.load_state_dict(found, strict=False)

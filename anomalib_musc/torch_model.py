@@ -2,7 +2,7 @@
 """MuSc in plain torch: a frozen backbone and the first two steps of the method, without anomalib or Lightning."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.base import resolve_image_size
+from anomalib_musc.bank import ReferenceBank
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.layer_scoring import least_memory
 
@@ -38,8 +39,26 @@ class PoolPrediction(NamedTuple):
     class_tokens: torch.Tensor
 
 
+class ReferencePrediction(NamedTuple):
+    """What a bank says of images, of each on its own.
+
+    Attributes:
+        pred_score: Raw image scores, the maximum of each anomaly map, shape ``(B,)``.
+        anomaly_map: Anomaly maps at input size, shape ``(B, 1, H, W)``.
+        class_tokens: Image features, shape ``(B, D)``.
+        bank: The bank, which can re-score them.
+    """
+
+    pred_score: torch.Tensor
+    anomaly_map: torch.Tensor
+    class_tokens: torch.Tensor
+    bank: ReferenceBank
+
+
 class MuScModel(nn.Module):
     """Score a pool of unlabelled images against itself (Li et al., ICLR 2024, arXiv 2401.16753, sections 3.1, 3.2).
+
+    Once it has a bank, see :meth:`build_bank`, it scores each image on its own against that.
 
     Args:
         backbone: Name for :func:`~anomalib_musc.backbones.create_backbone`, or your own module that maps images
@@ -102,22 +121,70 @@ class MuScModel(nn.Module):
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
         self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
+        self.bank = ReferenceBank(self.aggregation_degrees, self.interval)
 
-    def forward(self, images: torch.Tensor) -> PoolPrediction:
-        """Take a batch as a pool whose images judge each other.
+    def forward(self, images: torch.Tensor) -> PoolPrediction | ReferencePrediction:
+        """Judge images by the bank where there is one; else take them as a pool whose images judge each other.
 
         Args:
-            images: Normalised images, shape ``(N, 3, H, W)``, N of at least 2.
+            images: Normalised images, shape ``(N, 3, H, W)``; N of at least 2 where there is no bank.
 
         Returns:
             Scores, maps and image features of the N images.
         """
+        if len(self.bank):
+            feature_maps, class_tokens = self.extract(images)
+            anomaly_map = self.anomaly_maps(self.bank.patch_scores(feature_maps))
+            return ReferencePrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens, self.bank)
         if len(images) < 2:
-            msg = f"images must hold at least 2 images, which judge each other; got {len(images)}."
+            msg = (
+                f"images must hold at least 2 images, which judge each other; got {len(images)}. "
+                "With a bank, see build_bank, one is enough."
+            )
             raise ValueError(msg)
         feature_maps, class_tokens = self.extract(images)
         anomaly_map = self.anomaly_maps(self.score(feature_maps, self.subsets(class_tokens)))
         return PoolPrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens)
+
+    @torch.no_grad()
+    def build_bank(self, batches: Iterable[torch.Tensor], size: int | None = None) -> None:
+        """Make a bank of reference images of the same product, normal or unlabelled, in place of the one there is.
+
+        Args:
+            batches: Normalised images, batches of shape ``(B, 3, H, W)``.
+            size: How many to keep. They are drawn from the less anomalous half of the images, as those judge each
+                other, each as unlike those before it as possible. Defaults to all.
+
+        Raises:
+            ValueError: If there is no image, or ``size`` is below 1.
+
+        Example:
+            >>> model = MuScModel("vit_tiny_patch16_224", pretrained=False, image_size=64)
+            >>> model.build_bank([torch.rand(4, 3, 64, 64)], size=2)
+            >>> model(torch.rand(1, 3, 64, 64)).anomaly_map.shape
+            torch.Size([1, 1, 64, 64])
+        """
+        if size is not None and size < 1:
+            msg = f"size must be at least 1, got {size}."
+            raise ValueError(msg)
+        extracted = [self.extract(images) for images in batches]
+        if not extracted:
+            msg = "batches must hold at least one image, got none."
+            raise ValueError(msg)
+        layers = [torch.cat(maps) for maps in zip(*(feature_maps for feature_maps, _ in extracted), strict=True)]
+        tokens = torch.cat([class_tokens for _, class_tokens in extracted])
+        raw_scores = self._raw_scores(layers)
+        if size is not None and size < len(tokens):
+            kept = most_normal(raw_scores, tokens, size)
+            layers, tokens = [maps[kept] for maps in layers], tokens[kept]
+            raw_scores = self._raw_scores(layers)
+        self.bank.fill(layers, tokens, raw_scores)
+
+    def _raw_scores(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the raw scores of a pool; 0 for an image that is alone."""
+        if len(feature_maps[0]) < 2:
+            return torch.zeros(1)
+        return self.anomaly_maps(self.score(feature_maps)).amax(dim=(1, 2, 3))
 
     @torch.no_grad()
     def extract(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -134,7 +201,8 @@ class MuScModel(nn.Module):
         """
         self.backbone.eval()
         output = self.backbone(images)
-        _check_output(output, len(images))
+        if not torch.compiler.is_compiling():  # an exported model takes what it gets
+            _check_output(output, len(images))
         feature_maps, class_tokens = output
         grid = feature_maps[0].shape[-2:]
         resized = [
@@ -230,6 +298,28 @@ class MuScModel(nn.Module):
     def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
         """Enlarge patch scores ``(B, h, w)`` bilinearly (``align_corners=True``) to maps ``(B, 1, H, W)``."""
         return F.interpolate(patch_scores[:, None], self.image_size, mode="bilinear", align_corners=True)
+
+
+def most_normal(raw_scores: torch.Tensor, class_tokens: torch.Tensor, size: int) -> list[int]:
+    """Return which images of a pool look most normal and are diverse.
+
+    From the half of the lowest scores, or more where that is too few, the lowest first, then always the image whose
+    feature is farthest from the nearest of those taken.
+
+    Args:
+        raw_scores: Shape ``(N,)``.
+        class_tokens: Image features, shape ``(N, D)``.
+        size: How many.
+    """
+    candidates = raw_scores.argsort()[: max(size, len(raw_scores) // 2)].cpu()
+    tokens = class_tokens.cpu().double()[candidates]
+    taken = [0]
+    distances = (tokens - tokens[0]).norm(dim=1)
+    while len(taken) < size:
+        distances[taken] = -1
+        taken.append(int(distances.argmax()))
+        distances = torch.minimum(distances, (tokens - tokens[taken[-1]]).norm(dim=1))
+    return sorted(candidates[taken].tolist())
 
 
 def _own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -8,7 +8,8 @@ Unlabeled Images", ICLR 2024, https://arxiv.org/abs/2401.16753.
 2. :func:`mutual_scores` lets every image judge the patches of every other image (section 3.2).
 3. :func:`rscin` re-scores each image with the scores of the images most like it (section 3.3).
 
-:func:`layer_scores` takes the first two steps together, at several degrees, with less work.
+:func:`layer_scores` takes the first two steps together, at several degrees, with less work. :func:`reference_scores`
+and :func:`rscin_by_references` are steps 2 and 3 against a bank of reference images, for one image at a time.
 """
 
 from anomalib_musc.functional.comparison import Precision, check_precision
@@ -16,7 +17,8 @@ from anomalib_musc.functional.layer_scoring import check_degrees, layer_scores
 from anomalib_musc.functional.lnamd import lnamd
 from anomalib_musc.functional.memory import check_budget
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
-from anomalib_musc.functional.rscin import rscin
+from anomalib_musc.functional.reference_scoring import reference_scores
+from anomalib_musc.functional.rscin import rscin, rscin_by_references
 
 __all__ = [
     "Precision",
@@ -27,5 +29,7 @@ __all__ = [
     "layer_scores",
     "lnamd",
     "mutual_scores",
+    "reference_scores",
     "rscin",
+    "rscin_by_references",
 ]

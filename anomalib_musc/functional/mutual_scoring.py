@@ -84,7 +84,7 @@ def average_interval(
     progress: Callable[[int], object] | None,
 ) -> torch.Tensor:
     """Average over an interval of the other images, in full precision; see :func:`mutual_scores`."""
-    start, stop = _interval_bounds(interval, workload.shape[0] - 1)
+    start, stop = interval_bounds(interval, workload.shape[0] - 1)
     with torch.autocast(workload.like.device.type, enabled=False):
         return average_distances(workload, load, start, stop, memory_budget, progress)
 
@@ -123,7 +123,7 @@ def check_interval(interval: tuple[float, float], num_images: int | None = None)
         raise ValueError(msg)
 
 
-def _interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int]:
+def interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int]:
     """Resolve fractions and counts to the slice ``[start, stop)`` of ``count`` sorted values, never empty."""
     start, stop = (min(int(bound if bound >= 1 else count * bound), count) for bound in interval)
     start = min(start, count - 1)

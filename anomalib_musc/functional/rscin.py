@@ -55,6 +55,53 @@ def rscin(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[in
     return torch.stack(rescored).mean(dim=0).to(device, dtype)
 
 
+def rscin_by_references(
+    scores: torch.Tensor,
+    class_tokens: torch.Tensor,
+    reference_scores: torch.Tensor,
+    reference_tokens: torch.Tensor,
+    windows: Sequence[int] = (1, 2, 3),
+) -> torch.Tensor:
+    """Re-score images with the references most like them, each image on its own.
+
+    As :func:`rscin`, but an image's neighbours are references, and scores are scaled by those of the references, so
+    that an image more anomalous than all of them scores above 1. With fewer than two references, or equal ones, there
+    is no scale and the scores stay as they are.
+
+    Args:
+        scores: Raw scores of the images, shape ``(B,)``.
+        class_tokens: Their image features, shape ``(B, D)``.
+        reference_scores: Raw scores of the references against each other, shape ``(M,)``.
+        reference_tokens: Their image features, shape ``(M, D)``.
+        windows: See :func:`rscin`.
+
+    Returns:
+        Scores, shape ``(B,)``.
+
+    Example:
+        >>> import torch
+        >>> tokens = torch.eye(2)
+        >>> rscin_by_references(torch.tensor([0.9]), tokens[:1], torch.tensor([0.1, 0.5]), tokens, windows=(1, 2))
+        tensor([1.5000])
+    """
+    lowest, spread = reference_scores.min(), reference_scores.max() - reference_scores.min()
+    if len(reference_scores) < 2:
+        return scores
+    scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+    own = ((scores - lowest) / scale)[:, None]  # (B, 1)
+    of_references = ((reference_scores - lowest) / scale).expand(scores.shape[0], -1)
+    candidates = torch.cat([own, of_references], dim=1)  # (B, 1 + M)
+    similarity = torch.cat([(class_tokens**2).sum(dim=1, keepdim=True), class_tokens @ reference_tokens.T], dim=1)
+    rescored = []
+    for window in windows:
+        weights, neighbours = similarity.topk(min(window, 1 + len(reference_scores)), dim=1)
+        weights = weights.clamp_min(0)
+        total = weights.sum(dim=1)
+        mean = (weights * candidates.gather(1, neighbours)).sum(dim=1) / total.clamp_min(1e-12)
+        rescored.append(torch.where(total > 0, mean, own[:, 0]))
+    return torch.where(spread > 0, torch.stack(rescored).mean(dim=0), scores)
+
+
 def _check(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> None:
     if scores.ndim != 1 or len(scores) == 0:
         msg = f"scores must have shape (N,) with N >= 1, got {tuple(scores.shape)}."

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bank: reference images by which an image is judged on its own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from anomalib_musc.functional import lnamd, reference_scores, rscin_by_references
+
+
+class ReferenceBank(nn.Module):
+    """Features of reference images, normal or unlabelled ones of the same product.
+
+    It is kept in a model's state, whatever its size.
+
+    Args:
+        aggregation_degrees: LNAMD's degrees r.
+        interval: Which of the ascending distances to the references are averaged.
+    """
+
+    class_tokens: torch.Tensor
+    raw_scores: torch.Tensor
+
+    def __init__(self, aggregation_degrees: Sequence[int], interval: tuple[float, float]) -> None:
+        super().__init__()
+        self.aggregation_degrees = tuple(aggregation_degrees)
+        self.interval = interval
+        self.num_layers = 0
+        self.register_buffer("class_tokens", torch.empty(0, 0))
+        self.register_buffer("raw_scores", torch.empty(0))
+
+    def __len__(self) -> int:
+        return len(self.raw_scores)
+
+    @property
+    def feature_maps(self) -> list[torch.Tensor]:
+        """One map ``(M, C, h, w)`` a layer."""
+        return [self.get_buffer(f"layer_{layer}") for layer in range(self.num_layers)]
+
+    def fill(self, feature_maps: Sequence[torch.Tensor], class_tokens: torch.Tensor, raw_scores: torch.Tensor) -> None:
+        """Put M images into the bank in place of those that are there.
+
+        Args:
+            feature_maps: One map ``(M, C, h, w)`` a layer.
+            class_tokens: Image features, shape ``(M, D)``.
+            raw_scores: Raw scores of the images against each other, shape ``(M,)``.
+        """
+        device = self.class_tokens.device
+        self.num_layers = len(feature_maps)
+        self.class_tokens = class_tokens.to(device)
+        self.raw_scores = raw_scores.to(device)
+        for layer, feature_map in enumerate(feature_maps):
+            self.register_buffer(f"layer_{layer}", feature_map.to(device))
+        self._aggregate()
+
+    def patch_scores(
+        self, feature_maps: Sequence[torch.Tensor], own_copies: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Judge images by the bank, averaged over layers and degrees.
+
+        Args:
+            feature_maps: One map ``(B, C, h, w)`` a layer.
+            own_copies: Which reference is the image itself and is left out, shape ``(B,)``. Defaults to none.
+
+        Returns:
+            Patch scores, shape ``(B, h, w)``.
+        """
+        scores = [
+            reference_scores(
+                lnamd(feature_map, degree),
+                self.get_buffer(f"vectors_{layer}_{degree}"),
+                self.interval,
+                own_copies=own_copies,
+            )
+            for layer, feature_map in enumerate(feature_maps)
+            for degree in self.aggregation_degrees
+        ]
+        return torch.stack(scores).mean(dim=0).view(-1, *feature_maps[0].shape[-2:])
+
+    def rescore(self, raw_scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
+        """Re-score images ``(B,)``; see :func:`~anomalib_musc.functional.rscin_by_references`."""
+        return rscin_by_references(raw_scores, class_tokens, self.raw_scores, self.class_tokens, windows)
+
+    def _aggregate(self) -> None:
+        for layer, feature_map in enumerate(self.feature_maps):
+            for degree in self.aggregation_degrees:
+                vectors = lnamd(feature_map, degree)
+                self.register_buffer(f"vectors_{layer}_{degree}", vectors, persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take a bank of any size, as torch's own loading takes tensors of the same shape only."""
+        layers = [name for name in state_dict if name.startswith(f"{prefix}layer_")]
+        if layers:
+            maps = [state_dict[f"{prefix}layer_{layer}"] for layer in range(len(layers))]
+            self.fill(maps, state_dict[f"{prefix}class_tokens"], state_dict[f"{prefix}raw_scores"])
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a dataloader to a scored pool: look at the files, read and pre-process them, run the backbone, score."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import ImageBatch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+
+from anomalib_musc.bank import ReferenceBank
+from anomalib_musc.checks import (
+    FEW_IMAGES,
+    MIN_IMAGES,
+    check_readable,
+    check_size,
+    closed_folders,
+    few_images,
+    find_fault,
+    unreadable,
+)
+from anomalib_musc.deep_images import DeepImages
+from anomalib_musc.features import FeatureStore
+from anomalib_musc.files import common_folder
+from anomalib_musc.functional import check_interval
+from anomalib_musc.pool import Pool, PoolSource, image_names
+from anomalib_musc.progress import profile, profiled, progress_bar
+from anomalib_musc.torch_model import MuScModel
+
+
+class PoolScorer:
+    """Score the images of dataloaders within a running trainer.
+
+    Args:
+        trainer: The trainer, whose device, precision, progress bar and profiler are used.
+        model: The model.
+        mode: "mutual", "reference" or "both", see :class:`~anomalib_musc.MuSc`.
+        memory_budget: GiB for features and scoring on the host and on the device each.
+        transform: Prepares images ``(B, 3, H, W)`` in [0, 1] for the backbone.
+        needs_paths: Whether images without a path are an error.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: MuScModel,
+        mode: str,
+        memory_budget: float | None,
+        transform: Callable[[torch.Tensor], torch.Tensor] | None,
+        needs_paths: bool,
+    ) -> None:
+        self._trainer = trainer
+        self._model = model
+        self._mode = mode
+        self._memory_budget = memory_budget
+        self._transform = transform
+        self._needs_paths = needs_paths
+        self._device = trainer.strategy.root_device
+
+    def score(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
+        """Extract the features of a loader's images and score them against each other."""
+        skipped = self._skip(source)
+        paths = source.paths
+        judges = len(self._model.bank) if self._mode != "mutual" else 0
+        if paths is not None:
+            check_size(paths, judges)
+        if paths is not None and self._mode != "reference":
+            check_interval(self._model.interval, len(paths) // self._model.count_subsets(len(paths)) + judges)
+        score = self._score_by_bank if self._mode == "reference" else self._score_mutually
+        try:
+            names, patch_scores, class_tokens = score(source, dataloader_idx)
+        except (OSError, SyntaxError):  # Pillow's, which do not name a truncated file
+            check_readable(paths or [])
+            raise
+        raw_scores = [self._model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
+        source.restore()
+        return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens, skipped)
+
+    def _score_by_bank(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Return names, patch scores ``(N, h, w)`` and class tokens, every image judged by the bank alone."""
+        names: list[str] = []
+        scores, tokens = [], []
+        for batch_names, feature_maps, class_tokens in self._features(source, dataloader_idx):
+            with profile(self._trainer, "[MuSc]score"):
+                scores.append(self._model.bank.patch_scores(feature_maps))
+            tokens.append(class_tokens)
+            names += batch_names
+        check_size(names, len(self._model.bank))
+        return names, torch.cat(scores), torch.cat(tokens)
+
+    def _score_mutually(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Return names, patch scores ``(N, h, w)`` and class tokens of a pool, a bank's images as judges besides."""
+        bank = self._model.bank if self._mode == "both" else None
+        names, features, class_tokens = self._extract(source, dataloader_idx, bank)
+        judges = range(len(names), len(names) + (len(bank) if bank else 0))
+        check_size(names, len(judges))
+        if len(names) + len(judges) < FEW_IMAGES:
+            rank_zero_warn(few_images(len(names)))
+        subsets = [[*subset, *judges] for subset in self._model.subsets(class_tokens)]
+        total = self._model.num_comparisons(subsets, len(features.layers))
+        budget = features.remaining_budget if self._device.type == "cpu" else self._memory_budget
+        with (
+            profile(self._trainer, "[MuSc]score"),
+            progress_bar(self._trainer, "MuSc: mutual scoring", total) as advance,
+        ):
+            patch_scores = self._model.score(features.layers, subsets, memory_budget=budget, progress=advance)
+        return names, patch_scores[: len(names)], class_tokens
+
+    def fill_bank(self, loader: "DataLoader[Any]", size: int | None) -> None:
+        """Extract reference images and keep them."""
+        source = PoolSource(loader, float("inf"))
+        check_readable(source.paths or [])
+        batches = self._images(source, 0, "MuSc: extracting references")
+        with self._trainer.precision_plugin.forward_context():
+            self._model.build_bank((images for _, images in batches), size)
+
+    def _skip(self, source: PoolSource) -> dict[Path, str]:
+        """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
+        paths = source.paths or []
+        faults: dict[Path, str] = {}
+        with progress_bar(self._trainer, "MuSc: looking at files", len(paths)) as advance:
+            for path in paths:
+                reason = find_fault(path)
+                faults |= {path: reason} if reason else {}
+                advance(1)
+        can_skip = self._trainer.predicting and source.can_skip
+        if faults and (not can_skip or len(paths) - len(faults) < MIN_IMAGES):
+            raise unreadable(faults, len(paths))
+        source.skip(faults)
+        skipped = {**faults, **(closed_folders(common_folder(paths)) if can_skip else {})}
+        for path, reason in skipped.items():
+            rank_zero_warn(f"Skipped {path}: {reason}.")
+        return skipped
+
+    def _extract(
+        self, source: PoolSource, dataloader_idx: int, bank: ReferenceBank | None
+    ) -> tuple[list[str], FeatureStore, torch.Tensor]:
+        """Return the names, the feature maps of each layer, on the host, and the class tokens ``(N, D)``.
+
+        The maps of a bank follow those of the pool.
+        """
+        names: list[str] = []
+        tokens: list[torch.Tensor] = []
+        features: FeatureStore | None = None
+        judges = len(bank) if bank else 0
+        num_images = None if source.paths is None else len(source.paths) + judges
+        for batch_names, feature_maps, class_tokens in self._features(source, dataloader_idx):
+            if features is None:
+                least = self._model.least_memory(feature_maps, num_images or MIN_IMAGES)
+                features = FeatureStore(self._memory_budget, feature_maps, num_images, least)
+            features.append(feature_maps)
+            tokens.append(class_tokens)
+            names += batch_names
+        check_size(names, judges)
+        assert features is not None  # noqa: S101  # as there are names
+        if bank:
+            features.append(bank.feature_maps)
+        return names, features, torch.cat(tokens)
+
+    def _features(
+        self, source: PoolSource, dataloader_idx: int
+    ) -> Iterator[tuple[list[str], list[torch.Tensor], torch.Tensor]]:
+        """Read a source and run the backbone; yields names, maps ``(B, C, h, w)`` and class tokens ``(B, D)``."""
+        for names, images in self._images(source, dataloader_idx, "MuSc: extracting features"):
+            with self._trainer.precision_plugin.forward_context(), profile(self._trainer, "[MuSc]extract"):
+                feature_maps, class_tokens = self._model.extract(images)
+            yield names, feature_maps, class_tokens
+
+    def _images(
+        self, source: PoolSource, dataloader_idx: int, description: str
+    ) -> Iterator[tuple[list[str], torch.Tensor]]:
+        """Read a source; yields names and pre-processed images ``(B, 3, H, W)``."""
+        deep_images = DeepImages(source.paths or [])
+        with progress_bar(self._trainer, description, source.num_batches) as advance:
+            for batch in profiled(self._trainer, "[MuSc]read_images", source.batches()):
+                images = self._prepare(batch, deep_images, dataloader_idx)
+                yield image_names(batch.image_path, images), images
+                advance(1)
+
+    def _prepare(self, batch: ImageBatch, deep_images: DeepImages, dataloader_idx: int) -> torch.Tensor:
+        """Bring a batch to the device and pre-process it as anomalib's callbacks will."""
+        if batch.image_path is None and self._needs_paths:
+            msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
+            raise ValueError(msg)
+        images = self._trainer.precision_plugin.convert_input(deep_images.correct(batch))
+        images = self._trainer.strategy.batch_to_device(images, dataloader_idx=dataloader_idx)
+        images = self._transform(images) if self._transform else images
+        if tuple(images.shape[-2:]) != self._model.image_size:
+            msg = (
+                f"pre_processor gives images of size {tuple(images.shape[-2:])}, but image_size is "
+                f"{self._model.image_size}; use the default pre_processor, or one that resizes to image_size."
+            )
+            raise ValueError(msg)
+        return images
