@@ -15,21 +15,18 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-_FORMATS = {".png", ".tif", ".tiff", ".pgm"}
-
 
 def is_deep(path: Path) -> bool:
     """Return whether a file holds a grey image of more than 8 bits; only its header is read."""
-    if path.suffix.lower() not in _FORMATS:
-        return False
     with Image.open(path) as image:
         return image.mode in {"I", "F"} or image.mode.startswith("I;16")
 
 
 def read_deep(path: Path) -> torch.Tensor:
-    """Return the grey values as they are stored, shape ``(1, H, W)``, float32."""
+    """Return the grey values as they are stored, shape ``(1, H, W)``, float32; 0 where there is no finite one."""
     with Image.open(path) as image:
-        return torch.from_numpy(np.asarray(image, dtype=np.float32).copy())[None]
+        values = np.asarray(image, dtype=np.float32)
+    return torch.from_numpy(np.nan_to_num(values, posinf=0, neginf=0))[None]
 
 
 class DeepImages:

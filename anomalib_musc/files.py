@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -45,4 +45,5 @@ def whole_file(path: Path) -> Iterator[Path]:
         msg = f"{path} cannot be written: {error.strerror or error}. Make room, or choose another folder for results."
         raise OSError(error.errno, msg) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)

@@ -14,11 +14,12 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_musc.checks import check_writable
+from anomalib_musc.checks import check_writable, unreadable
 from anomalib_musc.functional import check_budget
 from anomalib_musc.metrics import PaperEvaluator
 from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
@@ -128,6 +129,7 @@ class MuSc(NoValidationData, AnomalibModule):
         self.references = references
         self.k_shot = k_shot
         self.bank_size = bank_size
+        self._writes_by_default = prediction_writer is True
         self.prediction_writer = PredictionWriter() if prediction_writer is True else prediction_writer or None
         self.skipped_images: dict[Path, str] = {}
         self._sources: list[PoolSource] = []
@@ -186,8 +188,12 @@ class MuSc(NoValidationData, AnomalibModule):
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Add the writer to anomalib's components, after the post-processor."""
         callbacks = super().configure_callbacks()
-        writers = [self.prediction_writer] if self.prediction_writer else []
-        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *writers]
+        own: list[Callback] = [LambdaCallback(on_exception=lambda *_: self.on_predict_end())]
+        given: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets where mypy cannot see
+        is_given = any(type(callback) is PredictionWriter for callback in given)
+        if self.prediction_writer and not (self._writes_by_default and is_given):
+            own.append(self.prediction_writer)  # Lightning would drop the one that a user gave to Engine
+        return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *own]
 
     @staticmethod
     def configure_optimizers() -> None:
@@ -326,6 +332,8 @@ class MuSc(NoValidationData, AnomalibModule):
             key = (source.key, settings)
             is_known = source.is_recognised_by_files or self._scored_in_validation
             pool = next((pool for pool in known if is_known and pool.key == key), None)
+            if pool is not None and pool.skipped and not source.can_skip:
+                raise unreadable(pool.skipped, len(source.all_paths))
             self._pools.append(pool or self._scorer.score(source, key, index))
             known.append(self._pools[-1])
             self._sources.append(source)

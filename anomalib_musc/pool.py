@@ -98,6 +98,11 @@ class PoolSource:
         return order, self._sampler, [leaf for transform in transforms for leaf in transform_leaves(transform)]
 
     @property
+    def all_paths(self) -> list[Path]:
+        """The image files of the dataset, as far as it tells, beyond the limit too."""
+        return _image_paths(self._dataset) or []
+
+    @property
     def num_batches(self) -> float:
         """How many batches will be read, infinite if unknown."""
         return min(self.limit, _length(self.loader))
@@ -110,8 +115,9 @@ class PoolSource:
     def skip(self, files: Mapping[Path, str]) -> None:
         """Leave files out, until they are brought back by :meth:`restore`."""
         if files:
-            self._all_files = self._dataset.image_filenames
-            self._dataset.image_filenames = [path for path in self._all_files if Path(path) not in files]
+            now = self._dataset.image_filenames
+            self._all_files = now if self._all_files is None else self._all_files
+            self._dataset.image_filenames = [path for path in now if Path(path) not in files]
 
     def restore(self) -> None:
         """Bring back the files that were left out."""

@@ -62,7 +62,18 @@ class PoolScorer:
 
     def score(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
         """Extract the features of a loader's images and score them against each other."""
-        skipped = self._skip(source)
+        skipped = self._skip_faults(source, lambda path: find_fault(path) or self._reason_of_result(path))
+        try:
+            return self._score(source, key, dataloader_idx, skipped)
+        except (OSError, SyntaxError, ValueError):  # Pillow's on files that look whole, which it does not name
+            broken = self._skip_faults(source, lambda path: find_fault(path, decode=True))
+            if not broken:
+                raise
+            return self._score(source, key, dataloader_idx, {**skipped, **broken})
+        finally:
+            source.restore()
+
+    def _score(self, source: PoolSource, key: object, dataloader_idx: int, skipped: dict[Path, str]) -> Pool:
         paths = source.paths
         judges = len(self._model.bank) if self._mode != "mutual" else 0
         if paths is not None:
@@ -70,13 +81,8 @@ class PoolScorer:
         if paths is not None and self._mode != "reference":
             check_interval(self._model.interval, len(paths) // self._model.count_subsets(len(paths)) + judges)
         score = self._score_by_bank if self._mode == "reference" else self._score_mutually
-        try:
-            names, patch_scores, class_tokens = score(source, dataloader_idx)
-        except (OSError, SyntaxError):  # Pillow's, which do not name a truncated file
-            check_readable(paths or [])
-            raise
+        names, patch_scores, class_tokens = score(source, dataloader_idx)
         raw_scores = [self._model.anomaly_maps(chunk).amax(dim=(1, 2, 3)) for chunk in patch_scores.split(32)]
-        source.restore()
         return Pool(key, names, patch_scores, torch.cat(raw_scores), class_tokens, skipped)
 
     def _score_by_bank(self, source: PoolSource, dataloader_idx: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
@@ -117,16 +123,16 @@ class PoolScorer:
         with self._trainer.precision_plugin.forward_context():
             self._model.build_bank((images for _, images in batches), size)
 
-    def _skip(self, source: PoolSource) -> dict[Path, str]:
+    def _skip_faults(self, source: PoolSource, find: Callable[[Path], str | None]) -> dict[Path, str]:
         """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
-        paths = source.paths or []
+        can_skip = self._trainer.predicting and source.can_skip
+        paths = source.all_paths if can_skip else source.paths or []
         faults: dict[Path, str] = {}
         with progress_bar(self._trainer, "MuSc: looking at files", len(paths)) as advance:
             for path in paths:
-                reason = find_fault(path)
+                reason = find(path)
                 faults |= {path: reason} if reason else {}
                 advance(1)
-        can_skip = self._trainer.predicting and source.can_skip
         if faults and (not can_skip or len(paths) - len(faults) < MIN_IMAGES):
             raise unreadable(faults, len(paths))
         source.skip(faults)
@@ -134,6 +140,12 @@ class PoolScorer:
         for path, reason in skipped.items():
             rank_zero_warn(f"Skipped {path}: {reason}.")
         return skipped
+
+    def _reason_of_result(self, path: Path) -> str | None:
+        """Say so where a file is a picture of an earlier prediction."""
+        results = Path(self._trainer.default_root_dir).resolve()
+        is_result = any(results / folder in path.parents for folder in ("images", "heatmaps"))
+        return "a result of an earlier prediction" if self._trainer.predicting and is_result else None
 
     def _extract(
         self, source: PoolSource, dataloader_idx: int, bank: ReferenceBank | None

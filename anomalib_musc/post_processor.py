@@ -138,8 +138,9 @@ def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], leve
     if "pixel" in levels:
         is_anomalous = scores > post_processor.image_threshold.cpu()
         every_patch = np.concatenate(patch_scores)
-        threshold = pixel_threshold(every_patch, is_anomalous.numpy())
-        _load(post_processor, "pixel", every_patch.min(), max(pool.raw_scores.max() for pool in pools), threshold)
+        highest = max(pool.raw_scores.max().item() for pool in pools)  # of the maps, whose rounding is another
+        threshold = pixel_threshold(every_patch, is_anomalous.numpy()) if is_anomalous.any() else highest
+        _load(post_processor, "pixel", every_patch.min(), highest, threshold)
 
 
 def calibrate_on_bank(post_processor: PostProcessor, model: MuScModel, levels: Collection[str]) -> None:

@@ -81,7 +81,7 @@ class PredictionWriter(Callback):
     Args:
         output_dir: Where to write; by default the trainer's ``default_root_dir``, where ``images/`` is.
         heatmaps: What to write besides, at the size of each image, to ``heatmaps/``: "png", the coloured anomaly map,
-            "npy", its values in [0, 1] as a float32 array ``(H, W)``, or both.
+            "npy", its values as a float32 array ``(H, W)``, in [0, 1] where the model normalises them, or both.
 
     Raises:
         ValueError: If ``heatmaps`` holds anything else.
@@ -109,7 +109,7 @@ class PredictionWriter(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether results can be written."""
         del pl_module
-        check_writable(self.folder(trainer))
+        check_writable(self.folder(trainer) / "heatmaps" if self.heatmaps else self.folder(trainer))
         self._rows, self._pending = [], None
         self._root = common_folder(image_paths(trainer.predict_dataloaders))
 
@@ -164,7 +164,8 @@ class PredictionWriter(Callback):
                 np.save(part, values)
         if "png" in self.heatmaps:
             with whole_file(path.with_name(f"{path.name}.png")) as part:
-                visualize_anomaly_map(torch.from_numpy(values), colormap=True, normalize=False).save(part)
+                clipped = torch.from_numpy(values).clamp(0, 1)
+                visualize_anomaly_map(clipped, colormap=True, normalize=False).save(part)
 
 
 def _original_size(item: Any) -> tuple[int, int]:

@@ -14,10 +14,13 @@ Array = NDArray[np.float64]
 
 # Chosen on pools with 0 to 50 % defects of two real and two procedural products, see benchmarks/README.md.
 _SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add to it
+_FEWEST_OF_TWO = 8  # images, of which fewer are not parted into two groups
 _TAIL = 4.3  # q999 / q90 of all patches, of two groups
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 _NORMAL_PEAKS, _ALL_PATCHES = 0.75, 0.99  # quantiles that an anomalous pixel exceeds
+_FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal patches, such as a black background's
+_ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
 
 
 def deviations(patch_scores: Array) -> Array:
@@ -29,7 +32,8 @@ def deviations(patch_scores: Array) -> Array:
     Args:
         patch_scores: The scores a, shape ``(N, L)``.
     """
-    logarithms = np.log(np.maximum(patch_scores, np.finfo(np.float32).tiny))
+    floor = max(_FLOOR * np.quantile(patch_scores, 0.99), np.finfo(np.float32).eps)
+    logarithms = np.log(np.maximum(patch_scores, floor))
     logarithms -= np.median(logarithms, axis=0)
     logarithms -= np.median(logarithms, axis=1, keepdims=True)
     return logarithms
@@ -46,13 +50,16 @@ def count_anomalous(patch_scores: Array) -> int:
     """
     patches = deviations(patch_scores)
     heights = patches.max(axis=1)
-    low, quarter, median, high = np.quantile(heights, (0.1, 0.25, 0.5, 0.9))
+    unlike = heights[heights > _ALIKE]
+    unlike = unlike if len(unlike) > _FEW_UNLIKE * len(heights) else heights
+    low, quarter, median, high = np.maximum(np.quantile(unlike, (0.1, 0.25, 0.5, 0.9)), _ALIKE)
     most_near = int(_MOST_NEAR * len(heights))
     count = max((heights > _FAR * quarter).sum(), min(most_near, (heights > _NEAR * quarter).sum()))
     spread = _SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))
-    if high - low > spread * median and np.quantile(patches, 0.999) > _TAIL * np.quantile(patches, 0.9):
-        floor = max(median / 10, np.finfo(np.float32).tiny)
-        count = max(count, upper_group(-1 / np.sqrt(np.maximum(heights, floor))))
+    is_wide = len(heights) >= _FEWEST_OF_TWO and high - low > spread * median
+    if is_wide and np.quantile(patches, 0.999) > _TAIL * np.quantile(patches, 0.9):
+        upper = upper_group(-1 / np.sqrt(np.maximum(heights, median / 10)))
+        count = max(count, min(upper, 3 * len(heights) // 4))
     return int(min(count, len(heights) - 1))
 
 
@@ -94,4 +101,6 @@ def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> flo
     peaks = patch_scores.max(axis=1)
     if not is_anomalous.any():
         return float(peaks.max())
-    return float(max(np.quantile(peaks[~is_anomalous], _NORMAL_PEAKS), np.quantile(patch_scores, _ALL_PATCHES)))
+    normal_peaks = peaks[~is_anomalous]
+    reached = np.quantile(normal_peaks, _NORMAL_PEAKS) if len(normal_peaks) else 0.0
+    return float(max(reached, np.quantile(patch_scores, _ALL_PATCHES)))

@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch, PredictDataset
+from anomalib.engine import Engine
 from conftest import SIDE, OwnBackbone, product, write_products
+from lightning.pytorch import Callback
 from PIL import Image
 from test_cli import SMALL, anomalib
 from test_engine import assert_same, by_path, predict_loader
@@ -57,6 +59,16 @@ def write_every_format(folder: Path) -> dict[str, Path]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(folder / name)
     return {name: folder / name for name in pictures}
+
+
+def test_the_readmes_threshold_by_hand(tmp_path, folder):
+    done = anomalib(
+        *["predict", "--model", "MuSc", "--data", folder, *SMALL],
+        *["--model.post_processor", "anomalib_musc.RsCINPostProcessor", "--model.post_processor.image_threshold", "2"],
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {row["label"] for row in read_table(tmp_path).values()} == {"normal"}
 
 
 def test_one_command_for_any_folder(tmp_path):
@@ -181,6 +193,26 @@ def test_heatmaps_at_the_size_of_the_images(tmp_path, own_backbone, make_engine)
         assert values.max() == pytest.approx(maps[str(path)].max().item(), abs=0.05)
 
 
+def test_a_writer_given_to_engine_is_kept(tmp_path, folder, own_backbone, make_engine):
+    writer = PredictionWriter(output_dir=tmp_path / "mine", heatmaps=["npy"])
+    make_engine(callbacks=[writer]).predict(MuSc(own_backbone), data_path=folder)
+    assert {row["label"] for row in read_table(tmp_path).values()} <= {"normal", "anomalous"}
+    assert len(list((tmp_path / "mine/heatmaps").rglob("*.npy"))) == 12
+
+
+def test_heatmaps_of_values_beyond_1_do_not_wrap(tmp_path, own_backbone, make_engine):
+    write_products(tmp_path / "pile", range(5))
+    cv2.imwrite(str(tmp_path / "pile/defect.png"), product(30, defect=True)[0])
+    writer = PredictionWriter(output_dir=tmp_path / "out", heatmaps=["png", "npy"])
+    model = MuSc(own_backbone, post_processor=False, prediction_writer=writer)
+    model.model.anomaly_maps = lambda scores, maps=model.model.anomaly_maps: 20 * maps(scores)
+    make_engine().predict(model, data_path=tmp_path / "pile")
+    values = np.load(tmp_path / "out/heatmaps/pile/defect.png.npy")
+    colours = np.asarray(Image.open(tmp_path / "out/heatmaps/pile/defect.png.png")).astype(int)
+    assert values.max() > 1
+    assert (colours[..., 0] - colours[..., 2])[values > 1].min() > 0  # red, not blue
+
+
 @pytest.mark.parametrize("heatmaps", ["png", ["tiff"]])
 def test_unknown_heatmaps(heatmaps):
     with pytest.raises(ValueError, match="heatmaps must be a list of"):
@@ -219,6 +251,70 @@ def test_broken_files_are_skipped_and_named(tmp_path, folder, make_engine, recwa
         assert any(name in str(warning.message) for warning in recwarn)
     whole = by_path(make_engine().predict(MuSc(OwnBackbone()), data_path=folder))
     assert_same(ours, {path.replace(str(folder), str(tmp_path / "pile")): item for path, item in whole.items()})
+
+
+def test_files_that_only_look_whole_are_skipped(tmp_path, folder, own_backbone, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    cv2.imwrite(str(tmp_path / "pile/no_scan.jpg"), product(0)[0])
+    content = (tmp_path / "pile/no_scan.jpg").read_bytes()
+    (tmp_path / "pile/no_scan.jpg").write_bytes(content[: content.index(b"\xff\xda")] + b"\xff\xd9")
+    depth = grey(0).astype(np.float32) / 255
+    depth[3:9, 3:9] = np.nan
+    Image.fromarray(depth).save(tmp_path / "pile/holes.tif")
+    predictions = make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+    rows = read_table(tmp_path)
+    assert rows["no_scan.jpg"]["label"] == "skipped"
+    assert rows["holes.tif"]["label"] != "skipped"
+    assert len(predictions) == 13
+
+
+def test_pictures_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path):
+    shutil.copytree(folder, tmp_path / "pile")
+    for _ in range(2):
+        engine = Engine(default_root_dir=tmp_path / "pile/results", enable_progress_bar=False)
+        assert len(engine.predict(MuSc(own_backbone), data_path=tmp_path / "pile")) == 12
+    notes = [row["note"] for row in read_table(tmp_path).values() if row["label"] == "skipped"]
+    assert set(notes) == {"a result of an earlier prediction"}
+
+
+def test_a_limit_counts_the_files_that_are_left(tmp_path, own_backbone, make_engine):
+    paths = write_products(tmp_path / "pile", range(13))
+    for path in paths[:3] + paths[5:6]:
+        path.write_bytes(b"")
+    engine = make_engine(limit_predict_batches=1)
+    (batch,) = engine.predict(MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "pile", batch_size=4))
+    assert [Path(path).name for path in batch.image_path] == ["003.png", "004.png", "006.png", "007.png"]
+
+
+def test_a_known_pool_is_no_excuse_for_broken_files(tmp_path, folder, own_backbone, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    (tmp_path / "pile/empty.png").touch()
+    engine, model = make_engine(), MuSc(own_backbone)
+    engine.predict(model, dataloaders=predict_loader(tmp_path / "pile"))
+    with pytest.raises(ValueError, match=r"1 of 13 images cannot be read.*empty\.png"):
+        engine.predict(model, dataloaders=predict_loader(tmp_path / "pile", num_workers=1))
+
+
+def test_an_interrupted_prediction_leaves_the_dataset_whole(tmp_path, folder, own_backbone, make_engine):
+    class Interruption(Callback):
+        def on_predict_batch_end(self, *args):  # noqa: ARG002
+            raise RuntimeError("interrupted")
+
+    shutil.copytree(folder, tmp_path / "pile")
+    (tmp_path / "pile/empty.png").touch()
+    loader = predict_loader(tmp_path / "pile")
+    with pytest.raises(RuntimeError, match="interrupted"):
+        make_engine(callbacks=[Interruption()]).predict(MuSc(own_backbone), dataloaders=loader)
+    assert len(loader.dataset) == 13
+    assert not list(tmp_path.rglob("predictions.csv"))
+
+
+def test_black_images_have_no_regions(tmp_path, own_backbone, make_engine):
+    (tmp_path / "pile").mkdir()
+    for number in range(6):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"pile/{number}.png")
+    make_engine().predict(MuSc(own_backbone), data_path=tmp_path / "pile")
+    assert {(row["label"], row["regions"]) for row in read_table(tmp_path).values()} == {("normal", "[]")}
 
 
 def test_skipped_files_are_named_each_time(tmp_path, folder, own_backbone, make_engine):

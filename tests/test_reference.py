@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.engine import Engine
 from conftest import OwnBackbone, write_products
 from test_cli import SMALL, anomalib, metric
 from test_engine import assert_same, by_path, datamodule, predict_loader
@@ -268,8 +270,6 @@ def test_a_checkpoint_of_another_network_is_refused(other, tmp_path, mvtec_root,
 @pytest.fixture(scope="module")
 def fitted(mvtec_root, tmp_path_factory):
     """A model with a bank and thresholds, its engine, and what Lightning predicts."""
-    from anomalib.engine import Engine
-
     folder = tmp_path_factory.mktemp("fitted")
     engine = Engine(default_root_dir=folder, enable_progress_bar=False)
     torch.manual_seed(0)
@@ -336,6 +336,40 @@ def test_no_bank_no_export(export_type, tmp_path, own_backbone, make_engine):
     assert not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.onnx")) + list(tmp_path.rglob("*.xml"))
 
 
+# --- anomalib's own matrix of models -------------------------------------------------------------------------------
+
+
+class TestMatrix:
+    """What anomalib asks of each of its models: every entry point, and every one from a checkpoint."""
+
+    @pytest.fixture(scope="class")
+    def checkpoint(self, mvtec_root, tmp_path_factory):
+        """The checkpoint that Engine.fit leaves."""
+        engine = Engine(default_root_dir=tmp_path_factory.mktemp("matrix"), enable_progress_bar=False)
+        engine.fit(MuSc(**TINY, mode="reference", k_shot=2), datamodule=datamodule(mvtec_root))
+        assert Path(engine.best_model_path).is_file()
+        return engine.best_model_path
+
+    @pytest.mark.parametrize("from_checkpoint", [False, True])
+    @pytest.mark.parametrize("entry", ["fit", "validate", "test", "train", "predict"])
+    def test_entries(self, entry, from_checkpoint, checkpoint, mvtec_root, make_engine):
+        if entry == "fit" and from_checkpoint:
+            pytest.skip("Engine.fit of a few-shot model has no use for a checkpoint")
+        model = MuSc(**TINY, mode="reference", k_shot=2)
+        arguments = {"ckpt_path": checkpoint} if from_checkpoint else {}
+        outputs = getattr(make_engine(), entry)(model, datamodule=datamodule(mvtec_root), **arguments)
+        assert entry == "fit" or outputs is not None
+        assert len(model.model.bank) == 2
+        assert not torch.isnan(model.post_processor.image_threshold)
+
+    @pytest.mark.parametrize("export_type", list(ExportType))
+    def test_exports(self, export_type, checkpoint, tmp_path, make_engine):
+        if export_type != ExportType.TORCH:
+            pytest.importorskip("openvino", reason="openvino is not installed")
+        path = make_engine().export(MuSc(**TINY), export_type, export_root=tmp_path, ckpt_path=checkpoint)
+        assert Path(path).is_file()
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -346,6 +380,12 @@ def test_train_predict_export_from_the_command_line(tmp_path, mvtec_root, folder
     assert done.returncode == 0, done.stderr
     assert metric(done.stdout, "image_AUROC") > 0.5
     references = ["--model.references", mvtec_root / "widget/train"]
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    done = anomalib("test", *model, *data, "--ckpt_path", checkpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = anomalib("export", *model, "--export_type", "torch", "--ckpt_path", checkpoint, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.rglob("model.pt"))
     done = anomalib("predict", *model[:-2], *references, "--data", folder / "scratch/000.png", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (table,) = tmp_path.rglob("predictions.csv")

@@ -296,3 +296,45 @@ def test_real_photographs_are_decided_without_labels(tmp_path):
     found = torch.cat([batch.pred_label for batch in batches]).numpy()
     assert f1(truth, found) >= 0.9 * best_f1(truth, scores)
     assert f1(truth, found) > 0.75
+
+
+# --- pools that are hard to decide ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6, 0.9])
+@pytest.mark.parametrize("num_images", [12, 20, 60])
+def test_patches_that_are_equal_everywhere_do_not_stand_out(num_images, share):
+    for seed in range(10):
+        patch_scores = pool(num_images, 0, seed)
+        background = int(share * 196)
+        patch_scores[:, :background] = 1e-8 * np.random.default_rng(seed).random((num_images, background))
+        assert flagged(patch_scores).sum() <= max(1, 0.05 * num_images)
+
+
+@pytest.mark.parametrize(("num_images", "num_copies"), [(20, 8), (60, 25), (100, 60)])
+def test_copies_make_nobody_stand_out(num_images, num_copies):
+    patch_scores = pool(num_images, 0)
+    patch_scores[:num_copies] = 1e-9 * np.random.default_rng(0).random((num_copies, 196))
+    assert flagged(patch_scores).mean() <= 0.05
+
+
+def test_a_calm_image_is_no_group():
+    patch_scores = pool(5, 1, contrast=10)
+    patch_scores[0] = np.exp(np.log(patch_scores[0]).mean())  # its worst patch is its mean
+    assert count_anomalous(patch_scores) <= 2
+
+
+def test_pixels_where_every_image_is_anomalous():
+    patch_scores = pool(2, 4)
+    assert pixel_threshold(patch_scores, np.ones(6, bool)) == pytest.approx(np.quantile(patch_scores, 0.99))
+
+
+def test_everything_may_be_anomalous_by_hand(pile, tmp_path, own_backbone, make_engine):
+    post_processor = RsCINPostProcessor(image_threshold=-1.0, pixel_threshold=0.05)
+    make_engine().predict(MuSc(own_backbone, post_processor=post_processor), data_path=pile)
+    assert set(labels(tmp_path).values()) == {"anomalous"}
+
+
+def test_only_abnormal_images_with_labels(folders, own_backbone, make_engine):
+    data = Folder(name="x", root=folders, normal_dir="good", abnormal_dir="bad", test_split_mode="none", num_workers=0)
+    assert make_engine().predict(MuSc(own_backbone), datamodule=data)

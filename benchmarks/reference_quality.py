@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Banks of good training images beside mutual scoring: ``python benchmarks/reference_quality.py ROOT CATEGORY``.
+
+Image and pixel AUROC on the test images of a product in MVTec AD's layout.
+"""
+
+import argparse
+import importlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import MVTecAD
+from anomalib.engine import Engine
+
+from anomalib_musc import MuSc
+
+SIZES = (1, 4, 8, 14)
+
+
+def measure(root: str, category: str, backbone: str, **arguments: Any) -> tuple[float, float]:
+    """Return image and pixel AUROC in percent."""
+    torch.manual_seed(0)
+    module, _, name = backbone.partition(":")
+    chosen: Any = getattr(importlib.import_module(module), name)() if name else backbone
+    weights = {} if name else {"pretrained": False}
+    model = MuSc(chosen, **weights, visualizer=False, **arguments)
+    data = MVTecAD(root=root, category=category, num_workers=0)
+    with tempfile.TemporaryDirectory() as folder:
+        (metrics,) = Engine(default_root_dir=folder, enable_progress_bar=False).test(model, datamodule=data)
+    return 100 * metrics["image_AUROC"], 100 * metrics["pixel_AUROC"]
+
+
+def main() -> None:
+    """Print a table, and add it to a JSON file of several products."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("root")
+    parser.add_argument("category")
+    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    cases: dict[str, dict[str, Any]] = {"mutual": {}}
+    cases |= {f"reference, {size}": {"mode": "reference", "k_shot": size} for size in SIZES}
+    cases["both, 14"] = {"mode": "both", "k_shot": SIZES[-1]}
+    rows = {}
+    print("| mode | image AUROC | pixel AUROC |\n|---|---|---|")
+    for name, case in cases.items():
+        rows[name] = measure(arguments.root, arguments.category, arguments.backbone, **case)
+        print(f"| {name} | {rows[name][0]:.1f} | {rows[name][1]:.1f} |", flush=True)
+    if arguments.json:
+        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        known[arguments.category] = {"backbone": arguments.backbone, "rows": rows}
+        arguments.json.write_text(json.dumps(known, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
