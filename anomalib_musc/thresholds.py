@@ -23,20 +23,25 @@ _FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal pa
 _ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
 
 
-def deviations(patch_scores: Array) -> Array:
-    r"""Return how far each patch stands out, :math:`\log a_{ip} - m_p - m_i`.
+def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
+    r"""Return how far each patch stands out, :math:`\log a_{ip} - m_p - m_i`, and at which places images differ.
 
     :math:`m_p` is the median of the logarithms over the images at a place, :math:`m_i` then that of an image over its
-    places: neither an edge that is rare everywhere nor an image that is a little different all over stands out.
+    places: neither an edge that is rare everywhere nor an image that is a little different all over stands out. Where
+    most images are equal, as in a black background, :math:`m_i` is left out.
 
     Args:
         patch_scores: The scores a, shape ``(N, L)``.
     """
     floor = max(_FLOOR * np.quantile(patch_scores, 0.99), np.finfo(np.float32).eps)
     logarithms = np.log(np.maximum(patch_scores, floor))
-    logarithms -= np.median(logarithms, axis=0)
-    logarithms -= np.median(logarithms, axis=1, keepdims=True)
-    return logarithms
+    at_place = np.median(logarithms, axis=0)
+    logarithms -= at_place
+    differs = at_place > np.log(floor)
+    if not differs.any():
+        differs[:] = True
+    logarithms[:, differs] -= np.median(logarithms[:, differs], axis=1, keepdims=True)
+    return logarithms, differs
 
 
 def count_anomalous(patch_scores: Array) -> int:
@@ -48,7 +53,7 @@ def count_anomalous(patch_scores: Array) -> int:
     Args:
         patch_scores: Shape ``(N, L)``.
     """
-    patches = deviations(patch_scores)
+    patches, differs = deviations(patch_scores)
     heights = patches.max(axis=1)
     unlike = heights[heights > _ALIKE]
     unlike = unlike if len(unlike) > _FEW_UNLIKE * len(heights) else heights
@@ -57,7 +62,7 @@ def count_anomalous(patch_scores: Array) -> int:
     count = max((heights > _FAR * quarter).sum(), min(most_near, (heights > _NEAR * quarter).sum()))
     spread = _SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))
     is_wide = len(heights) >= _FEWEST_OF_TWO and high - low > spread * median
-    if is_wide and np.quantile(patches, 0.999) > _TAIL * np.quantile(patches, 0.9):
+    if is_wide and np.quantile(patches, 0.999) > _TAIL * np.quantile(patches[:, differs], 0.9):
         upper = upper_group(-1 / np.sqrt(np.maximum(heights, median / 10)))
         count = max(count, min(upper, 3 * len(heights) // 4))
     return int(min(count, len(heights) - 1))
