@@ -5,7 +5,7 @@ import torch
 
 from anomalib_musc.functional.mutual_scoring import interval_bounds
 
-_BLOCK = 2**24  # numbers of a product that are held at once
+_BLOCK = 2**24  # numbers of a product that are held at once, an image
 
 
 def reference_scores(
@@ -37,21 +37,30 @@ def reference_scores(
         >>> reference_scores(image, bank)  # the first patch is in the bank, the second at a right angle to all
         tensor([[0.0000, 1.4142]])
     """
+    vectors, bank = features.flatten(0, 1), references.flatten(0, 1)  # (B * L, C), (M * L', C)
     at_once = max(1, _BLOCK // (features.shape[1] * references.shape[1]))
-    distances = torch.cat([_nearest(features, chunk) for chunk in references.split(at_once)])  # (M, B, L)
+    cosines, nearest = _nearest(vectors, references, at_once)  # (B * L, M)
     count = len(references)
     if own_copies is not None:
         count -= 1
-        distances[own_copies, torch.arange(len(features), device=features.device)] = float("inf")
+        cosines.view(*features.shape[:2], -1)[torch.arange(len(features)), :, own_copies] = -float("inf")
     start, stop = interval_bounds(interval, count)
-    return distances.sort(dim=0).values[start:stop].mean(dim=0)
+    chosen = cosines.argsort(dim=1, descending=True)[:, start:stop]
+    neighbours = bank[nearest.gather(1, chosen)]  # (B * L, stop - start, C)
+    # Not from the cosine, whose rounding is all there is where patches are nearly the same.
+    distances = (neighbours - vectors[:, None]).norm(dim=-1)
+    return distances.mean(dim=1).view(features.shape[:2])
 
 
-def _nearest(features: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Return the distances ``(m, B, L)`` of patches ``(B, L, C)`` to their nearest in each reference ``(m, L', C)``."""
-    products = torch.einsum("blc,mkc->mblk", features, references)
-    nearest = products.argmax(dim=-1).flatten(1)  # (m, B * L)
-    channels = features.shape[-1]
-    neighbours = references.gather(1, nearest[..., None].expand(-1, -1, channels))  # (m, B * L, C)
-    # Not from the product, whose rounding is all there is where patches are nearly the same.
-    return (neighbours - features.reshape(1, -1, channels)).norm(dim=-1).view(len(references), *features.shape[:2])
+def _nearest(vectors: torch.Tensor, references: torch.Tensor, at_once: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosine of each vector ``(P, C)`` to its nearest in every reference ``(M, L', C)``, and its row."""
+    num_patches = references.shape[1]
+    cosines, rows = [], []
+    for first in range(0, len(references), at_once):
+        chunk = references[first : first + at_once]
+        products = (vectors @ chunk.flatten(0, 1).T).unflatten(1, (-1, num_patches))  # (P, m, L')
+        best = products.max(dim=-1)
+        cosines.append(best.values)
+        rows.append(best.indices)
+    first_rows = torch.arange(len(references), device=references.device) * num_patches
+    return torch.cat(cosines, dim=1), torch.cat(rows, dim=1) + first_rows
