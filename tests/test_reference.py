@@ -316,11 +316,12 @@ def test_onnx_export(input_size, fitted, tmp_path):
         )
 
 
-def test_openvino_export(fitted, tmp_path):
+def test_openvino_export(fitted, tmp_path, monkeypatch):
     pytest.importorskip("openvino", reason="openvino is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     model, engine, predictions = fitted
     path = engine.export(model, ExportType.OPENVINO, export_root=tmp_path)
+    monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache in the working directory
     inferencer = OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"})  # else bfloat16, if it can
     for image, expected in list(predictions.items())[::4]:
         found = inferencer.predict(image)
