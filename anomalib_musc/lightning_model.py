@@ -2,6 +2,7 @@
 """MuSc in anomalib: the pool is scored before the loop, then every step hands out its batch's share."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,8 +190,10 @@ class MuSc(NoValidationData, AnomalibModule):
         """Add the writer to anomalib's components, after the post-processor."""
         callbacks = super().configure_callbacks()
         own: list[Callback] = [LambdaCallback(on_exception=lambda *_: self.on_predict_end())]
-        given: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets where mypy cannot see
-        is_given = any(type(callback) is PredictionWriter for callback in given)
+        is_given = False
+        with suppress(RuntimeError):  # no trainer yet
+            given: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unseen by mypy
+            is_given = any(type(callback) is PredictionWriter for callback in given)
         if self.prediction_writer and not (self._writes_by_default and is_given):
             own.append(self.prediction_writer)  # Lightning would drop the one that a user gave to Engine
         return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *own]
