@@ -20,18 +20,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
+from anomalib_musc.calibration import calibrate_on_bank, calibrate_on_pool, forget_calibration, uncalibrated
 from anomalib_musc.checks import check_writable, unreadable
 from anomalib_musc.functional import check_budget
 from anomalib_musc.metrics import PaperEvaluator
 from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
 from anomalib_musc.pool_scorer import PoolScorer
-from anomalib_musc.post_processor import (
-    RsCINPostProcessor,
-    calibrate_on_bank,
-    calibrate_on_pool,
-    forget_calibration,
-    uncalibrated,
-)
+from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.prediction_writer import PredictionWriter
 from anomalib_musc.torch_model import MuScModel, most_normal
 from anomalib_musc.workarounds import FolderVisualizer, MultiLoaderPreProcessor, NoValidationData

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisation and thresholds of a post-processor where no labels have given them: from a pool, or from a bank."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from anomalib_musc.pool import Pool
+from anomalib_musc.post_processor import RsCINPostProcessor
+from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
+from anomalib_musc.torch_model import MuScModel
+
+
+def uncalibrated(post_processor: PostProcessor) -> set[str]:
+    """Return for which of "image" and "pixel" no validation labels or masks have said what is anomalous."""
+    state = post_processor.state_dict()
+    name = "_{}_threshold" if post_processor.enable_thresholding else "{}_min"
+    return {level for level in ("image", "pixel") if bool(state[name.format(level)].isnan())}
+
+
+def forget_calibration(post_processor: PostProcessor, levels: Iterable[str]) -> None:
+    """Make "image" or "pixel" uncalibrated."""
+    unknown = torch.tensor(float("nan"))
+    names = [name for level in levels for name in (f"{level}_min", f"{level}_max", f"_{level}_threshold")]
+    post_processor.load_state_dict(dict.fromkeys(names, unknown), strict=False)
+
+
+def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]) -> None:
+    """Normalise and threshold without labels: by the range of the pools, which share one scale, and by their scores.
+
+    Args:
+        post_processor: anomalib's or ours.
+        pools: The scored pools.
+        levels: Which of "image" and "pixel" to calibrate.
+    """
+    scores = torch.cat([pool.scores for pool in pools]).double().cpu()
+    patch_scores = [pool.patch_scores.flatten(1).double().cpu().numpy() for pool in pools]
+    if "image" in levels:
+        threshold = image_threshold(scores.numpy(), sum(map(count_anomalous, patch_scores)))
+        _load(post_processor, "image", scores.min(), scores.max(), threshold)
+    if "pixel" in levels:
+        is_anomalous = scores > post_processor.image_threshold.cpu()
+        every_patch = np.concatenate(patch_scores)
+        highest = max(pool.raw_scores.max().item() for pool in pools)  # of the maps, whose rounding is another
+        threshold = pixel_threshold(every_patch, is_anomalous.numpy()) if is_anomalous.any() else highest
+        _load(post_processor, "pixel", every_patch.min(), highest, threshold)
+
+
+def calibrate_on_bank(post_processor: PostProcessor, model: MuScModel, levels: Collection[str]) -> None:
+    """Normalise and threshold without labels, by what the images of a bank score against each other.
+
+    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds. A score of 1 is
+    reached as far above it as twice their range.
+
+    Args:
+        post_processor: anomalib's or ours.
+        model: A model with a bank.
+        levels: Which of "image" and "pixel" to calibrate.
+    """
+    if not levels:
+        return
+    peaks = model.bank.raw_scores
+    lowest, highest = peaks.min().item(), peaks.max().item()
+    if len(peaks) < 2:
+        rank_zero_warn("A bank of one image has no scale: thresholds without labels are not to be relied on.")
+    if "pixel" in levels:
+        _load(post_processor, "pixel", lowest, lowest + 4 * (highest - lowest), highest)
+    if "image" in levels:
+        is_scaled = isinstance(post_processor, RsCINPostProcessor) and highest > lowest
+        lowest, highest = (0.0, 1.0) if is_scaled else (lowest, highest)
+        _load(post_processor, "image", lowest, lowest + 4 * (highest - lowest), highest)
+
+
+def _load(post_processor: PostProcessor, level: str, lowest: Any, highest: Any, threshold: float) -> None:
+    found = {f"{level}_min": torch.as_tensor(lowest), f"{level}_max": torch.as_tensor(highest)}
+    if post_processor.enable_thresholding:
+        found[f"_{level}_threshold"] = torch.tensor(threshold)
+        rank_zero_info(f"No labels for the {level} threshold: {threshold:.3f} by the images' own scores.")
+    post_processor.load_state_dict(found, strict=False)
