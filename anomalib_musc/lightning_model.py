@@ -246,9 +246,8 @@ class MuSc(NoValidationData, AnomalibModule):
             batch: A batch that a step of the running loop has returned.
             dataloader_idx: The dataloader that it came from.
         """
-        scores, anomaly_maps = self._share(
-            batch, dataloader_idx
-        )  # maps at most 2, the distance of opposite unit vectors
+        # Maps are at most 2, the distance of opposite unit vectors; a bank's scores have no bound.
+        scores, anomaly_maps = self._share(batch, dataloader_idx)
         scores = (1 + scores / (1 + scores.abs())) / 2 if self.mode == "reference" else scores / 2
         return batch.update(in_place=False, pred_score=scores, anomaly_map=anomaly_maps / 2)
 

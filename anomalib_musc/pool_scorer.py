@@ -62,7 +62,10 @@ class PoolScorer:
 
     def score(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
         """Extract the features of a loader's images and score them against each other."""
+        closed = closed_folders(common_folder(source.all_paths)) if self._can_skip(source) else {}
         skipped = self._skip_faults(source, lambda path: find_fault(path) or self._reason_of_result(path))
+        _warn_of(closed)
+        skipped |= closed
         try:
             return self._score(source, key, dataloader_idx, skipped)
         except (OSError, SyntaxError, ValueError):  # Pillow's on files that look whole, which it does not name
@@ -125,7 +128,7 @@ class PoolScorer:
 
     def _skip_faults(self, source: PoolSource, find: Callable[[Path], str | None]) -> dict[Path, str]:
         """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
-        can_skip = self._trainer.predicting and source.can_skip
+        can_skip = self._can_skip(source)
         paths = source.all_paths if can_skip else source.paths or []
         faults: dict[Path, str] = {}
         with progress_bar(self._trainer, "MuSc: looking at files", len(paths)) as advance:
@@ -136,10 +139,11 @@ class PoolScorer:
         if faults and (not can_skip or len(paths) - len(faults) < MIN_IMAGES):
             raise unreadable(faults, len(paths))
         source.skip(faults)
-        skipped = {**faults, **(closed_folders(common_folder(paths)) if can_skip else {})}
-        for path, reason in skipped.items():
-            rank_zero_warn(f"Skipped {path}: {reason}.")
-        return skipped
+        _warn_of(faults)
+        return faults
+
+    def _can_skip(self, source: PoolSource) -> bool:
+        return self._trainer.predicting and source.can_skip
 
     def _reason_of_result(self, path: Path) -> str | None:
         """Say so where a file is a picture of an earlier prediction."""
@@ -207,3 +211,8 @@ class PoolScorer:
             )
             raise ValueError(msg)
         return images
+
+
+def _warn_of(skipped: dict[Path, str]) -> None:
+    for path, reason in skipped.items():
+        rank_zero_warn(f"Skipped {path}: {reason}.")
