@@ -144,3 +144,32 @@ def region_sizes(masks: torch.Tensor) -> torch.Tensor:
             _, regions, statistics, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
             sizes.append(statistics[regions[mask], cv2.CC_STAT_AREA])
     return torch.from_numpy(np.concatenate(sizes))
+
+
+def pro_curve(ranks: Ranks, fpr_limit: float = 0.3, num_points: int = 200) -> torch.Tensor:
+    """Return the curve whose area is :func:`aupro`'s, at equal steps of the false positive rate.
+
+    Args:
+        ranks: A ranking with the sizes of regions.
+        fpr_limit: False positive rate at which the curve ends.
+        num_points: Number of points K.
+
+    Returns:
+        False positive rates and mean overlaps, shape ``(2, K)``, float32.
+
+    Example:
+        >>> sizes = torch.tensor([1, 1])
+        >>> pro_curve(rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.8]), sizes), fpr_limit=1.0, num_points=3)
+        tensor([[0.0000, 0.5000, 1.0000],
+                [0.5000, 1.0000, 1.0000]])
+    """
+    if ranks.region_sizes is None or ranks.scores.numel() * ranks.num_normal == 0:
+        msg = "A curve needs regions, and normal and anomalous values."
+        raise ValueError(msg)
+    weights = 1 / ranks.region_sizes.double()
+    overlaps = weights.flip(0).cumsum(0) / weights.sum()  # by descending value
+    rates = (ranks.false_positives / ranks.num_normal).flip(0)
+    points = torch.linspace(0, fpr_limit, num_points, dtype=torch.float64, device=rates.device)
+    reached = torch.searchsorted(rates, points, right=True)  # values whose rate is at most a point's
+    curve = torch.cat([overlaps.new_zeros(1), overlaps])[reached]
+    return torch.stack([points, curve]).float()

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures that papers and releases report, with their sources, from ``published.csv``."""
+
+import csv
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+from anomalib.data.datasets.image import btech, mvtecad, visa
+
+from anomalib_musc.benchmark.records import METRICS
+
+# What anomalib calls the datasets that have published rows, and their categories.
+_DATASETS = {
+    "MVTecAD": ("MVTec AD", mvtecad.CATEGORIES),
+    "MVTec": ("MVTec AD", mvtecad.CATEGORIES),
+    "Visa": ("VisA", visa.CATEGORIES),
+    "BTech": ("BTAD", btech.CATEGORIES),
+}
+
+# By the backbone's name: the method's in the table, and the image size.
+_SETTINGS = {
+    "ViT-L-14-336": ("MuSc (CLIP ViT-L/14-336 518)", 518),
+    "dinov2_vitl14": ("MuSc (DINOv2 ViT-L/14 518)", 518),
+    "dinov2_vitb14": ("MuSc (DINOv2 ViT-B/14 518)", 518),
+    "dino_vitbase16": ("MuSc (DINO ViT-B/16 512)", 512),
+    "ViT-B-16": ("MuSc (CLIP ViT-B/16 512)", 512),
+    "ViT-B-32": ("MuSc (CLIP ViT-B/32 512)", 512),
+}
+_WINDOWS = {"VisA": [1, 8, 9]}  # of RsCIN; (1, 2, 3) elsewhere
+_PAPER = {
+    "pretrained": True,
+    "layers": None,
+    "aggregation_degrees": [1, 3, 5],
+    "num_subsets": 1,
+    "mode": "mutual",
+    "pre_processor": True,
+}
+
+
+class Published(NamedTuple):
+    """A row that someone else measured; metrics are fractions, those that were not reported are missing."""
+
+    method: str
+    venue: str
+    setting: str
+    dataset: str
+    source: str
+    metrics: dict[str, float]
+
+
+def published_dataset(datamodule: str, category: str) -> str | None:
+    """Return the dataset that a category of a datamodule belongs to, ``None`` if only its folders are laid out alike.
+
+    Example:
+        >>> published_dataset("MVTecAD", "bottle"), published_dataset("MVTecAD", "my_bolts")
+        ('MVTec AD', None)
+    """
+    name, categories = _DATASETS.get(datamodule, (None, ()))
+    return name if category in categories else None
+
+
+def published_rows(dataset: str) -> list[Published]:
+    """Return the published rows of a dataset.
+
+    Args:
+        dataset: "MVTec AD", "VisA", "BTAD" or "MVTec 3D-AD"; others have none.
+
+    Example:
+        >>> [row.metrics["image_auroc"] for row in published_rows("BTAD") if row.method.startswith("MuSc (CLIP")]
+        [0.9616]
+    """
+    table = files("anomalib_musc.benchmark").joinpath("published.csv").read_text(encoding="utf-8")
+    return [
+        Published(
+            method=line["method"],
+            venue=line["venue"],
+            setting=line["setting"],
+            dataset=line["dataset"],
+            source=line["source"],
+            metrics={metric: round(float(line[metric]) / 100, 6) for metric in METRICS if line[metric]},
+        )
+        for line in csv.DictReader(table.splitlines())
+        if line["dataset"] == dataset
+    ]
+
+
+def published_setting(dataset: str, model: dict[str, Any]) -> str | None:
+    """Return the method of the published row whose setting a model has, ``None`` if it has none's.
+
+    Args:
+        dataset: As for :func:`published_rows`.
+        model: ``class_path`` and ``init_args`` with all defaults filled in.
+    """
+    arguments = model["init_args"]
+    backbone = arguments.get("backbone")
+    name, size = _SETTINGS.get(backbone, ("", 0)) if isinstance(backbone, str) else ("", 0)
+    differs = any(arguments.get(key) != value for key, value in _PAPER.items()) if name else True
+    if model["class_path"].split(".")[-1] != "MuSc" or differs:
+        return None
+    if arguments["image_size"] not in {None, size} or list(arguments["interval"]) != [0.0, 0.3]:
+        return None
+    has_row = any(row.method == name for row in published_rows(dataset))
+    return name if has_row and _windows(arguments["post_processor"]) == _WINDOWS.get(dataset, [1, 2, 3]) else None
+
+
+def _windows(post_processor: Any) -> list[int] | None:
+    """Return the windows of RsCIN, ``None`` if it is off."""
+    if post_processor is True:
+        return [1, 2, 3]
+    if isinstance(post_processor, dict) and post_processor["class_path"].endswith("RsCINPostProcessor"):
+        return list(post_processor["init_args"]["windows"])
+    return None

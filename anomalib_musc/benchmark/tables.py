@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results as text: ``results.csv`` with a line for every cell and row, ``results.md`` to read."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from anomalib_musc.benchmark.published import published_rows
+from anomalib_musc.benchmark.records import METRICS, Record
+from anomalib_musc.benchmark.summary import MEAN, Row, best_of, with_rscin
+from anomalib_musc.files import whole_file
+
+_COLUMNS = ["dataset", "category", "model", "seed", *METRICS, "setup_s", "fit_s", "test_s", "rscin_s"]
+_COLUMNS += ["images_per_second", "num_train", "num_test", "map_height", "map_width", "peak_host_bytes"]
+_COLUMNS += ["peak_device_bytes", "device", "versions", "setting", "error", "configuration"]
+
+
+def write_csv(path: Path, records: Sequence[Record]) -> None:
+    """Write one line for every record, and one more where it was re-scored."""
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, restval="")
+        writer.writeheader()
+        for record in records:
+            line = _line(record)
+            writer.writerow(line)
+            if record.rscin is not None:
+                changes = {"model": with_rscin(record.model), "rscin_s": f"{record.rscin['seconds']:.3f}"}
+                writer.writerow({**line, **changes, **record.rscin["metrics"], "setting": ""})
+
+
+def write_markdown(path: Path, title: str, rows: Sequence[Row], records: Sequence[Record]) -> None:
+    """Write a table for every dataset: each category, the mean, and what others have published."""
+    parts = [f"# {title}", _origin(records)]
+    for dataset in dict.fromkeys(row.dataset for row in rows):
+        parts += [f"## {dataset}", _table([row for row in rows if row.dataset == dataset], dataset)]
+    failed = [
+        f"- {record.model} on {record.dataset} {record.category}: {record.error}" for record in records if record.error
+    ]
+    parts += ["## Failed", "\n".join(failed)] if failed else []
+    with whole_file(path) as part:
+        part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _line(record: Record) -> dict[str, object]:
+    seconds = {f"{name}_s": f"{value:.3f}" for name, value in record.seconds.items()}
+    test = record.seconds.get("test")
+    sizes = dict(zip(("map_height", "map_width"), record.map_size or ("", ""), strict=True))
+    same = {name: getattr(record, name) for name in _COLUMNS if hasattr(record, name)}
+    return {
+        **same,
+        **record.metrics,
+        **seconds,
+        **sizes,
+        "images_per_second": f"{record.num_test / test:.3f}" if test and record.num_test else "",
+        "versions": json.dumps(record.versions),
+        "configuration": json.dumps(record.configuration),
+    }
+
+
+def _origin(records: Sequence[Record]) -> str:
+    done = [record for record in records if record.error is None]
+    devices = ", ".join(dict.fromkeys(record.device for record in done))
+    packages = ", ".join(f"{name} {number}" for name, number in (done[0].versions if done else {}).items())
+    text = (
+        f"Measured on {devices or 'nothing'} ({packages}). Metrics in percent, the best measured one of each category "
+        "in bold; images per second of the test."
+    )
+    spread = " Several seeds: mean ± standard deviation." if len({record.seed for record in done}) > 1 else ""
+    return text + spread
+
+
+def _table(rows: Sequence[Row], dataset: str) -> str:
+    head = ["category", "model", *METRICS.values(), "images/s", "peak memory"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for category in dict.fromkeys(row.category for row in rows):
+        here = [row for row in rows if row.category == category]
+        best = best_of(here)
+        lines += [_measured(row, best) for row in here]
+    settings = {row.setting for row in rows}
+    published = published_rows(dataset)
+    for row in sorted(published, key=lambda row: row.method not in settings):  # the paper's beside ours
+        figures = [f"{row.metrics[name] * 100:.1f}" if name in row.metrics else "-" for name in METRICS]
+        name = f"{row.method} ({row.setting}; {row.source})"
+        lines.append(f"| *published* | {name} | {' | '.join(figures)} | | |")
+    marks = [row for row in rows if row.setting and row.category == MEAN]
+    notes = [f"{row.model}: the setting is that of “{row.setting}”." for row in marks]
+    if published:
+        count = max(row.num_categories for row in rows)
+        notes.append(f"Published figures are means over all categories of {dataset}; those above are over {count}.")
+    return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
+
+
+def _measured(row: Row, best: dict[str, float]) -> str:
+    cells = []
+    for name in METRICS:
+        value = row.metrics.get(name)
+        if value is None:
+            cells.append("-")
+            continue
+        text = f"{value * 100:.1f}" + (f" ± {row.spreads[name] * 100:.1f}" if name in row.spreads else "")
+        cells.append(f"**{text}**" if round(value, 3) == best[name] else text)
+    peak = row.peak_device_bytes or row.peak_host_bytes
+    memory = f"{peak / 2**20:.0f} MiB" if peak else "-"
+    return f"| {row.category} | {row.model} | {' | '.join(cells)} | {row.images_per_second:.1f} | {memory} |"
