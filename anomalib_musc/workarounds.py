@@ -9,8 +9,10 @@ from anomalib.data.utils import TestSplitMode
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
+from torchvision.transforms.v2 import Transform
 
 from anomalib_musc.deep_images import is_deep, read_deep
+from anomalib_musc.exportable_resize import exportable
 from anomalib_musc.files import common_folder, place_of, whole_file
 from anomalib_musc.pool import image_paths
 
@@ -48,12 +50,22 @@ class NoValidationData(LightningModule):
 
 
 class MultiLoaderPreProcessor(PreProcessor):
-    """Accept the index of the dataloader in validation.
+    """Accept the index of the dataloader in validation, and export the transform as it is.
 
     anomalib 2.7.0: ``PreProcessor.on_validation_batch_start`` lacks the argument ``dataloader_idx``, which Lightning
-    passes where there are several validation dataloaders; so ``Engine.test(model, [loader, loader])`` fails. It still
-    does with anomalib's own class as ``pre_processor``; use this one in its place.
+    passes where there are several validation dataloaders; so ``Engine.test(model, [loader, loader])`` fails. And it
+    exports without antialiasing, see :mod:`anomalib_musc.exportable_resize`. With anomalib's own class as
+    ``pre_processor`` both are so still; use this one in its place.
     """
+
+    def __init__(self, transform: Transform | None = None) -> None:
+        super().__init__(transform)
+        self.export_transform = exportable(transform)
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Take over the transform of a checkpoint."""
+        super().load_checkpoint_config(config)
+        self.export_transform = exportable(self.transform)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int, dataloader_idx: int = 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 from anomalib import LearningType
 from anomalib.data.utils import read_image
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from conftest import OwnBackbone, write_products
 from test_cli import SMALL, anomalib, metric
@@ -262,79 +262,6 @@ def test_a_checkpoint_of_another_network_is_refused(other, tmp_path, mvtec_root,
     engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=f"The checkpoint is of another model: .*{next(iter(other))}"):
         MuSc.load_from_checkpoint(tmp_path / "model.ckpt", **other)
-
-
-# --- exports -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def fitted(mvtec_root, tmp_path_factory):
-    """A model with a bank and thresholds, its engine, and what Lightning predicts."""
-    folder = tmp_path_factory.mktemp("fitted")
-    engine = Engine(default_root_dir=folder, enable_progress_bar=False)
-    torch.manual_seed(0)
-    model = MuSc(**TINY, mode="reference", k_shot=3)
-    engine.fit(model, datamodule=datamodule(mvtec_root))
-    predictions = engine.predict(model, data_path=mvtec_root / "widget/test")
-    return model, engine, {batch.image_path[0]: batch for batch in predictions}
-
-
-def assert_equal_to_lightning(score, label, anomaly_map, mask, expected, tolerance: float) -> None:
-    assert float(np.asarray(score).squeeze()) == pytest.approx(expected.pred_score.item(), abs=tolerance)
-    np.testing.assert_allclose(np.asarray(anomaly_map).squeeze(), expected.anomaly_map[0].numpy(), atol=tolerance)
-    assert bool(np.asarray(label).squeeze()) == bool(expected.pred_label)
-    differing = np.asarray(mask).squeeze() != expected.pred_mask[0].numpy()
-    near = np.abs(expected.anomaly_map[0].numpy() - 0.5) < 2 * tolerance
-    assert not (differing & ~near).any()
-
-
-def test_torch_export(fitted, tmp_path, monkeypatch):
-    model, engine, predictions = fitted
-    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
-    path = engine.export(model, ExportType.TORCH, export_root=tmp_path)
-    inferencer = TorchInferencer(path, device="cpu")
-    for image, expected in list(predictions.items())[::4]:
-        found = inferencer.predict(image)
-        assert_equal_to_lightning(
-            found.pred_score, found.pred_label, found.anomaly_map, found.pred_mask, expected, tolerance=1e-5
-        )
-
-
-@pytest.mark.parametrize("input_size", [None, (64, 64)])
-def test_onnx_export(input_size, fitted, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model, engine, predictions = fitted
-    path = engine.export(model, ExportType.ONNX, export_root=tmp_path, input_size=input_size)
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    for image, expected in list(predictions.items())[::4]:
-        pixels = read_image(image, as_tensor=True)[None].numpy()
-        found = dict(zip(names, session.run(None, {"input": pixels}), strict=True))
-        assert_equal_to_lightning(
-            found["pred_score"], found["pred_label"], found["anomaly_map"], found["pred_mask"], expected, tolerance=1e-3
-        )
-
-
-def test_openvino_export(fitted, tmp_path, monkeypatch):
-    pytest.importorskip("openvino", reason="openvino is not installed")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    model, engine, predictions = fitted
-    path = engine.export(model, ExportType.OPENVINO, export_root=tmp_path)
-    monkeypatch.chdir(tmp_path)  # the inferencer leaves a cache in the working directory
-    inferencer = OpenVINOInferencer(path, config={"INFERENCE_PRECISION_HINT": "f32"})  # else bfloat16, if it can
-    for image, expected in list(predictions.items())[::4]:
-        found = inferencer.predict(image)
-        assert_equal_to_lightning(
-            found.pred_score, found.pred_label, found.anomaly_map, found.pred_mask, expected, tolerance=1e-3
-        )
-
-
-@pytest.mark.parametrize("export_type", list(ExportType))
-def test_no_bank_no_export(export_type, tmp_path, own_backbone, make_engine):
-    with pytest.raises(ValueError, match=r"by a bank of reference images, and there is none"):
-        make_engine().export(MuSc(own_backbone), export_type, export_root=tmp_path)
-    assert not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.onnx")) + list(tmp_path.rglob("*.xml"))
 
 
 # --- anomalib's own matrix of models -------------------------------------------------------------------------------
