@@ -88,9 +88,10 @@ def image_features(
     """
     check_readable([Path(path) for path in paths])
     model = MuScModel(backbone, pretrained=pretrained, image_size=image_size).to(device).eval()
-    prepare = MuSc.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
+    size, mean, std, interpolation = model.image_size, model.mean, model.std, model.interpolation
+    transform: Any = MuSc.configure_pre_processor(size, mean, std, interpolation).transform
     features = []
     for first in tqdm(range(0, len(paths), _BATCH), desc="RsCIN: extracting image features"):
-        images = [prepare.transform(read_image(path, as_tensor=True)[None]) for path in paths[first : first + _BATCH]]
+        images = [transform(read_image(path, as_tensor=True)[None]) for path in paths[first : first + _BATCH]]
         features.append(model.extract(torch.cat(images).to(device))[1].cpu())
     return torch.cat(features)

@@ -2,13 +2,14 @@
 """Import the zoo as soon as anomalib's models have been imported, and never anything before.
 
 ``anomalib_musc.pth`` puts a finder on ``sys.meta_path`` when an interpreter starts; it imports nothing, and calls
-:func:`watch` once one of the two modules below is about to be imported.
+:func:`watch` once one of the modules below is about to be imported.
 """
 
 import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -16,12 +17,13 @@ from typing import Any, cast
 
 # The zoo needs both, and either may be imported first, the second then in the middle of the first.
 _TRIGGERS = ("anomalib.models", "anomalib_musc.lightning_model")
+_COMMANDS = "anomalib.cli.pipelines"
 _loaded: set[str] = set()
 _searching: set[str] = set()
 
 
 class _ReportingLoader:
-    """Load a module with another loader, and import the zoo when both triggers are loaded."""
+    """Load a module with another loader, and import what is to follow it: the zoo once both triggers are loaded."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -34,13 +36,16 @@ class _ReportingLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
+        if module.__name__ == _COMMANDS:
+            _import("anomalib_musc.mixed_benchmark")
+            return
         _loaded.add(module.__name__)
         if _loaded.issuperset(trigger for trigger in _TRIGGERS if trigger in sys.modules):
-            _import_zoo()  # else the other one is still being imported, and comes here when it is done
+            _import("anomalib_musc.zoo")  # else the other one is still being imported, and comes here when it is done
 
 
 def watch(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:
-    """Find a module of ``_TRIGGERS`` as the other finders do, with a loader that imports the zoo when it is done.
+    """Find a module as the other finders do, with a loader that imports what is to follow it.
 
     Args:
         name: Full name of the module.
@@ -67,8 +72,8 @@ def watch(name: str, path: Sequence[str] | None, target: ModuleType | None) -> M
     return spec
 
 
-def _import_zoo() -> None:
+def _import(name: str) -> None:
     try:
-        import anomalib_musc.zoo  # noqa: F401
+        import_module(name)
     except Exception as error:  # whatever it is, importing anomalib must go on
-        logging.getLogger(__name__).warning("MuSc could not join anomalib's model zoo: %r", error)
+        logging.getLogger(__name__).warning("MuSc could not join anomalib: %s raised %r", name, error)

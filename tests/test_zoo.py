@@ -163,4 +163,4 @@ def test_a_broken_zoo_only_warns(tmp_path):
     (package / "zoo.py").write_text("raise RuntimeError('out of order')")
     done = run("import anomalib.models; assert not hasattr(anomalib.models, 'MuSc'); print('fine')", python)
     assert done.stdout == "fine\n", done.stderr
-    assert "MuSc could not join anomalib's model zoo: RuntimeError('out of order')" in done.stderr
+    assert "MuSc could not join anomalib: anomalib_musc.zoo raised RuntimeError('out of order')" in done.stderr

@@ -17,7 +17,7 @@ from anomalib.engine import Engine
 from anomalib.pipelines.components import Job
 from lightning import seed_everything
 
-from anomalib_musc.benchmark.config import Cell, instantiate
+from anomalib_musc.benchmark.config import Cell, instantiate, instantiate_backbone
 from anomalib_musc.benchmark.published import published_setting
 from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
@@ -75,7 +75,7 @@ class CellJob(Job):
                 needs_fit = model.learning_type not in {LearningType.ZERO_SHOT, LearningType.FEW_SHOT}
                 engine = Engine(
                     accelerator=self.cell.accelerator,
-                    devices=1 if task_id is None else [task_id],
+                    devices=[task_id] if task_id is not None and torch.cuda.is_available() else 1,
                     default_root_dir=folder,
                     callbacks=[recorder],
                     logger=False,
@@ -125,7 +125,8 @@ def _features(
     if not path.is_file():
         seconds: dict[str, float] = {}
         with timed(seconds, "extraction"):
-            features = image_features(paths, **arguments, device=device)
+            backbone = instantiate_backbone(arguments["backbone"])
+            features = image_features(paths, **{**arguments, "backbone": backbone}, device=device)
         with whole_file(path) as part:
             np.savez(part, features=features.numpy(), seconds=seconds["extraction"])
     with np.load(path) as arrays:

@@ -36,6 +36,7 @@ from anomalib.models import AnomalibModule
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from torch import nn
 
 import anomalib_musc.zoo  # noqa: F401  # so that models are found by their bare names
 from anomalib_musc.benchmark.published import published_dataset
@@ -111,6 +112,14 @@ def instantiate(cell: Cell) -> tuple[AnomalibModule, AnomalibDataModule]:
     return built.model, built.data
 
 
+def instantiate_backbone(value: str | dict[str, Any]) -> str | nn.Module:
+    """Build a backbone that is given by ``class_path``; a name stays one."""
+    parser = _backbone_parser()
+    built: Any = parser.instantiate_classes(parser.parse_object({"backbone": value}))
+    backbone: str | nn.Module = built.backbone
+    return backbone
+
+
 def _combinations(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield what a grid expands to, grids within its values included."""
     for combination in get_iterator_from_grid_dict(grid):
@@ -129,18 +138,16 @@ def _cell(combination: dict[str, Any], accelerator: str, path: Path) -> Cell:
     template = model.pop("name", None) or model["class_path"].split(".")[-1]
     name = re.sub(r"{(\w+)}", lambda match: str(model.get("init_args", {}).get(match[1], match[0])), template)
     rscin = model.pop("rscin", None)
-    if rscin is not None:
-        rscin = {"pretrained": True, "image_size": None, "windows": [1, 2, 3], **rscin}
-        check_windows(_checked(rscin, _RSCIN_KEYS, {"backbone"}, f"{path}: rscin of {name}")["windows"])
     # The recorder measures, and nobody looks at a thousand pictures.
     model["init_args"] = {**model.get("init_args", {}), "evaluator": False, "visualizer": False}
     parser = _parser()
     try:
+        rscin = rscin and _rscin(rscin, f"{path}: rscin of {name}")
         parsed = parser.parse_object({"model": model, "data": data})
     except ArgumentError as error:
         msg = f"{path}: {name} on {data.get('class_path')}: {error}"
         raise ValueError(msg) from error
-    full = json.loads(parser.dump(parsed, format="json"))
+    full = json.loads(parser.dump(parsed, format="json", skip_none=False))
     dataset, category = _names(full["data"])
     identity = {"name": name, "seed": seed, "rscin": rscin, **full}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
@@ -148,18 +155,33 @@ def _cell(combination: dict[str, Any], accelerator: str, path: Path) -> Cell:
     return Cell(f"{slug}-{digest}", name, dataset, category, seed, accelerator, full["model"], full["data"], rscin)
 
 
+def _rscin(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Fill in the defaults of a second row and check it."""
+    rscin = _checked(given, _RSCIN_KEYS, {"backbone"}, where)
+    rscin = {"pretrained": True, "image_size": None, "windows": [1, 2, 3], **rscin}
+    check_windows(rscin["windows"])
+    _backbone_parser().parse_object({"backbone": rscin["backbone"]})
+    return rscin
+
+
 def _names(data: dict[str, Any]) -> tuple[str, str]:
     """Return what a dataset and its category are called: a folder that is only laid out like MVTec AD is not that."""
     datamodule, arguments = data["class_path"].split(".")[-1], data["init_args"]
     category = str(arguments.get("category") or arguments.get("name") or datamodule)
-    root = Path(str(arguments.get("root") or datamodule)).name
-    return published_dataset(datamodule, category) or root, category
+    root = Path(str(arguments.get("root") or datamodule))
+    return published_dataset(datamodule, category, root) or root.name, category
 
 
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(AnomalibModule, "model", required=True)
     parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
+    return parser
+
+
+def _backbone_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--backbone", type=str | nn.Module, required=True)
     return parser
 
 

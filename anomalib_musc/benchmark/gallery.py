@@ -37,22 +37,30 @@ def rankings_of(model: str, predictions: Predictions) -> list[Ranking]:
     return [first, Ranking(with_rscin(model), predictions.rescored, predictions)]
 
 
-def percentiles(scores: np.ndarray) -> np.ndarray:
-    """Return the share of the other images that each one is more anomalous than; equal scores count by half.
+def percentiles(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the share of the images of the other class that each one is more anomalous than; equal ones count by half.
+
+    How normal images are ranked among themselves is chance. With one class only, the share is of all images.
 
     Args:
         scores: Shape ``(N,)``.
+        labels: 1 where anomalous, shape ``(N,)``.
 
     Returns:
         Shape ``(N,)``, from 0 to 1, NaN where a score is.
 
     Example:
-        >>> percentiles(np.array([0.3, 0.1, 0.3, 0.8])).tolist()
-        [0.5, 0.0, 0.5, 1.0]
+        >>> percentiles(np.array([0.3, 0.1, 0.3, 0.8]), np.array([0, 0, 1, 1])).tolist()
+        [0.25, 0.0, 0.75, 1.0]
     """
-    ordered = np.sort(scores[~np.isnan(scores)])
-    beneath = np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right") - 1
-    return np.where(np.isnan(scores), np.nan, beneath / 2 / max(1, len(ordered) - 1))
+    shares = np.full(len(scores), np.nan)
+    for label in (0, 1):
+        here, others = labels == label, (labels != label) & ~np.isnan(scores)
+        others = others if others.any() else ~np.isnan(scores)
+        ordered = np.sort(scores[others])
+        beneath = np.searchsorted(ordered, scores, "left") + np.searchsorted(ordered, scores, "right")
+        shares[here] = beneath[here] / 2 / max(1, len(ordered))
+    return np.where(np.isnan(scores), np.nan, shares)
 
 
 def by_disagreement(rankings: Sequence[Ranking]) -> list[str]:
@@ -70,7 +78,9 @@ def by_disagreement(rankings: Sequence[Ranking]) -> list[str]:
     """
     places: dict[str, list[float]] = {}
     for ranking in rankings:
-        for path, place in zip(ranking.predictions.paths, percentiles(ranking.scores).tolist(), strict=True):
+        for path, place in zip(
+            ranking.predictions.paths, percentiles(ranking.scores, ranking.predictions.labels).tolist(), strict=True
+        ):
             places.setdefault(path, []).extend([] if np.isnan(place) else [place])
     if len(rankings) == 1:
         return sorted(places, key=lambda path: (-max(places[path], default=-1), path))
@@ -104,7 +114,10 @@ def _order(num_shown: int, num_images: int, num_rankings: int) -> str:
     images = f"{num_shown} of {num_images} images" if num_shown < num_images else f"All {num_images} images"
     if num_rankings == 1:
         return f"{images}, the most anomalous first, as there is only one model."
-    return f"{images}, in the order of disagreement: the further apart the models rank an image, the earlier it comes."
+    return (
+        f"{images}, in the order of disagreement: the further apart the models rank a normal image among the anomalous "
+        "ones, or an anomalous one among the normal, the earlier it comes."
+    )
 
 
 def _names(column: list[Ranking], numbers: Mapping[str, int]) -> str:

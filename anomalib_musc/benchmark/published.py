@@ -3,6 +3,7 @@
 
 import csv
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from anomalib.data.datasets.image import btech, mvtecad, visa
@@ -48,15 +49,18 @@ class Published(NamedTuple):
     metrics: dict[str, float]
 
 
-def published_dataset(datamodule: str, category: str) -> str | None:
-    """Return the dataset that a category of a datamodule belongs to, ``None`` if only its folders are laid out alike.
+def published_dataset(datamodule: str, category: str, root: Path) -> str | None:
+    """Return the dataset that a category of a datamodule belongs to, ``None`` if its folders are only laid out alike.
+
+    A folder that is not there yet is one that anomalib downloads; one that is must hold most of the categories.
 
     Example:
-        >>> published_dataset("MVTecAD", "bottle"), published_dataset("MVTecAD", "my_bolts")
+        >>> published_dataset("MVTecAD", "bottle", Path("not/there")), published_dataset("MVTecAD", "bolt", Path("."))
         ('MVTec AD', None)
     """
     name, categories = _DATASETS.get(datamodule, (None, ()))
-    return name if category in categories else None
+    found = sum((root / known).is_dir() for known in categories)
+    return name if category in categories and (not root.is_dir() or found > len(categories) / 2) else None
 
 
 def published_rows(dataset: str) -> list[Published]:

@@ -80,7 +80,7 @@ def _table(rows: Sequence[Row], dataset: str) -> str:
     settings = {row.setting for row in rows}
     published = published_rows(dataset)
     for row in sorted(published, key=lambda row: row.method not in settings):  # the paper's beside ours
-        figures = [f"{row.metrics[name] * 100:.1f}" if name in row.metrics else "-" for name in METRICS]
+        figures = [_percent(row.metrics[name]) if name in row.metrics else "-" for name in METRICS]
         name = f"{row.method} ({row.setting}; {row.source})"
         lines.append(f"| *published* | {name} | {' | '.join(figures)} | | |")
     marks = [row for row in rows if row.setting and row.category == MEAN]
@@ -98,8 +98,12 @@ def _measured(row: Row, best: dict[str, float]) -> str:
         if value is None:
             cells.append("-")
             continue
-        text = f"{value * 100:.1f}" + (f" ± {row.spreads[name] * 100:.1f}" if name in row.spreads else "")
+        text = _percent(value) + (f" ± {_percent(row.spreads[name])}" if name in row.spreads else "")
         cells.append(f"**{text}**" if round(value, 3) == best[name] else text)
     peak = row.peak_device_bytes or row.peak_host_bytes
     memory = f"{peak / 2**20:.0f} MiB" if peak else "-"
     return f"| {row.category} | {row.model} | {' | '.join(cells)} | {row.images_per_second:.1f} | {memory} |"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * round(value, 3):.1f}"

@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models side by side: the command in processes of its own, killed half-way, and what it leaves."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from anomalib.data import ImageBatch, MVTecAD
+from anomalib.engine import Engine
+from anomalib.post_processing import PostProcessor
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from anomalib_musc import MuSc
+from anomalib_musc.benchmark.config import read_config
+from anomalib_musc.benchmark.published import published_dataset, published_rows, published_setting
+from anomalib_musc.benchmark.records import METRICS, Predictions, Record, Store
+from anomalib_musc.benchmark.summary import MEAN, best_of, rows_of
+from anomalib_musc.functional import rscin
+from anomalib_musc.ranking import aupro, pro_curve, rank
+from anomalib_musc.rescoring import image_features, rescore
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs/benchmark").glob("*.yaml"))
+TINY = {"backbone": "test_vit", "pretrained": False}
+PUBLISHED = "MuSc (CLIP ViT-L/14-336 518)"
+
+
+def command(name: str, *arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    """Start an installed entry point."""
+    line = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(line, cwd=cwd, env={**os.environ, **environment}, text=True, **streams)
+
+
+def run(name: str, *arguments: str | Path, cwd: Path, **environment: str) -> tuple[int, str]:
+    """Run an installed entry point; returns its exit status and what it printed."""
+    process = command(name, *arguments, cwd=cwd, **environment)
+    output, _ = process.communicate(timeout=280)
+    return process.returncode, output
+
+
+def write_config(path: Path, model: object, data: object, **content: object) -> Path:
+    path.write_text(yaml.safe_dump({"accelerator": "cpu", **content, "benchmark": {"model": model, "data": data}}))
+    return path
+
+
+def widget(mvtec_root: Path, **arguments: object) -> dict[str, object]:
+    return {
+        "class_path": "MVTecAD",
+        "init_args": {"root": str(mvtec_root), "category": "widget", "num_workers": 0, **arguments},
+    }
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory, mvtec_root) -> dict[str, object]:
+    """``configs/benchmark/offline.yaml`` on small pictures, killed after its first cell and started again."""
+    folder = tmp_path_factory.mktemp("offline")
+    for category in ("fabric", "gear"):
+        shutil.copytree(mvtec_root / "widget", folder / "datasets/sample" / category)
+    arguments = ["benchmark", "--config", ROOT / "configs/benchmark/offline.yaml"]
+    results = folder / "results/benchmark/offline"
+    first = command("anomalib-musc", *arguments, cwd=folder)
+    deadline = time.monotonic() + 120
+    while not (done := sorted(results.glob("cells/*/record.json"))) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    kept = {path: path.stat().st_mtime_ns for path in done}
+    status, output = run("anomalib-musc", *arguments, cwd=folder)
+    return {"folder": folder, "results": results, "kept": kept, "status": status, "output": output}
+
+
+def lines_of(results: Path) -> list[dict[str, str]]:
+    with (results / "results.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+class TestOffline:
+    def test_it_ends_well_and_says_where_the_report_is(self, offline):
+        assert offline["status"] == 0, offline["output"]
+        assert "report.html" in offline["output"]
+        assert "PatchCore on sample gear, seed 0" in offline["output"]
+
+    def test_a_finished_cell_is_not_repeated(self, offline):
+        assert 1 <= len(offline["kept"]) < 6
+        assert all(path.stat().st_mtime_ns == time for path, time in offline["kept"].items())
+        assert f"6 cells, {len(offline['kept'])} of them finished before" in offline["output"]
+
+    def test_every_cell_has_the_same_images_and_seven_metrics(self, offline):
+        lines = lines_of(offline["results"])
+        assert [line["model"] for line in lines[::2]] == ["MuSc", "MuSc", "MuSc without RsCIN", "PatchCore"]
+        assert len(lines) == 8
+        for line in lines:
+            assert {0 <= float(line[name]) <= 1 for name in METRICS} == {True}
+            assert line["num_test"] == "12"
+            assert line["num_train"] == "4"
+
+    def test_every_cell_says_what_it_took_and_on_what(self, offline):
+        for line in lines_of(offline["results"]):
+            assert all(float(line[name]) >= 0 for name in ("setup_s", "fit_s"))
+            assert float(line["images_per_second"]) == pytest.approx(12 / float(line["test_s"]), rel=0.01)
+            assert int(line["peak_host_bytes"]) > 0
+            assert line["seed"] == "0"
+            assert "threads" in line["device"]
+            assert json.loads(line["versions"])["torch"] == torch.__version__.split("+")[0] or torch.__version__
+            assert json.loads(line["configuration"])["model"]["init_args"]["backbone"]
+
+    def test_predictions_are_what_the_metrics_are_of(self, offline):
+        store = Store(offline["results"])
+        for path in offline["results"].glob("cells/*"):
+            record, predictions = store.record(path.name), store.predictions(path.name)
+            truth = predictions.labels
+            assert truth.tolist() == [int("/good/" not in name) for name in predictions.paths]
+            assert record.metrics["image_auroc"] == pytest.approx(roc_auc_score(truth, predictions.scores), abs=1e-6)
+            precision = average_precision_score(truth, predictions.scores)
+            assert record.metrics["image_ap"] == pytest.approx(precision, abs=1e-6)
+            assert predictions.masks.any(axis=(1, 2)).tolist() == truth.astype(bool).tolist()
+            assert predictions.maps.min() == 0
+            assert predictions.maps.max() == 255
+
+    def test_scores_are_those_before_normalisation(self, offline):
+        for path in offline["results"].glob("cells/*PatchCore*"):
+            scores = Store(offline["results"]).predictions(path.name).scores
+            assert len(np.unique(scores)) == len(scores)  # none is clipped
+            assert scores.max() > 1
+
+    def test_rescored_is_what_python_gives(self, offline):
+        for path in offline["results"].glob("cells/*PatchCore*"):
+            predictions = Store(offline["results"]).predictions(path.name)
+            features = image_features(predictions.paths, "vit_tiny_patch16_224", pretrained=False)
+            assert features.shape == (12, 192)
+            # The weights are random, and others in this process: only what RsCIN does with them can be compared.
+            assert 0 <= predictions.rescored.min() <= predictions.rescored.max() <= 1
+            assert predictions.rescored.tolist() != predictions.scores.tolist()
+
+    def test_markdown_has_the_best_in_bold_and_nothing_published(self, offline):
+        text = (offline["results"] / "results.md").read_text(encoding="utf-8")
+        table = [line.split(" | ") for line in text.splitlines() if line.startswith("| mean |")]
+        for column in range(2, 9):
+            figures = [float(line[column].strip("*")) for line in table]
+            bold = [line[column].startswith("**") for line in table]
+            assert bold == [figure == max(figures) for figure in figures]
+        assert "published" not in text
+
+    def test_report_shows_every_model(self, offline):
+        page = (offline["results"] / "report.html").read_text(encoding="utf-8")
+        assert all(name in page for name in ("MuSc without RsCIN", "PatchCore + RsCIN", "fabric", "gear"))
+        assert page.count("data:image") > 50
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory, mvtec_root) -> dict[str, object]:
+    """A configuration with two seeds and a model that fails."""
+    folder = tmp_path_factory.mktemp("mixed")
+    plain = {"class_path": "anomalib.post_processing.PostProcessor"}
+    models = [
+        {"name": "MuSc", "class_path": "MuSc", "init_args": TINY},
+        {"name": "Plain", "class_path": "MuSc", "init_args": {**TINY, "post_processor": plain}, "rscin": TINY},
+        {"name": "Bank", "class_path": "MuSc", "init_args": {**TINY, "mode": "reference", "k_shot": 3}},
+        {"name": "Broken", "class_path": "MuSc", "init_args": {**TINY, "pretrained": "nowhere.safetensors"}},
+    ]
+    config = folder / "mixed.yaml"
+    grid = {"seed": {"grid": [0, 1]}, "model": {"grid": models}, "data": widget(mvtec_root)}
+    config.write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": grid}))
+    status, output = run("anomalib-musc", "benchmark", "--config", config, "--output", folder / "out", cwd=folder)
+    records = [json.loads(path.read_text()) for path in (folder / "out/cells").glob("*/record.json")]
+    return {"status": status, "output": output, "records": records, "out": folder / "out"}
+
+
+class TestMixed:
+    def test_a_failure_is_recorded_and_the_rest_goes_on(self, mixed):
+        assert mixed["status"] == 1
+        assert "failed: Broken on" in mixed["output"]
+        failed = [record for record in mixed["records"] if record["error"]]
+        assert [record["model"] for record in failed] == ["Broken", "Broken"]
+        assert all("nowhere.safetensors" in record["error"] for record in failed)
+        assert len(mixed["records"]) == 8
+        assert "nowhere.safetensors" in (mixed["out"] / "report.html").read_text(encoding="utf-8")
+        assert "nowhere.safetensors" in (mixed["out"] / "results.md").read_text(encoding="utf-8")
+
+    def test_metrics_are_those_of_engine(self, mixed, mvtec_root, tmp_path):
+        torch.manual_seed(0)
+        data = MVTecAD(root=mvtec_root, category="widget", num_workers=0)
+        engine = Engine(default_root_dir=tmp_path, logger=False)
+        (expected,) = engine.test(MuSc(**TINY, visualizer=False), datamodule=data)
+        (found,) = [each for each in mixed["records"] if each["model"] == "MuSc" and each["seed"] == 0]
+        names = {"image_auroc": "image_AUROC", "pixel_ap": "pixel_AveragePrecision", "aupro": "pixel_AUPRO"}
+        for ours, theirs in names.items():
+            assert found["metrics"][ours] == pytest.approx(expected[theirs], abs=1e-5)
+
+    def test_a_second_row_with_rscin_is_what_musc_itself_gives(self, mixed):
+        for seed in (0, 1):
+            by_model = {record["model"]: record for record in mixed["records"] if record["seed"] == seed}
+            rescored, own = by_model["Plain"]["rscin"]["metrics"], by_model["MuSc"]["metrics"]
+            assert set(rescored) == {"image_auroc", "image_f1max", "image_ap"}
+            assert by_model["Plain"]["metrics"]["pixel_ap"] == pytest.approx(own["pixel_ap"], abs=1e-6)
+
+    def test_image_features_are_extracted_once_for_a_category(self, mixed):
+        assert len(list((mixed["out"] / "features").glob("*.npz"))) == 1
+
+    def test_seeds_differ_and_are_averaged(self, mixed):
+        scores = [record["metrics"]["pixel_ap"] for record in mixed["records"] if record["model"] == "MuSc"]
+        assert len(set(scores)) == 2
+        text = (mixed["out"] / "results.md").read_text(encoding="utf-8")
+        assert f"{100 * round(sum(scores) / 2, 3):.1f} ± " in text
+
+    def test_few_shot_models_are_given_training_images(self, mixed):
+        bank = [record for record in mixed["records"] if record["model"] == "Bank"]
+        assert all(record["error"] is None for record in bank)
+        assert all(record["configuration"]["model"]["init_args"]["k_shot"] == 3 for record in bank)
+
+
+WRONG = {
+    "unknown key": ({"benchmark": {"model": {}, "data": {}, "models": 1}}, "models"),
+    "no data": ({"benchmark": {"model": {"class_path": "MuSc"}}}, "data"),
+    "no class path": ({"benchmark": {"model": {"name": "A"}, "data": {}}}, "class_path"),
+    "unknown model": ({"benchmark": {"model": {"class_path": "Nothing"}, "data": "DATA"}}, "Nothing"),
+    "misspelt argument": (
+        {"benchmark": {"model": {"class_path": "MuSc", "init_args": {"backbon": "x"}}, "data": "DATA"}},
+        "backbon",
+    ),
+    "unknown dataset": ({"benchmark": {"model": {"class_path": "MuSc"}, "data": {"class_path": "Nowhere"}}}, "Nowhere"),
+    "no alternatives": ({"benchmark": {"model": {"grid": []}, "data": "DATA"}}, "empty grid"),
+    "same names": (
+        {
+            "benchmark": {
+                "model": {"class_path": "MuSc", "init_args": {"backbone": {"grid": ["test_vit", "resnet18"]}}},
+                "data": "DATA",
+            }
+        },
+        "'MuSc'",
+    ),
+    "windows": (
+        {
+            "benchmark": {
+                "model": {"class_path": "MuSc", "rscin": {"backbone": "x", "windows": [0]}},
+                "data": "DATA",
+            }
+        },
+        "windows",
+    ),
+    "rscin without backbone": (
+        {"benchmark": {"model": {"class_path": "MuSc", "rscin": {"windows": [1]}}, "data": "DATA"}},
+        "backbone",
+    ),
+    "seed": ({"benchmark": {"seed": "one", "model": {"class_path": "MuSc"}, "data": "DATA"}}, "seed"),
+    "not a mapping": ([1, 2], "benchmark"),
+}
+
+
+@pytest.mark.parametrize(("content", "named"), WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_configuration_is_one_error_that_names_the_place(content, named, tmp_path, mvtec_root):
+    if isinstance(content, dict) and content["benchmark"].get("data") == "DATA":
+        content = {"benchmark": {**content["benchmark"], "data": widget(mvtec_root)}}
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=named) as caught:
+        read_config(path)
+    assert "wrong.yaml" in str(caught.value)
+
+
+def test_a_wrong_configuration_leaves_nothing_behind(tmp_path):
+    (tmp_path / "broken.yaml").write_text("benchmark: [")
+    status, output = run("anomalib-musc", "benchmark", "--config", "broken.yaml", cwd=tmp_path)
+    assert status == 2
+    assert "broken.yaml cannot be read" in output
+    assert "Traceback" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations(path):
+    config = read_config(path)
+    assert len(config.cells) == {"ablations": 285, "btad": 15, "mvtec_ad": 75, "offline": 6, "visa": 60}[path.stem]
+    assert len({cell.key for cell in config.cells}) == len(config.cells)
+    settings = {cell.name: published_setting(cell.dataset, cell.model) for cell in config.cells}
+    expected = {"ablations": 1, "offline": 0}.get(path.stem, 2)
+    assert sum(setting is not None for setting in settings.values()) == expected
+
+
+def test_grids_within_alternatives_and_names_from_arguments(tmp_path, mvtec_root):
+    model = {
+        "grid": [
+            {"name": "r {aggregation_degrees}", "class_path": "MuSc", "init_args": {"aggregation_degrees": None}},
+            {"class_path": "Patchcore"},
+        ]
+    }
+    model["grid"][0]["init_args"]["aggregation_degrees"] = {"grid": [[1], [3]]}
+    data = {"grid": [widget(mvtec_root, category={"grid": ["a", "b"]}), widget(mvtec_root)]}
+    config = read_config(write_config(tmp_path / "some.yaml", model, data))
+    found = {(cell.name, cell.category) for cell in config.cells}
+    assert found == {(name, where) for name in ("r [1]", "r [3]", "Patchcore") for where in ("a", "b", "widget")}
+    assert {cell.dataset for cell in config.cells} == {mvtec_root.name}
+    assert config.title == "some"
+    assert config.output == Path("results/benchmark/some")
+
+
+def test_a_cell_is_another_if_anything_differs(tmp_path, mvtec_root):
+    def key(**arguments: object) -> str:
+        model = {"name": "MuSc", "class_path": "MuSc", "init_args": arguments}
+        return read_config(write_config(tmp_path / "c.yaml", model, widget(mvtec_root))).cells[0].key
+
+    assert key() == key(backbone="ViT-L-14-336")  # which is the default
+    assert key() != key(image_size=224)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "setting"),
+    [
+        ({}, PUBLISHED),
+        ({"image_size": 518, "memory_budget": 2.0}, PUBLISHED),
+        ({"image_size": 336}, None),
+        ({"aggregation_degrees": [1, 3]}, None),
+        ({"interval": [0.0, 0.5]}, None),
+        ({"num_subsets": 2}, None),
+        ({"mode": "both"}, None),
+        ({"backbone": "dino_vitbase8"}, None),
+        ({"post_processor": {"class_path": "anomalib.post_processing.PostProcessor"}}, None),
+    ],
+)
+def test_only_the_papers_setting_stands_beside_its_figures(arguments, setting, tmp_path):
+    model = {"class_path": "MuSc", "init_args": arguments}
+    data = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path / "MVTecAD"), "category": "bottle"}}
+    (cell,) = read_config(write_config(tmp_path / "c.yaml", model, data)).cells
+    assert cell.dataset == "MVTec AD"
+    assert published_setting(cell.dataset, cell.model) == setting
+
+
+def test_a_folder_that_is_only_laid_out_alike_has_no_published_figures(mvtec_root, tmp_path):
+    (mvtec_root / "widget").is_dir()
+    assert published_dataset("MVTecAD", "bottle", mvtec_root) is None  # there, and without the other categories
+    assert published_dataset("MVTecAD", "bottle", tmp_path / "MVTecAD") == "MVTec AD"
+    assert published_rows(mvtec_root.name) == []
+
+
+def test_published_figures_have_sources():
+    for dataset in ("MVTec AD", "VisA", "BTAD", "MVTec 3D-AD"):
+        assert published_rows(dataset)
+        assert all(row.source and row.setting for row in published_rows(dataset))
+    methods = {row.method for row in published_rows("MVTec AD")}
+    assert methods >= {"GPT-4V-AD", "ViTAD", "DiAD", "FADE", "APRIL-GAN", "WinCLIP"}
+    assert {row.method for row in published_rows("MVTec 3D-AD")} >= {"LSFA"}
+
+
+def record(model: str, category: str, value: float, **changes: object) -> Record:
+    made = Record(f"{model}-{category}", model, "d", category, 0, metrics=dict.fromkeys(METRICS, value), num_test=10)
+    made.seconds = {"setup": 1.0, "fit": 2.0, "test": 5.0}
+    vars(made).update(changes)
+    return made
+
+
+def test_means_are_over_categories_and_not_of_models_that_failed():
+    rows = rows_of(
+        [record("A", "x", 0.5), record("A", "y", 0.7), record("B", "x", 0.9), record("B", "y", 0, error="no")]
+    )
+    means = {row.model: row for row in rows if row.category == MEAN}
+    assert set(means) == {"A"}
+    assert means["A"].metrics["aupro"] == pytest.approx(0.6)
+    assert means["A"].seconds == 16
+    assert means["A"].images_per_second == pytest.approx(2)
+    assert best_of(row for row in rows if row.category == "x")["image_ap"] == 0.9
+
+
+def test_pro_curve_has_the_area_that_is_reported():
+    generator = torch.Generator().manual_seed(0)
+    anomalous = torch.randn(400, generator=generator) + 2
+    sizes = torch.cat([torch.full((100,), 100), torch.full((300,), 300)])
+    ranks = rank(torch.randn(20_000, generator=generator), anomalous, sizes)
+    rates, overlaps = pro_curve(ranks, num_points=3001)
+    assert float(torch.trapezoid(overlaps, rates) / 0.3) == pytest.approx(float(aupro(ranks)), abs=2e-3)
+    above = (ranks.scores >= ranks.scores[-50]).double()
+    assert overlaps[-1] <= 1
+    assert float(above.sum()) == 50
+
+
+def test_a_record_is_whole_or_absent(tmp_path):
+    store = Store(tmp_path)
+    predictions = Predictions(["a.png"], np.ones(1, np.int8), np.ones(1, np.float32))
+    store.save(record("A", "x", 0.5), predictions)
+    assert store.is_finished("A-x")
+    assert store.predictions("A-x").paths == ["a.png"]
+    store.save(record("B", "x", 0.5, error="ValueError: no"), None)
+    assert not store.is_finished("B-x")
+    assert not store.is_finished("C-x")
+    assert not list(tmp_path.rglob(".*"))
+
+
+class TestRescore:
+    """RsCIN for the predictions of any model, from Python."""
+
+    def test_it_is_rscin_with_a_backbones_features(self, folder, own_backbone):
+        paths = sorted(map(str, folder.rglob("*.png")))
+        scores = torch.rand(len(paths), generator=torch.Generator().manual_seed(0))
+        batches = [
+            ImageBatch(image=torch.zeros(len(part), 3, 8, 8), image_path=part, pred_score=values)
+            for part, values in ((paths[:5], scores[:5]), (paths[5:], scores[5:]))
+        ]
+        features = image_features(paths, own_backbone)
+        found = rescore(batches, own_backbone, windows=(1, 4))
+        assert found.tolist() == rscin(scores, features, (1, 4)).tolist()
+
+    def test_it_is_what_musc_does(self, folder, own_backbone, make_engine):
+        options = {"post_processor": PostProcessor(enable_normalization=False), "visualizer": False}
+        plain = make_engine().predict(MuSc(own_backbone, **options), data_path=folder)
+        musc = MuSc(own_backbone, visualizer=False)
+        make_engine().predict(musc, data_path=folder)
+        found = rescore(plain, own_backbone)
+        assert found.tolist() == pytest.approx(musc._pools[0].scores.tolist(), abs=1e-6)
+
+    def test_wrong_predictions_are_named(self, folder, own_backbone, tmp_path):
+        path = next(folder.rglob("*.png"))
+        batch = {"image": torch.zeros(1, 3, 8, 8)}
+        with pytest.raises(ValueError, match="image_path"):
+            rescore([ImageBatch(**batch, pred_score=torch.ones(1))], own_backbone)
+        with pytest.raises(ValueError, match="pred_score"):
+            rescore([ImageBatch(**batch, image_path=[str(path)])], own_backbone)
+        with pytest.raises(ValueError, match="empty"):
+            rescore([], own_backbone)
+        (tmp_path / "no.png").write_text("text")
+        bad = ImageBatch(**batch, image_path=[str(tmp_path / "no.png")], pred_score=torch.ones(1))
+        with pytest.raises(ValueError, match=r"no\.png"):
+            rescore([bad], own_backbone)
+
+
+PARALLEL = """
+import sys
+from pathlib import Path
+from anomalib.pipelines.components.runners import ParallelRunner
+from anomalib_musc.benchmark.config import read_config
+from anomalib_musc.benchmark.pipeline import CellGenerator
+
+if __name__ == "__main__":
+    records = ParallelRunner(CellGenerator(read_config(Path(sys.argv[1]), Path("out"))), n_jobs=2).run({})
+    print(sorted((record.model, record.error) for record in records))
+"""
+
+
+def test_cells_run_in_parallel_as_anomalibs_runner_does(tmp_path, mvtec_root):
+    models = [{"name": name, "class_path": "MuSc", "init_args": TINY} for name in ("A", "B")]
+    config = write_config(tmp_path / "two.yaml", {"grid": models}, widget(mvtec_root))
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    done = subprocess.run(
+        [sys.executable, "parallel.py", config], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[('A', None), ('B', None)]" in done.stdout
+
+
+def test_anomalibs_own_benchmark_takes_musc_beside_patchcore(tmp_path, mvtec_root):
+    models = [
+        {"class_path": "MuSc", "init_args": TINY},
+        {"class_path": "Patchcore", "init_args": {"backbone": "resnet18", "pre_trained": False}},
+    ]
+    grid = {"seed": 0, "model": {"grid": models}, "data": widget(mvtec_root)}
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump({"accelerator": ["cpu"], "benchmark": grid}))
+    status, output = run("anomalib", "benchmark", "--config", "b.yaml", cwd=tmp_path)
+    assert status == 0, output
+    (table,) = (tmp_path / "runs/benchmark").rglob("results.csv")
+    with table.open() as file:
+        lines = {line["model.class_path"]: line for line in csv.DictReader(file)}
+    assert float(lines["MuSc"]["pixel_AUPRO"]) > 0.5
+    assert float(lines["Patchcore"]["image_AUROC"]) > 0.5
+    assert lines["Patchcore"]["pixel_AUPRO"] == ""
+
+
+RANDOM_WINCLIP = """
+import sys
+from pathlib import Path
+import open_clip
+from safetensors.torch import save_file
+
+name, tag = "ViT-B-16-plus-240", "laion400m_e31"
+repository = open_clip.get_pretrained_cfg(name, tag)["hf_hub"].strip("/").replace("/", "--")
+home = Path(sys.argv[1]) / "hub" / f"models--{repository}"
+(home / "snapshots/0").mkdir(parents=True)
+(home / "refs").mkdir()
+(home / "refs/main").write_text("0")
+state = open_clip.create_model(name, pretrained=None).half().state_dict()
+save_file({key: value.contiguous() for key, value in state.items()}, home / "snapshots/0/open_clip_model.safetensors")
+"""
+
+
+def test_winclip_with_random_weights_from_the_hubs_own_cache(tmp_path, mvtec_root):
+    """The real loading path, as anomalib's WinCLIP takes its weights from nowhere else."""
+    subprocess.run(
+        [sys.executable, "-c", RANDOM_WINCLIP, tmp_path / "hf"], check=True, capture_output=True, timeout=120
+    )
+    root = tmp_path / "data/widget"
+    for part, count in (("train/good", 1), ("test/good", 1), ("test/scratch", 1), ("ground_truth/scratch", 1)):
+        (root / part).mkdir(parents=True)
+        for path in sorted((mvtec_root / "widget" / part).iterdir())[:count]:
+            shutil.copy(path, root / part)
+    models = [{"class_path": "WinClip"}, {"name": "MuSc", "class_path": "MuSc", "init_args": TINY}]
+    config = write_config(tmp_path / "w.yaml", {"grid": models}, widget(root.parent))
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    status, output = run("anomalib-musc", "benchmark", "--config", config, cwd=tmp_path, **offline)
+    assert status == 0, output
+    lines = {line["model"]: line for line in lines_of(tmp_path / "results/benchmark/w")}
+    assert set(lines) == {"WinClip", "MuSc"}
+    assert all(lines["WinClip"][name] for name in METRICS)
