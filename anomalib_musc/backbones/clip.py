@@ -24,7 +24,12 @@ from anomalib_musc.backbones.base import (
     resolve_layers,
     square_grid,
 )
-from anomalib_musc.backbones.weights import WeightsMismatchError, WeightsUnavailableError, read_state_dict
+from anomalib_musc.backbones.weights import (
+    WeightsMismatchError,
+    WeightsUnavailableError,
+    are_to_come,
+    read_state_dict,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +135,7 @@ def create_clip_backbone(
         "std": config.get("std") or open_clip.OPENAI_DATASET_STD,
         "interpolation": config.get("interpolation") or "bicubic",
     }
-    path = _fetch(name, str(tag)) if weights is True else weights
+    path = _fetch(name, str(tag)) if weights is True and not are_to_come() else weights
     tower = _build_tower(name, tag)
     if isinstance(path, Path):
         _load(tower, path, name)

@@ -15,7 +15,7 @@ import torch
 from anomalib_musc.backbones.base import Backbone
 from anomalib_musc.backbones.clip import create_clip_backbone
 from anomalib_musc.backbones.timm import create_timm_backbone
-from anomalib_musc.backbones.weights import looks_like_path
+from anomalib_musc.backbones.weights import are_to_come, looks_like_path
 
 
 class Alias(NamedTuple):
@@ -109,6 +109,8 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
         return pretrained, None
     if isinstance(pretrained, str) and pretrained and not looks_like_path(pretrained):
         return True, pretrained
+    if are_to_come():
+        return False, None
     path = Path(pretrained).expanduser() if pretrained else None
     if path is None or not path.is_file():
         msg = f"pretrained={str(pretrained)!r} is neither a file, a weights tag, True nor False"

@@ -19,7 +19,12 @@ from anomalib_musc.backbones.base import (
     resolve_layers,
     square_grid,
 )
-from anomalib_musc.backbones.weights import WeightsMismatchError, WeightsUnavailableError, read_state_dict
+from anomalib_musc.backbones.weights import (
+    WeightsMismatchError,
+    WeightsUnavailableError,
+    are_to_come,
+    read_state_dict,
+)
 
 
 class TimmBackbone(Backbone):
@@ -196,7 +201,7 @@ def set_input_size(network: Any, image_size: tuple[int, int]) -> None:
 def _load_tag(full_name: str, pretrained: bool) -> Any:
     """The network at the size that its weights were made for, where timm resamples nothing."""
     try:
-        return timm.create_model(full_name, pretrained=pretrained, num_classes=0)
+        return timm.create_model(full_name, pretrained=pretrained and not are_to_come(), num_classes=0)
     except OSError as error:
         config: Any = timm.get_pretrained_cfg(full_name)
         file = config.hf_hub_filename or "model.safetensors"

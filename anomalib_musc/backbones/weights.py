@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+_ARE_TO_COME = ContextVar("weights are to come", default=False)
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
@@ -25,6 +29,21 @@ class WeightsUnavailableError(RuntimeError):
             f"and pass the file: pretrained='/path/to/file'. "
             f"(HF_HUB_OFFLINE=1 in the environment keeps the hub's client from retrying when there is no network.)"
         )
+
+
+@contextmanager
+def weights_to_come() -> Iterator[None]:
+    """Build backbones as their weights ask for, but do not fetch those: a checkpoint will bring them."""
+    token = _ARE_TO_COME.set(True)
+    try:
+        yield
+    finally:
+        _ARE_TO_COME.reset(token)
+
+
+def are_to_come() -> bool:
+    """Whether a backbone is built within :func:`weights_to_come`."""
+    return _ARE_TO_COME.get()
 
 
 class WeightsMismatchError(ValueError):
