@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bank: reference images by which an image is judged on its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ class ReferenceBank(nn.Module):
 
     class_tokens: torch.Tensor
     raw_scores: torch.Tensor
+    origin: object = None  # by what the references can be told from others; None for one of a checkpoint or of a caller
 
     def __init__(self, aggregation_degrees: Sequence[int], interval: tuple[float, float]) -> None:
         super().__init__()
@@ -30,6 +31,14 @@ class ReferenceBank(nn.Module):
         self.num_layers = 0
         self.register_buffer("class_tokens", torch.empty(0, 0))
         self.register_buffer("raw_scores", torch.empty(0))
+
+    def clear(self) -> None:
+        """Take all images out."""
+        names = [name for name in self._buffers if name.startswith(("layer_", "vectors_"))]
+        for name in names:
+            del self._buffers[name]
+        self.num_layers, self.origin = 0, None
+        self.class_tokens, self.raw_scores = self.class_tokens.new_empty(0, 0), self.raw_scores.new_empty(0)
 
     def __len__(self) -> int:
         return len(self.raw_scores)
@@ -48,6 +57,7 @@ class ReferenceBank(nn.Module):
             raw_scores: Raw scores of the images against each other, shape ``(M,)``.
         """
         device = self.class_tokens.device
+        self.clear()
         self.num_layers = len(feature_maps)
         self.class_tokens = class_tokens.to(device)
         self.raw_scores = raw_scores.to(device)
@@ -79,9 +89,25 @@ class ReferenceBank(nn.Module):
         ]
         return torch.stack(scores).mean(dim=0).view(-1, *feature_maps[0].shape[-2:])
 
+    def own_patch_scores(self) -> torch.Tensor:
+        """Return how the images judge each other, shape ``(M, h, w)``."""
+        scores = [
+            self.patch_scores([maps[[index]] for maps in self.feature_maps], torch.tensor([index]))
+            for index in range(len(self))
+        ]
+        return torch.cat(scores)
+
     def rescore(self, raw_scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
         """Re-score images ``(B,)``; see :func:`~anomalib_musc.functional.rscin_by_references`."""
         return rscin_by_references(raw_scores, class_tokens, self.raw_scores, self.class_tokens, windows)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ReferenceBank":
+        """Move to another device, but stay in float32, as what the backbone gives is brought to."""
+        del recurse
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer.new_empty(0)).device)
+        return self
 
     def _aggregate(self) -> None:
         for layer, feature_map in enumerate(self.feature_maps):
@@ -90,9 +116,33 @@ class ReferenceBank(nn.Module):
                 self.register_buffer(f"vectors_{layer}_{degree}", vectors, persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take a bank of any size, as torch's own loading takes tensors of the same shape only."""
+        """Take a bank of any size, or none, as torch's own loading takes tensors of the same shape only."""
         layers = [name for name in state_dict if name.startswith(f"{prefix}layer_")]
         if layers:
             maps = [state_dict[f"{prefix}layer_{layer}"] for layer in range(len(layers))]
             self.fill(maps, state_dict[f"{prefix}class_tokens"], state_dict[f"{prefix}raw_scores"])
+        elif f"{prefix}raw_scores" in state_dict:
+            self.clear()
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def most_normal(raw_scores: torch.Tensor, class_tokens: torch.Tensor, size: int) -> list[int]:
+    """Return which images of a pool look most normal and are diverse.
+
+    From the half of the lowest scores, or more where that is too few, the lowest first, then always the image whose
+    feature is farthest from the nearest of those taken.
+
+    Args:
+        raw_scores: Shape ``(N,)``.
+        class_tokens: Image features, shape ``(N, D)``.
+        size: How many.
+    """
+    candidates = raw_scores.argsort()[: max(size, len(raw_scores) // 2)].cpu()
+    tokens = class_tokens.cpu().double()[candidates]
+    taken = [0]
+    distances = (tokens - tokens[0]).norm(dim=1)
+    while len(taken) < size:
+        distances[taken] = -1
+        taken.append(int(distances.argmax()))
+        distances = torch.minimum(distances, (tokens - tokens[taken[-1]]).norm(dim=1))
+    return sorted(candidates[taken].tolist())

@@ -9,6 +9,8 @@ import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from anomalib_musc.bank import ReferenceBank
+from anomalib_musc.functional import reference_scale
 from anomalib_musc.pool import Pool
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
@@ -50,29 +52,57 @@ def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], leve
         _load(post_processor, "pixel", every_patch.min(), highest, threshold)
 
 
-def calibrate_on_bank(post_processor: PostProcessor, model: MuScModel, levels: Collection[str]) -> None:
+def calibrate_on_bank(
+    post_processor: PostProcessor, model: MuScModel, levels: Collection[str], *, may_hold_defects: bool = False
+) -> None:
     """Normalise and threshold without labels, by what the images of a bank score against each other.
 
-    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds. A score of 1 is
-    reached as far above it as twice their range.
+    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds; where some may be
+    defects, it is found as for a pool. A score of 1 is reached as far above it as twice their range. Where they have no
+    range, scores are what the distances are, from 0 to 2, halved.
 
     Args:
         post_processor: anomalib's or ours.
         model: A model with a bank.
         levels: Which of "image" and "pixel" to calibrate.
+        may_hold_defects: Whether nobody has said that the images are normal.
     """
     if not levels:
         return
-    peaks = model.bank.raw_scores
-    lowest, highest = peaks.min().item(), peaks.max().item()
-    if len(peaks) < 2:
-        rank_zero_warn("A bank of one image has no scale: thresholds without labels are not to be relied on.")
-    if "pixel" in levels:
-        _load(post_processor, "pixel", lowest, lowest + 4 * (highest - lowest), highest)
-    if "image" in levels:
-        is_scaled = isinstance(post_processor, RsCINPostProcessor) and highest > lowest
-        lowest, highest = (0.0, 1.0) if is_scaled else (lowest, highest)
-        _load(post_processor, "image", lowest, lowest + 4 * (highest - lowest), highest)
+    bank = model.bank
+    scale = reference_scale(bank.raw_scores).item()
+    if scale == 0:
+        rank_zero_warn(
+            "A bank of one image, or of equal ones, has no scale: labels mean nothing without two references or more, "
+            "labels in validation, or thresholds by hand (image_threshold and pixel_threshold of the post-processor)."
+        )
+        for level in levels:
+            _load(post_processor, level, 0.0, 2.0, 1.0)
+        return
+    highest = bank.raw_scores.max().item()
+    thresholds, steps = {"image": highest, "pixel": highest}, {"image": scale, "pixel": scale}
+    if isinstance(post_processor, RsCINPostProcessor):  # whose scores are in units of the scale
+        thresholds["image"], steps["image"] = (highest - bank.raw_scores.min().item()) / scale, 1.0
+    if may_hold_defects:
+        thresholds |= _thresholds_of_pool(post_processor, bank, scale)
+    for level in levels:
+        threshold, step = thresholds[level], steps[level]
+        _load(post_processor, level, threshold - step, threshold + 3 * step, threshold)
+
+
+def _thresholds_of_pool(post_processor: PostProcessor, bank: ReferenceBank, scale: float) -> dict[str, float]:
+    """Return the thresholds of a bank's images where some of them are anomalous, as those of a pool; else none."""
+    patch_scores = bank.own_patch_scores().flatten(1).double().cpu().numpy()
+    num_anomalous = count_anomalous(patch_scores)
+    if num_anomalous == 0:
+        return {}
+    scores = bank.raw_scores
+    if isinstance(post_processor, RsCINPostProcessor):  # in [0, 1], while an image's will be in units of the scale
+        spread = (scores.max() - scores.min()).item()
+        scores = post_processor.rescore(scores, bank.class_tokens) * (spread / scale)
+    values = scores.double().cpu().numpy()
+    threshold = image_threshold(values, num_anomalous)
+    return {"image": threshold, "pixel": pixel_threshold(patch_scores, values > threshold)}
 
 
 def _load(post_processor: PostProcessor, level: str, lowest: Any, highest: Any, threshold: float) -> None:

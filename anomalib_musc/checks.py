@@ -24,6 +24,16 @@ def check_size(images: Sequence[object] | None, num_references: int = 0) -> None
         raise ValueError(msg)
 
 
+def check_count(name: str, number: object, *, none: str | None = None) -> None:
+    """Raise a ValueError unless an argument is a whole number of at least 1, or ``None`` where that means something."""
+    if number is None and none is not None:
+        return
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        otherwise = "" if none is None else f", or None for {none}"
+        msg = f"{name} must be a whole number of at least 1{otherwise}, got {number!r}."
+        raise ValueError(msg)
+
+
 def few_images(num_images: int) -> str:
     """Return a warning that says how reliable so few images are, as measured in ``benchmarks/README.md``."""
     return (

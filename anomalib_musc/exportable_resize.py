@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The antialiased resize of a pre-processor, in operations that ONNX and OpenVINO have."""
 
+from typing import Any
+
 import torch
 from anomalib.pre_processing.utils.transform import get_exportable_transform
 from torchvision.transforms.v2 import Compose, InterpolationMode, Resize, Transform
@@ -59,7 +61,8 @@ def _restore(converted: Transform | None, original: Transform | None) -> Transfo
         converted.transforms = [_restore(part, theirs) for part, theirs in parts]
         return converted
     smooth = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
-    is_resize = type(original) is Resize and original.antialias and original.interpolation in smooth
-    if is_resize and original.size is not None and len(original.size) == 2:
-        return ExportableResize(original.size, interpolation=original.interpolation, antialias=True)
+    if isinstance(original, Resize) and original.antialias and original.interpolation in smooth:
+        size: Any = original.size
+        if size is not None and len(size) == 2:
+            return ExportableResize(size, interpolation=original.interpolation, antialias=True)
     return converted

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MuSc in anomalib: the pool is scored before the loop, then every step hands out its batch's share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -16,26 +16,38 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
+from anomalib_musc.bank import most_normal
 from anomalib_musc.calibration import calibrate_on_bank, calibrate_on_pool, forget_calibration, uncalibrated
-from anomalib_musc.checks import check_writable, unreadable
+from anomalib_musc.checkpoints import BankCheckpoint
+from anomalib_musc.checks import check_count, check_writable, unreadable
+from anomalib_musc.exports import BankExport
 from anomalib_musc.functional import check_budget
 from anomalib_musc.metrics import PaperEvaluator
 from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
 from anomalib_musc.pool_scorer import PoolScorer
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.prediction_writer import PredictionWriter
-from anomalib_musc.torch_model import MuScModel, most_normal
+from anomalib_musc.references import (
+    FOLDER,
+    POOL,
+    TRAINING_IMAGES,
+    check_bank_arguments,
+    find_references,
+    no_references,
+)
+from anomalib_musc.torch_model import MuScModel
 from anomalib_musc.workarounds import FolderVisualizer, MultiLoaderPreProcessor, NoValidationData
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class MuSc(NoValidationData, AnomalibModule):
+class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
     """Zero-shot anomaly detection by mutual scoring of unlabelled images (Li et al., ICLR 2024, arXiv 2401.16753).
 
     The unlabelled images of one dataloader are its pool: when a test, validation or prediction starts, all of them are
@@ -113,7 +125,7 @@ class MuSc(NoValidationData, AnomalibModule):
             num_subsets=num_subsets,
         )
         check_budget(memory_budget)
-        _check_bank_arguments(mode, references, k_shot, bank_size)
+        check_bank_arguments(mode, references, k_shot, bank_size)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
         super().__init__(
@@ -130,7 +142,8 @@ class MuSc(NoValidationData, AnomalibModule):
         self.skipped_images: dict[Path, str] = {}
         self._sources: list[PoolSource] = []
         self._pools: list[Pool] = []
-        self._calibrated_on_pool: list[str] = []
+        self._calibrated_without_labels: list[str] = []
+        self._bank_of = TRAINING_IMAGES if references is None else FOLDER
         self._scored_in_validation = False
         if isinstance(backbone, nn.Module):
             # Lightning would pickle it into checkpoints, which could not be loaded safely: pass it again on loading.
@@ -140,7 +153,7 @@ class MuSc(NoValidationData, AnomalibModule):
     @property
     def learning_type(self) -> LearningType:
         """Few-shot where a bank is made of a datamodule's normal training images, else zero-shot."""
-        is_few_shot = self.mode != "mutual" and self.references is None
+        is_few_shot = self.mode != "mutual" and self._bank_of == TRAINING_IMAGES
         return LearningType.FEW_SHOT if is_few_shot else LearningType.ZERO_SHOT
 
     @property
@@ -199,20 +212,34 @@ class MuSc(NoValidationData, AnomalibModule):
 
     def on_validation_start(self) -> None:
         """Score the validation pools."""
-        if isinstance(self.post_processor, PostProcessor):
-            forget_calibration(self.post_processor, self._calibrated_on_pool)
-        self._calibrated_on_pool = []
+        self._forget_calibration(self._calibrated_without_labels)
         self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+
+    def on_validation_epoch_end(self) -> None:
+        """Find the thresholds that labels have not given, before a checkpoint is written."""
+        if self.mode == "reference":
+            self.calibrate()
+
+    def teardown(self, stage: str) -> None:
+        """Make the bank where there was nothing to validate on, for then Lightning skips all that is above.
+
+        Not in :meth:`setup`, where nobody knows yet whether a checkpoint will bring one.
+        """
+        super().teardown(stage)
+        if stage == "validate" and self.mode != "mutual":
+            self._prepare_bank()
+            if self.mode == "reference":
+                self.calibrate()
 
     def on_test_start(self) -> None:
         """Score the test pools."""
         self._score_pools(self.trainer.test_dataloaders, self.trainer.num_test_batches)
-        self._calibrate()
+        self.calibrate()
 
     def on_predict_start(self) -> None:
         """Score the prediction pools."""
         self._score_pools(self.trainer.predict_dataloaders, self.trainer.num_predict_batches)
-        self._calibrate()
+        self.calibrate()
 
     def on_predict_end(self) -> None:
         """Leave the datasets as they were found."""
@@ -254,14 +281,17 @@ class MuSc(NoValidationData, AnomalibModule):
     def keep_bank(self, size: int = 16) -> None:
         """Make a bank of the most normal and diverse images of the pools that were just scored.
 
-        From then on every image is judged by the bank alone. Validate again where thresholds came from labels.
+        From then on every image is judged by the bank alone, and thresholds come from it: those of labels were of the
+        pool's scale, so validate again for others.
 
         Args:
             size: How many images to keep.
 
         Raises:
             RuntimeError: If no pool was scored, or its images have no files.
+            ValueError: If ``size`` is no whole number of at least 1.
         """
+        check_count("size", size)
         files = [(pool, index) for pool in self._pools for index, name in enumerate(pool.names) if Path(name).is_file()]
         if not files:
             msg = "No pool of image files was scored: call Engine.test or Engine.predict first."
@@ -273,38 +303,10 @@ class MuSc(NoValidationData, AnomalibModule):
         dataset = PredictDataset(paths[0])
         dataset.image_filenames = paths
         self._scorer.fill_bank(DataLoader(dataset, collate_fn=dataset.collate_fn), None)
-        self.mode, self._pools = "reference", []
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what network this is, and which of the thresholds come from a pool, as another pool needs others."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["network"] = self._network()
-        checkpoint["calibrated_on_pool"] = self._calibrated_on_pool
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over where the thresholds came from.
-
-        Raises:
-            ValueError: If the checkpoint is of another backbone or image size.
-        """
-        saved, here = checkpoint.get("network", self._network()), self._network()
-        differing = [
-            f"{name} {saved.get(name)!r}, here {here[name]!r}" for name in here if saved.get(name) != here[name]
-        ]
-        if differing:
-            msg = f"The checkpoint is of another model: {'; '.join(differing)}. Make the model with the same arguments."
-            raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
-        self._calibrated_on_pool = checkpoint.get("calibrated_on_pool", [])
-
-    def _network(self) -> dict[str, Any]:
-        """Describe what a bank depends on."""
-        backbone = self.model.backbone
-        name = self.hparams.get("backbone", type(backbone).__name__)
-        num_parameters = sum(parameter.numel() for parameter in backbone.parameters())
-        layers = list(getattr(backbone, "layers", ()))
-        size = list(self.model.image_size)
-        return {"backbone": name, "number of parameters": num_parameters, "image_size": size, "layers": layers}
+        self._pools, self._bank_of = [], POOL
+        self.take_mode("reference")
+        self._forget_calibration(("image", "pixel"))
+        self.calibrate()
 
     def _share(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch."""
@@ -320,8 +322,8 @@ class MuSc(NoValidationData, AnomalibModule):
             raise ValueError(msg)
         if self.visualizer is not None:
             check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
-        if self.mode != "mutual" and not len(self.model.bank):
-            self._build_bank()
+        if self.mode != "mutual":
+            self._prepare_bank()
         known, self._pools, self._sources = self._pools, [], []
         settings = self._settings()
         for index, (loader, limit) in enumerate(zip(as_list(dataloaders), limits, strict=True)):
@@ -343,51 +345,32 @@ class MuSc(NoValidationData, AnomalibModule):
                 bank = self.model.bank if self.mode == "reference" else None
                 pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens, bank)
 
+    def _prepare_bank(self) -> None:
+        """Make the bank, or make it anew where its images are not those that it is to be made of now."""
+        bank = self.model.bank
+        is_gone = self.references is not None and not Path(self.references).exists()
+        if len(bank) and (bank.origin is None or is_gone):  # of a checkpoint or by hand, or all there is
+            return
+        datamodule = getattr(self.trainer, "datamodule", None)
+        found = find_references(self.references, datamodule, self.k_shot, self.bank_size)
+        if found is None and not len(bank):
+            raise no_references(self.mode)
+        if found is None or bank.origin == found.origin:
+            return
+        if len(bank):
+            rank_zero_warn("The bank is made anew, as its reference images or their number have changed.")
+            self._forget_calibration(("image", "pixel"))
+        device = bank.class_tokens.device
+        self.to(self.trainer.strategy.root_device)  # from which Lightning has taken it before teardown
+        self._scorer.fill_bank(found.loader, self.bank_size)
+        self.to(device)
+        bank.origin, self._bank_of = found.origin, found.kind
+
     @property
     def _scorer(self) -> PoolScorer:
         transform = getattr(self.pre_processor, "transform", None)
         needs_paths = self.visualizer is not None
         return PoolScorer(self.trainer, self.model, self.mode, self.memory_budget, transform, needs_paths)
-
-    def to_torch(self, export_root: Path | str, model_file_name: str = "model") -> Path:
-        """Export with torch; see anomalib's method."""
-        self._check_bank()
-        return super().to_torch(export_root, model_file_name)
-
-    def to_onnx(self, *args: Any, **kwargs: Any) -> Path:  # type: ignore[override]
-        """Export to ONNX, which to_openvino does first; see anomalib's method."""
-        self._check_bank()
-        path: Path = super().to_onnx(*args, **kwargs)
-        return path
-
-    def _check_bank(self) -> None:
-        if not len(self.model.bank):
-            msg = (
-                "An exported MuSc judges one image at a time, by a bank of reference images, and there is none. Make "
-                "one with mode='reference' and Engine.fit, from training images or references=FOLDER; or call "
-                "keep_bank() after a pool was scored; or load a checkpoint with a bank."
-            )
-            raise ValueError(msg)
-
-    def _build_bank(self) -> None:
-        """Fill the bank from the folder of references, or with training images of the datamodule."""
-        data: Any = getattr(self.trainer, "datamodule", None)
-        train_data = getattr(data, "train_data", None)
-        if self.references is not None:
-            dataset: Any = PredictDataset(self.references)
-            self._scorer.fill_bank(DataLoader(dataset, collate_fn=dataset.collate_fn), self.bank_size)
-        elif train_data is not None and len(train_data):
-            chosen = train_data.subsample(range(min(self.k_shot or len(train_data), len(train_data))))
-            loader = DataLoader(
-                chosen, batch_size=data.eval_batch_size, num_workers=data.num_workers, collate_fn=chosen.collate_fn
-            )
-            self._scorer.fill_bank(loader, self.bank_size)
-        else:
-            msg = (
-                f"mode={self.mode!r} needs a bank of reference images: give references=FOLDER, or a datamodule with "
-                "training images, or a checkpoint with a bank, or call keep_bank() after a pool was scored."
-            )
-            raise ValueError(msg)
 
     def _settings(self) -> list[object]:
         """Return whatever else decides the scores of the same images."""
@@ -396,25 +379,20 @@ class MuSc(NoValidationData, AnomalibModule):
         settings = (model.image_size, model.interval, model.aggregation_degrees, model.precision, model.num_subsets)
         return [self.trainer.precision, self.mode, *settings, *transforms, fingerprint(model)]
 
-    def _calibrate(self) -> None:
-        """Find the thresholds that no validation has found on those pools."""
+    def calibrate(self) -> None:
+        """Find the thresholds that no labels have given: of the bank where it judges alone, else of the pools."""
+        if not isinstance(self.post_processor, PostProcessor):
+            return
+        levels = uncalibrated(self.post_processor)
+        if self.mode == "reference":
+            may_hold_defects = self._bank_of == FOLDER
+            calibrate_on_bank(self.post_processor, self.model, levels, may_hold_defects=may_hold_defects)
+        else:
+            levels |= set(self._calibrated_without_labels)  # the pools may be others than before
+            calibrate_on_pool(self.post_processor, self._pools, levels)
+        self._calibrated_without_labels = sorted({*levels, *self._calibrated_without_labels})
+
+    def _forget_calibration(self, levels: Iterable[str]) -> None:
         if isinstance(self.post_processor, PostProcessor):
-            levels = uncalibrated(self.post_processor) | set(self._calibrated_on_pool)
-            if self.mode == "reference":
-                calibrate_on_bank(self.post_processor, self.model, levels)
-            else:
-                calibrate_on_pool(self.post_processor, self._pools, levels)
-            self._calibrated_on_pool = sorted(levels)
-
-
-def _check_bank_arguments(mode: str, references: str | Path | None, k_shot: int | None, bank_size: int | None) -> None:
-    if mode not in {"mutual", "reference", "both"}:
-        msg = f"mode must be 'mutual', 'reference' or 'both', got {mode!r}."
-        raise ValueError(msg)
-    for name, number in (("k_shot", k_shot), ("bank_size", bank_size)):
-        if number is not None and not (isinstance(number, int) and number >= 1):
-            msg = f"{name} must be a number of at least 1, or None for all, got {number!r}."
-            raise ValueError(msg)
-    if references is not None and k_shot is not None:
-        msg = f"k_shot={k_shot} is for the datamodule's training images; use bank_size with references={references!r}."
-        raise ValueError(msg)
+            forget_calibration(self.post_processor, levels)
+        self._calibrated_without_labels = [level for level in self._calibrated_without_labels if level not in levels]

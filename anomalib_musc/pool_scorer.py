@@ -58,7 +58,7 @@ class PoolScorer:
         self._memory_budget = memory_budget
         self._transform = transform
         self._needs_paths = needs_paths
-        self._device = trainer.strategy.root_device
+        self._device = model.bank.class_tokens.device  # not the trainer's, which has moved the model away at its end
 
     def score(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
         """Extract the features of a loader's images and score them against each other."""
@@ -122,9 +122,8 @@ class PoolScorer:
         """Extract reference images and keep them."""
         source = PoolSource(loader, float("inf"))
         check_readable(source.paths or [])
-        batches = self._images(source, 0, "MuSc: extracting references")
-        with self._trainer.precision_plugin.forward_context():
-            self._model.build_bank((images for _, images in batches), size)
+        batches = self._features(source, 0, "MuSc: extracting references")
+        self._model.fill_bank(((maps, tokens) for _, maps, tokens in batches), size, is_alone=self._mode != "both")
 
     def _skip_faults(self, source: PoolSource, find: Callable[[Path], str | None]) -> dict[Path, str]:
         """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
@@ -136,7 +135,8 @@ class PoolScorer:
                 reason = find(path)
                 faults |= {path: reason} if reason else {}
                 advance(1)
-        if faults and (not can_skip or len(paths) - len(faults) < MIN_IMAGES):
+        least = 1 if self._mode != "mutual" else MIN_IMAGES
+        if faults and (not can_skip or len(paths) - len(faults) < least):
             raise unreadable(faults, len(paths))
         source.skip(faults)
         _warn_of(faults)
@@ -177,10 +177,10 @@ class PoolScorer:
         return names, features, torch.cat(tokens)
 
     def _features(
-        self, source: PoolSource, dataloader_idx: int
+        self, source: PoolSource, dataloader_idx: int, description: str = "MuSc: extracting features"
     ) -> Iterator[tuple[list[str], list[torch.Tensor], torch.Tensor]]:
         """Read a source and run the backbone; yields names, maps ``(B, C, h, w)`` and class tokens ``(B, D)``."""
-        for names, images in self._images(source, dataloader_idx, "MuSc: extracting features"):
+        for names, images in self._images(source, dataloader_idx, description):
             with self._trainer.precision_plugin.forward_context(), profile(self._trainer, "[MuSc]extract"):
                 feature_maps, class_tokens = self._model.extract(images)
             yield names, feature_maps, class_tokens
@@ -202,7 +202,7 @@ class PoolScorer:
             msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
             raise ValueError(msg)
         images = self._trainer.precision_plugin.convert_input(deep_images.correct(batch))
-        images = self._trainer.strategy.batch_to_device(images, dataloader_idx=dataloader_idx)
+        images = self._trainer.strategy.batch_to_device(images, self._device, dataloader_idx)
         images = self._transform(images) if self._transform else images
         if tuple(images.shape[-2:]) != self._model.image_size:
             msg = (

@@ -12,7 +12,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.base import resolve_image_size
-from anomalib_musc.bank import ReferenceBank
+from anomalib_musc.bank import ReferenceBank, most_normal
+from anomalib_musc.checks import check_count
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.layer_scoring import least_memory
 
@@ -156,7 +157,7 @@ class MuScModel(nn.Module):
                 other, each as unlike those before it as possible. Defaults to all.
 
         Raises:
-            ValueError: If there is no image, or ``size`` is below 1.
+            ValueError: If there is no image, ``size`` is no whole number of at least 1, or the interval does not suit.
 
         Example:
             >>> model = MuScModel("vit_tiny_patch16_224", pretrained=False, image_size=64)
@@ -164,13 +165,31 @@ class MuScModel(nn.Module):
             >>> model(torch.rand(1, 3, 64, 64)).anomaly_map.shape
             torch.Size([1, 1, 64, 64])
         """
-        if size is not None and size < 1:
-            msg = f"size must be at least 1, got {size}."
-            raise ValueError(msg)
-        extracted = [self.extract(images) for images in batches]
+        self.fill_bank((self.extract(images) for images in batches if len(images)), size)
+
+    @torch.no_grad()
+    def fill_bank(
+        self,
+        batches: Iterable[tuple[Sequence[torch.Tensor], torch.Tensor]],
+        size: int | None = None,
+        *,
+        is_alone: bool = True,
+    ) -> None:
+        """Make a bank of features, see :meth:`build_bank`.
+
+        Args:
+            batches: Feature maps and image features, as :meth:`extract` returns them.
+            size: How many images to keep. Defaults to all.
+            is_alone: Whether the bank is to judge alone, without a pool.
+        """
+        check_count("size", size, none="all")
+        extracted = list(batches)
         if not extracted:
             msg = "batches must hold at least one image, got none."
             raise ValueError(msg)
+        num_images = sum(len(class_tokens) for _, class_tokens in extracted)
+        if is_alone:
+            check_interval(self.interval, min(size or num_images, num_images) + 1)
         layers = [torch.cat(maps) for maps in zip(*(feature_maps for feature_maps, _ in extracted), strict=True)]
         tokens = torch.cat([class_tokens for _, class_tokens in extracted])
         raw_scores = self._raw_scores(layers)
@@ -298,28 +317,6 @@ class MuScModel(nn.Module):
     def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
         """Enlarge patch scores ``(B, h, w)`` bilinearly (``align_corners=True``) to maps ``(B, 1, H, W)``."""
         return F.interpolate(patch_scores[:, None], self.image_size, mode="bilinear", align_corners=True)
-
-
-def most_normal(raw_scores: torch.Tensor, class_tokens: torch.Tensor, size: int) -> list[int]:
-    """Return which images of a pool look most normal and are diverse.
-
-    From the half of the lowest scores, or more where that is too few, the lowest first, then always the image whose
-    feature is farthest from the nearest of those taken.
-
-    Args:
-        raw_scores: Shape ``(N,)``.
-        class_tokens: Image features, shape ``(N, D)``.
-        size: How many.
-    """
-    candidates = raw_scores.argsort()[: max(size, len(raw_scores) // 2)].cpu()
-    tokens = class_tokens.cpu().double()[candidates]
-    taken = [0]
-    distances = (tokens - tokens[0]).norm(dim=1)
-    while len(taken) < size:
-        distances[taken] = -1
-        taken.append(int(distances.argmax()))
-        distances = torch.minimum(distances, (tokens - tokens[taken[-1]]).norm(dim=1))
-    return sorted(candidates[taken].tolist())
 
 
 def _own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -5,10 +5,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from anomalib.data import PredictDataset
 from anomalib.data.utils import read_image
-from anomalib.deploy import ExportType, OpenVINOInferencer, TorchInferencer
+from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
+from lightning_utilities.core.imports import module_available
 from test_engine import datamodule
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_musc import MuSc
@@ -84,11 +87,12 @@ def test_torch_export(fitted, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("input_size", [None, (256, 256)])
-def test_onnx_export(input_size, fitted, tmp_path):
+def test_onnx_export(input_size, fitted, tmp_path, capfd):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     model, engine, predictions = fitted
     path = engine.export(model, ExportType.ONNX, export_root=tmp_path, input_size=input_size)
+    assert "Traceback" not in capfd.readouterr().err
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     for image, expected in predictions.items():
@@ -120,3 +124,59 @@ def test_no_bank_no_export(export_type, tmp_path, own_backbone, make_engine):
     with pytest.raises(ValueError, match=r"by a bank of reference images, and there is none"):
         make_engine().export(MuSc(own_backbone), export_type, export_root=tmp_path)
     assert not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.onnx")) + list(tmp_path.rglob("*.xml"))
+
+
+def test_modes_with_a_pool_are_not_exported(tmp_path, mvtec_root, own_backbone, make_engine):
+    model, engine = MuSc(own_backbone, mode="both", k_shot=2), make_engine()
+    engine.fit(model, datamodule=datamodule(mvtec_root))
+    with pytest.raises(ValueError, match=r"mode='both' judges by a pool.* with mode='reference'"):
+        engine.export(model, ExportType.TORCH, export_root=tmp_path)
+
+
+def test_a_bank_by_hand_is_calibrated(tmp_path, mvtec_root, monkeypatch, make_engine):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model = MuSc(**TINY, mode="reference")
+    paths = sorted((mvtec_root / "widget/train/good").glob("*.png"))
+    model.model.build_bank([model.pre_processor(read_image(path, as_tensor=True)[None]) for path in paths])
+    path = make_engine().export(model, ExportType.TORCH, export_root=tmp_path)
+    image = mvtec_root / "widget/test/scratch/000.png"
+    found = TorchInferencer(path, device="cpu").predict(image)
+    (expected,) = make_engine().predict(model, data_path=image)
+    assert_equal_to_lightning(
+        found.pred_score, found.pred_label, found.anomaly_map, found.pred_mask, expected, tolerance=1e-5
+    )
+
+
+def test_without_a_post_processor(tmp_path, mvtec_root, monkeypatch, make_engine):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model, engine = MuSc(**TINY, mode="reference", k_shot=2, post_processor=False), make_engine()
+    engine.fit(model, datamodule=datamodule(mvtec_root))
+    image = mvtec_root / "widget/test/scratch/000.png"
+    found = TorchInferencer(engine.export(model, ExportType.TORCH, export_root=tmp_path), device="cpu").predict(image)
+    (expected,) = engine.predict(model, data_path=image)
+    torch.testing.assert_close(found.pred_score, expected.pred_score, atol=1e-5, rtol=0)
+
+
+def test_export_after_predicting_from_a_loader_that_cannot_be_pickled(tmp_path, fitted, sized):
+    model, engine, _ = fitted
+    dataset = PredictDataset(sized)
+    loader = DataLoader(dataset, collate_fn=lambda items: dataset.collate_fn(list(items)))
+    engine.predict(model, dataloaders=loader)
+    assert engine.export(model, ExportType.TORCH, export_root=tmp_path).is_file()
+
+
+def test_an_export_after_half_precision_takes_float32(tmp_path, mvtec_root, monkeypatch, make_engine):
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    model, engine = MuSc(**TINY, mode="reference", k_shot=2), make_engine(precision="bf16-true")
+    engine.fit(model, datamodule=datamodule(mvtec_root))
+    path = engine.export(model, ExportType.TORCH, export_root=tmp_path)
+    found = TorchInferencer(path, device="cpu").predict(mvtec_root / "widget/test/scratch/000.png")
+    assert found.pred_score.dtype == torch.float32
+
+
+def test_compression_without_nncf(tmp_path, fitted):
+    if module_available("nncf"):
+        pytest.skip("nncf is installed")
+    model, engine, _ = fitted
+    with pytest.raises(ImportError, match="pip install nncf"):
+        engine.export(model, ExportType.OPENVINO, export_root=tmp_path, compression_type=CompressionType.INT8)

@@ -1,24 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bank of references: one image at a time, in Engine, checkpoints and exports."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from anomalib import LearningType
+from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from conftest import OwnBackbone, write_products
 from test_cli import SMALL, anomalib, metric
 from test_engine import assert_same, by_path, datamodule, predict_loader
+from torchvision.transforms.v2 import RandomRotation
 
 from anomalib_musc import MuSc, MuScModel
+from anomalib_musc.bank import most_normal
 from anomalib_musc.functional import lnamd, mutual_scores, reference_scores, rscin_by_references
-from anomalib_musc.torch_model import most_normal
 
 TINY = {"backbone": "test_vit", "pretrained": False, "image_size": 64}
 
@@ -86,11 +86,17 @@ def test_rscin_by_references_is_rscins_mean():
         assert ours[index] == pytest.approx(float(sum(means) / 2), abs=1e-6)
 
 
-@pytest.mark.parametrize("bank_scores", [[0.0], [0.4, 0.4]])
+@pytest.mark.parametrize("bank_scores", [[0.0], [0.4], [1e-4, 2e-4]])
 def test_rscin_without_a_scale_leaves_scores(bank_scores):
     scores = torch.tensor([0.3, 0.7])
     bank = torch.tensor(bank_scores)
     assert torch.equal(rscin_by_references(scores, torch.eye(2), bank, torch.ones(len(bank), 2)), scores)
+
+
+def test_references_that_score_alike_do_not_blow_scores_up():
+    scores, bank = torch.tensor([0.4, 0.5]), torch.tensor([0.4, 0.4])
+    ours = rscin_by_references(scores, torch.eye(2), bank, torch.zeros(2, 2), (1,))
+    torch.testing.assert_close(ours, torch.tensor([0.0, 0.1 / 0.04]))
 
 
 def test_the_bank_is_normal_and_diverse():
@@ -118,10 +124,41 @@ def test_plain_torch():
     torch.testing.assert_close(other(images).anomaly_map, model(images).anomaly_map)
 
 
-@pytest.mark.parametrize(("batches", "size", "message"), [([], None, "at least one image"), ([0], 0, "size must be")])
+@pytest.mark.parametrize(
+    ("batches", "size", "message"),
+    [
+        ([], None, "at least one image"),
+        ([torch.rand(0, 3, 64, 64)], None, "at least one image"),
+        *(([torch.rand(5, 3, 64, 64)], size, "size must be a whole number") for size in (0, -3, True, 2.5, "3")),
+    ],
+)
 def test_bad_banks(batches, size, message):
     with pytest.raises(ValueError, match=message):
         MuScModel(OwnBackbone()).build_bank(batches, size)
+
+
+def test_an_interval_that_ends_before_it_begins_for_this_bank():
+    with pytest.raises(ValueError, match="interval must begin below its end"):
+        MuScModel(OwnBackbone(), interval=(5, 0.9)).build_bank([torch.rand(4, 3, 64, 64)])
+
+
+def test_a_state_without_a_bank_empties_the_bank():
+    model = MuScModel(OwnBackbone())
+    model.build_bank([torch.rand(3, 3, 64, 64)])
+    model.load_state_dict(MuScModel(OwnBackbone()).state_dict())
+    assert len(model.bank) == 0
+    assert model(torch.rand(2, 3, 64, 64)).pred_score.shape == (2,)
+
+
+def test_a_batch_takes_no_more_memory_than_an_image(monkeypatch):
+    rows = []
+    multiply = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: rows.append(len(a) * b.shape[1]) or multiply(a, b))
+    monkeypatch.setattr("anomalib_musc.functional.reference_scoring._BLOCK", 4 * 30 * 30)
+    bank = lnamd(maps(2), 1)
+    for num_images in (1, 16):
+        reference_scores(lnamd(maps(num_images, seed=1), 1), bank)
+    assert max(rows) <= 4 * 30 * 30
 
 
 # --- with Engine ---------------------------------------------------------------------------------------------------
@@ -197,21 +234,44 @@ def test_a_bank_of_the_pool_that_was_scored(folder, own_backbone, make_engine):
     with pytest.raises(RuntimeError, match=r"No pool .* was scored"):
         model.keep_bank()
     engine.predict(model, data_path=folder)
+    of_pool = model.post_processor.pixel_threshold.clone()
     model.keep_bank(5)
     assert len(model.model.bank) == 5
+    assert (model.mode, model.hparams["mode"], model.learning_type) == (
+        "reference",
+        "reference",
+        LearningType.ZERO_SHOT,
+    )
+    assert model.post_processor.pixel_threshold == model.model.bank.raw_scores.max() != of_pool
     batches = engine.predict(model, data_path=folder)
     scores = {batch.image_path[0]: batch.pred_score.item() for batch in batches}
     worst_good = max(score for path, score in scores.items() if "good" in path)
     assert all(score > worst_good for path, score in scores.items() if "scratch" in path)
 
 
+@pytest.mark.parametrize("size", [0, -3, True, 2.5, None, "4"])
+def test_a_bank_of_an_impossible_size_is_not_kept(size, folder, own_backbone, make_engine):
+    model = MuSc(own_backbone)
+    make_engine().predict(model, data_path=folder)
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1"):
+        model.keep_bank(size)
+    assert model.mode == "mutual"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"mode": "other"}, "mode must be"),
-        ({"k_shot": 0}, "k_shot must be"),
-        ({"bank_size": -1}, "bank_size must be"),
+        ({"mode": ["reference"]}, "mode must be"),
+        ({"mode": "reference", "k_shot": 0}, "k_shot must be"),
+        ({"mode": "reference", "k_shot": True}, "k_shot must be"),
+        ({"mode": "reference", "bank_size": -1}, "bank_size must be"),
+        ({"mode": "reference", "references": 3}, "references must be"),
+        ({"mode": "reference", "references": ""}, "references must be"),
         ({"mode": "reference", "references": "x", "k_shot": 3}, "use bank_size"),
+        ({"references": "x"}, "mode='mutual' has no bank"),
+        ({"k_shot": 2}, "mode='mutual' has no bank"),
+        ({"bank_size": 2}, "mode='mutual' has no bank"),
     ],
 )
 def test_bad_arguments(arguments, message, own_backbone):
@@ -225,43 +285,135 @@ def test_no_references_is_an_error(folder, own_backbone, make_engine):
     assert own_backbone.num_images == 0
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------------
-
-LOAD = """
-import sys, torch
-from anomalib.engine import Engine
-from anomalib_musc import MuSc
-model = MuSc.load_from_checkpoint(sys.argv[1])
-batches = Engine(default_root_dir=sys.argv[3], enable_progress_bar=False).predict(model, data_path=sys.argv[2])
-torch.save([(b.image_path[0], b.pred_score.item(), bool(b.pred_label), b.anomaly_map) for b in batches], sys.argv[4])
-"""
+def test_a_folder_of_references_that_is_not_there(tmp_path, folder, own_backbone, make_engine):
+    model = MuSc(own_backbone, mode="reference", references=tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"references='.*gone' does not exist"):
+        make_engine().predict(model, data_path=folder)
 
 
-def test_a_checkpoint_in_a_new_process(tmp_path, mvtec_root, folder, make_engine):
-    model, engine = MuSc(**TINY, mode="reference", k_shot=3), make_engine()
+def test_more_shots_than_training_images(mvtec_root, own_backbone, make_engine):
+    model = MuSc(own_backbone, mode="reference", k_shot=9)
+    with pytest.warns(UserWarning, match="k_shot=9, but there are 4 training images"):
+        make_engine().fit(model, datamodule=datamodule(mvtec_root))
+    assert len(model.model.bank) == 4
+
+
+# --- which images the bank is made of ------------------------------------------------------------------------------
+
+
+def test_fit_again_on_other_images(tmp_path, mvtec_root, make_engine):
+    model = MuSc(OwnBackbone(), mode="reference")
+    make_engine().fit(model, datamodule=datamodule(mvtec_root))
+    first, reads = model.model.bank.layer_0.clone(), model.model.backbone.num_images
+    make_engine().test(model, datamodule=datamodule(mvtec_root))
+    assert model.model.backbone.num_images == reads  # neither the bank nor the same pool again
+    write_products(tmp_path / "train", range(70, 75))
+    other = Folder(name="other", root=tmp_path, normal_dir="train", val_split_mode="none", num_workers=0)
+    with pytest.warns(UserWarning, match="The bank is made anew"):
+        make_engine().fit(model, datamodule=other)
+    assert not torch.equal(model.model.bank.layer_0, first)
+    model.k_shot = 2
+    make_engine().fit(model, datamodule=other)
+    assert len(model.model.bank) == 2
+
+
+def test_a_bank_by_hand_is_not_replaced(mvtec_root, folder, make_engine):
+    model = MuSc(OwnBackbone(), mode="reference")
+    model.model.build_bank([torch.rand(3, 3, 64, 64)])
+    make_engine().fit(model, datamodule=datamodule(mvtec_root))
+    assert len(model.model.bank) == 3
+    kept, engine = MuSc(OwnBackbone()), make_engine()
+    engine.predict(kept, data_path=folder)
+    kept.keep_bank(5)
+    engine.fit(kept, datamodule=datamodule(mvtec_root))
+    assert len(kept.model.bank) == 5
+
+
+def test_the_bank_is_read_without_augmentations(mvtec_root, make_engine):
+    banks = []
+    for augmentations in (None, RandomRotation((90, 90))):
+        model = MuSc(OwnBackbone(), mode="reference")
+        make_engine().fit(model, datamodule=datamodule(mvtec_root, train_augmentations=augmentations))
+        banks.append(model.model.bank.layer_0)
+    torch.testing.assert_close(*banks)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_a_bank_stays_in_float32(precision, mvtec_root, folder, make_engine):
+    model, engine = MuSc(**TINY, mode="reference", k_shot=3), make_engine(precision=precision)
     engine.fit(model, datamodule=datamodule(mvtec_root))
-    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
-    here = engine.predict(model, data_path=folder)
-    arguments = [tmp_path / "model.ckpt", folder, tmp_path / "there", tmp_path / "there.pt"]
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    for batch, (path, score, label, anomaly_map) in zip(
-        here, torch.load(tmp_path / "there.pt", weights_only=False), strict=True
-    ):
-        assert (batch.image_path[0], bool(batch.pred_label)) == (path, label)
-        assert batch.pred_score.item() == pytest.approx(score, abs=1e-6)
-        torch.testing.assert_close(torch.Tensor(batch.anomaly_map), torch.Tensor(anomaly_map), atol=1e-6, rtol=0)
+    predictions = by_path(engine.predict(model, data_path=folder))
+    assert {buffer.dtype for buffer in model.model.bank.buffers()} == {torch.float32}
+    plain, engine = MuSc(**TINY, mode="reference", k_shot=3), make_engine()
+    engine.fit(plain, datamodule=datamodule(mvtec_root))
+    expected = by_path(engine.predict(plain, data_path=folder))
+    scores, theirs = ([score for score, _ in sorted_by_path(found)] for found in (predictions, expected))
+    np.testing.assert_allclose(scores, theirs, atol=0.05)
 
 
-@pytest.mark.parametrize("other", [{"image_size": 32}, {"backbone": "vit_tiny_patch16_224"}, {"layers": (0, 1)}])
-def test_a_checkpoint_of_another_network_is_refused(other, tmp_path, mvtec_root, make_engine):
-    model, engine = MuSc(**TINY, mode="reference", k_shot=2), make_engine()
-    engine.fit(model, datamodule=datamodule(mvtec_root))
-    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
-    with pytest.raises(ValueError, match=f"The checkpoint is of another model: .*{next(iter(other))}"):
-        MuSc.load_from_checkpoint(tmp_path / "model.ckpt", **other)
+def sorted_by_path(predictions):
+    return [predictions[path] for path in sorted(predictions)]
+
+
+def test_one_good_file_beside_a_broken_one(tmp_path, mvtec_root, own_backbone, make_engine):
+    (path,) = write_products(tmp_path / "images", range(1))
+    (tmp_path / "images/broken.png").write_bytes(b"no image")
+    model = MuSc(own_backbone, mode="reference", references=mvtec_root / "widget/train")
+    (batch,) = make_engine().predict(model, data_path=tmp_path / "images")
+    assert batch.image_path == [str(path)]
+    assert [path.name for path in model.skipped_images] == ["broken.png"]
+
+
+# --- thresholds without labels -------------------------------------------------------------------------------------
+
+
+def test_fit_without_anything_but_references(mvtec_root, own_backbone, make_engine):
+    model = MuSc(own_backbone, mode="reference", references=mvtec_root / "widget/train")
+    make_engine().fit(model)
+    assert len(model.model.bank) == 4
+    assert_calibrated(model)
+
+
+@pytest.mark.parametrize(
+    "split", [{"val_split_mode": "none"}, {"normal_test_dir": "test/good"}, {"val_split_mode": "none", "mode": "both"}]
+)
+def test_fit_without_defects_in_validation(split, mvtec_root, own_backbone, make_engine):
+    split = dict(split)
+    model = MuSc(own_backbone, mode=split.pop("mode", "reference"))
+    data = Folder(name="widget", root=mvtec_root / "widget", normal_dir="train/good", num_workers=0, **split)
+    make_engine().fit(model, datamodule=data)
+    assert len(model.model.bank) > 0
+    if model.mode == "reference":
+        assert_calibrated(model)
+
+
+def assert_calibrated(model: MuSc) -> None:
+    state = model.post_processor.state_dict()
+    names = [f"{level}_{end}" for level in ("image", "pixel") for end in ("min", "max")]
+    assert all(torch.isfinite(state[name]) for name in [*names, "_image_threshold", "_pixel_threshold"])
+
+
+@pytest.mark.parametrize("copies", [1, 3])
+def test_a_bank_without_a_scale(copies, tmp_path, folder, make_engine):
+    for number in range(copies):
+        write_products(tmp_path / f"references/{number}", range(60, 61))
+    model = MuSc(OwnBackbone(), mode="reference", references=tmp_path / "references")
+    with pytest.warns(UserWarning, match="A bank of one image, or of equal ones, has no scale"):
+        predictions = by_path(make_engine().predict(model, data_path=folder))
+    scores = {path: score for path, (score, _) in predictions.items()}
+    assert len(set(scores.values())) == len(scores)
+    assert all(0 < score < 0.5 for score in scores.values())
+    assert min(s for p, s in scores.items() if "scratch" in p) > max(s for p, s in scores.items() if "good" in p)
+
+
+def test_unlabelled_references_may_hold_defects(tmp_path, mvtec_root, make_engine):
+    write_products(tmp_path / "references/good", range(60, 76))
+    write_products(tmp_path / "references/bad", range(80, 84), masks=tmp_path / "masks")
+    model = MuSc(OwnBackbone(), mode="reference", references=tmp_path / "references")
+    batches = make_engine().predict(model, data_path=mvtec_root / "widget/test")
+    labels = {batch.image_path[0]: bool(batch.pred_label) for batch in batches}
+    assert all(label for path, label in labels.items() if "scratch" in path)
+    assert sum(label for path, label in labels.items() if "good" in path) <= 2
 
 
 # --- anomalib's own matrix of models -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from anomalib_musc.functional.lnamd import lnamd
 from anomalib_musc.functional.memory import check_budget
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
 from anomalib_musc.functional.reference_scoring import reference_scores
-from anomalib_musc.functional.rscin import rscin, rscin_by_references
+from anomalib_musc.functional.rscin import reference_scale, rscin, rscin_by_references
 
 __all__ = [
     "Precision",
@@ -29,6 +29,7 @@ __all__ = [
     "layer_scores",
     "lnamd",
     "mutual_scores",
+    "reference_scale",
     "reference_scores",
     "rscin",
     "rscin_by_references",

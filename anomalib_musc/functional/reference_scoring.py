@@ -5,7 +5,7 @@ import torch
 
 from anomalib_musc.functional.mutual_scoring import interval_bounds
 
-_BLOCK = 2**24  # numbers of a product that are held at once for each image
+_BLOCK = 2**24  # numbers of a product that are held at once
 
 
 def reference_scores(
@@ -37,7 +37,10 @@ def reference_scores(
         >>> reference_scores(image, bank)  # the first patch is in the bank, the second at a right angle to all
         tensor([[0.0000, 1.4142]])
     """
-    rows = max(1, _BLOCK // (references.shape[0] * references.shape[1]))
+    columns = references.shape[0] * references.shape[1]
+    if not torch.compiler.is_compiling():  # an export must not depend on the size of its example's batch
+        columns *= len(features)
+    rows = max(1, _BLOCK // columns)
     return torch.cat(
         [_score(patches, references, interval, own_copies) for patches in features.split(rows, dim=1)], dim=1
     )

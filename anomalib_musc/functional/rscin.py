@@ -5,6 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
+_FLOOR = 0.1  # of the highest raw score, below which a range of references is taken for chance
+_EQUAL = 1e-3  # raw score up to which references are copies of each other, but for rounding
+
 
 def rscin(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int] = (1, 2, 3)) -> torch.Tensor:
     r"""Re-score each image with the scores of the images most like it (arXiv 2401.16753, section 3.3).
@@ -64,9 +67,9 @@ def rscin_by_references(
 ) -> torch.Tensor:
     """Re-score images with the references most like them, each image on its own.
 
-    As :func:`rscin`, but an image's neighbours are references, and scores are scaled by those of the references, so
-    that an image more anomalous than all of them scores above 1. With fewer than two references, or equal ones, there
-    is no scale and the scores stay as they are.
+    As :func:`rscin`, but an image's neighbours are references, and scores are scaled by those of the references, see
+    :func:`reference_scale`, so that an image more anomalous than all of them scores above 1. Where there is no scale,
+    the scores stay as they are.
 
     Args:
         scores: Raw scores of the images, shape ``(B,)``.
@@ -84,10 +87,8 @@ def rscin_by_references(
         >>> rscin_by_references(torch.tensor([0.9]), tokens[:1], torch.tensor([0.1, 0.5]), tokens, windows=(1, 2))
         tensor([1.5000])
     """
-    lowest, spread = reference_scores.min(), reference_scores.max() - reference_scores.min()
-    if len(reference_scores) < 2:
-        return scores
-    scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+    lowest, found = reference_scores.min(), reference_scale(reference_scores)
+    scale = torch.where(found > 0, found, torch.ones_like(found))
     own = ((scores - lowest) / scale)[:, None]  # (B, 1)
     of_references = ((reference_scores - lowest) / scale).expand(scores.shape[0], -1)
     candidates = torch.cat([own, of_references], dim=1)  # (B, 1 + M)
@@ -99,7 +100,24 @@ def rscin_by_references(
         total = weights.sum(dim=1)
         mean = (weights * candidates.gather(1, neighbours)).sum(dim=1) / total.clamp_min(1e-12)
         rescored.append(torch.where(total > 0, mean, own[:, 0]))
-    return torch.where(spread > 0, torch.stack(rescored).mean(dim=0), scores)
+    return torch.where(found > 0, torch.stack(rescored).mean(dim=0), scores)
+
+
+def reference_scale(reference_scores: torch.Tensor) -> torch.Tensor:
+    """Return the range of references' raw scores against each other, but at least a tenth of the highest one.
+
+    Few references may happen to score alike, which says nothing about how much other images will differ.
+
+    Args:
+        reference_scores: Shape ``(M,)``.
+
+    Returns:
+        Shape ``()``; 0 where there is no scale, with fewer than two references or equal ones.
+    """
+    highest = reference_scores.max()
+    scale = torch.maximum(highest - reference_scores.min(), _FLOOR * highest)
+    has_scale = (highest > _EQUAL) & (len(reference_scores) > 1)
+    return torch.where(has_scale, scale, torch.zeros_like(scale))
 
 
 def _check(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> None:
