@@ -11,15 +11,17 @@ if TYPE_CHECKING:
     from anomalib_musc.lightning_model import MuSc
     from anomalib_musc.post_processor import RsCINPostProcessor
     from anomalib_musc.prediction_writer import PredictionWriter
+    from anomalib_musc.rescoring import rescore
     from anomalib_musc.torch_model import MuScModel
 
-__all__ = ["MuSc", "MuScModel", "PredictionWriter", "RsCINPostProcessor"]
+__all__ = ["MuSc", "MuScModel", "PredictionWriter", "RsCINPostProcessor", "rescore"]
 
 _HOMES = {
     "MuSc": "lightning_model",
     "MuScModel": "torch_model",
     "PredictionWriter": "prediction_writer",
     "RsCINPostProcessor": "post_processor",
+    "rescore": "rescoring",
 }
 
 

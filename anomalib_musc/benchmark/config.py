@@ -138,11 +138,11 @@ def _cell(combination: dict[str, Any], accelerator: str, path: Path) -> Cell:
     template = model.pop("name", None) or model["class_path"].split(".")[-1]
     name = re.sub(r"{(\w+)}", lambda match: str(model.get("init_args", {}).get(match[1], match[0])), template)
     rscin = model.pop("rscin", None)
+    rscin = rscin and _rscin(rscin, f"{path}: rscin of {name}")
     # The recorder measures, and nobody looks at a thousand pictures.
     model["init_args"] = {**model.get("init_args", {}), "evaluator": False, "visualizer": False}
     parser = _parser()
     try:
-        rscin = rscin and _rscin(rscin, f"{path}: rscin of {name}")
         parsed = parser.parse_object({"model": model, "data": data})
     except ArgumentError as error:
         msg = f"{path}: {name} on {data.get('class_path')}: {error}"
@@ -159,8 +159,12 @@ def _rscin(given: dict[str, Any], where: str) -> dict[str, Any]:
     """Fill in the defaults of a second row and check it."""
     rscin = _checked(given, _RSCIN_KEYS, {"backbone"}, where)
     rscin = {"pretrained": True, "image_size": None, "windows": [1, 2, 3], **rscin}
-    check_windows(rscin["windows"])
-    _backbone_parser().parse_object({"backbone": rscin["backbone"]})
+    try:
+        check_windows(rscin["windows"])
+        _backbone_parser().parse_object({"backbone": rscin["backbone"]})
+    except (ArgumentError, ValueError) as error:
+        msg = f"{where}: {error}"
+        raise ValueError(msg) from error
     return rscin
 
 
