@@ -69,8 +69,10 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         memory_budget: GiB that the pool may take, its features and scoring, on the host and on the compute device
             each. What does not fit goes to temporary files. Defaults to half of what is free.
         mode: Who judges: "mutual", the images of the pool each other, as in the paper; "reference", a bank of reference
-            images, so that an image's score does not depend on the others; "both", the pool and the bank.
-        references: Folder of images for the bank, normal or unlabelled. Defaults to the datamodule's training images.
+            images, so that an image's score does not depend on the others; "both", the pool and the bank. A
+            checkpoint's takes the place of "mutual".
+        references: Folder of images for the bank, normal or unlabelled; those to be judged must not be among them.
+            Defaults to the datamodule's training images.
         k_shot: How many of the datamodule's training images to take. Defaults to all.
         bank_size: How many references to keep, the most normal and diverse ones. Defaults to all.
         pre_processor: anomalib's component, or whether to use the default: resize and normalise as the backbone asks.
