@@ -29,6 +29,7 @@ class ReferenceBank(nn.Module):
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = interval
         self.num_layers = 0
+        self._own_patch_scores: torch.Tensor | None = None  # found again after loading, if asked for
         self.register_buffer("class_tokens", torch.empty(0, 0))
         self.register_buffer("raw_scores", torch.empty(0))
 
@@ -37,7 +38,7 @@ class ReferenceBank(nn.Module):
         names = [name for name in self._buffers if name.startswith(("layer_", "vectors_"))]
         for name in names:
             del self._buffers[name]
-        self.num_layers, self.origin = 0, None
+        self.num_layers, self.origin, self._own_patch_scores = 0, None, None
         self.class_tokens, self.raw_scores = self.class_tokens.new_empty(0, 0), self.raw_scores.new_empty(0)
 
     def __len__(self) -> int:
@@ -48,19 +49,27 @@ class ReferenceBank(nn.Module):
         """One map ``(M, C, h, w)`` a layer."""
         return [self.get_buffer(f"layer_{layer}") for layer in range(self.num_layers)]
 
-    def fill(self, feature_maps: Sequence[torch.Tensor], class_tokens: torch.Tensor, raw_scores: torch.Tensor) -> None:
+    def fill(
+        self,
+        feature_maps: Sequence[torch.Tensor],
+        class_tokens: torch.Tensor,
+        raw_scores: torch.Tensor,
+        patch_scores: torch.Tensor | None = None,
+    ) -> None:
         """Put M images into the bank in place of those that are there.
 
         Args:
             feature_maps: One map ``(M, C, h, w)`` a layer.
             class_tokens: Image features, shape ``(M, D)``.
             raw_scores: Raw scores of the images against each other, shape ``(M,)``.
+            patch_scores: Their patch scores, shape ``(M, h, w)``, if known.
         """
         device = self.class_tokens.device
         self.clear()
         self.num_layers = len(feature_maps)
         self.class_tokens = class_tokens.to(device)
         self.raw_scores = raw_scores.to(device)
+        self._own_patch_scores = None if patch_scores is None else patch_scores.cpu()
         for layer, feature_map in enumerate(feature_maps):
             self.register_buffer(f"layer_{layer}", feature_map.to(device))
         self._aggregate()
@@ -91,11 +100,13 @@ class ReferenceBank(nn.Module):
 
     def own_patch_scores(self) -> torch.Tensor:
         """Return how the images judge each other, shape ``(M, h, w)``."""
-        scores = [
-            self.patch_scores([maps[[index]] for maps in self.feature_maps], torch.tensor([index]))
-            for index in range(len(self))
-        ]
-        return torch.cat(scores)
+        if self._own_patch_scores is None:
+            scores = [
+                self.patch_scores([maps[[index]] for maps in self.feature_maps], torch.tensor([index]))
+                for index in range(len(self))
+            ]
+            self._own_patch_scores = torch.cat(scores).cpu()
+        return self._own_patch_scores
 
     def rescore(self, raw_scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
         """Re-score images ``(B,)``; see :func:`~anomalib_musc.functional.rscin_by_references`."""

@@ -22,6 +22,7 @@ class BankCheckpoint(LightningModule):
     bank_size: int | None
     _bank_of: str
     _calibrated_without_labels: list[str]
+    _calibrated_for: list[float]
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -40,6 +41,7 @@ class BankCheckpoint(LightningModule):
         checkpoint["references"] = self._bank_arguments()
         checkpoint["bank_of"] = self._bank_of
         checkpoint["calibrated_on_pool"] = self._calibrated_without_labels
+        checkpoint["calibrated_for"] = self._calibrated_for
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over who judges, and where the bank and the thresholds came from.
@@ -54,6 +56,7 @@ class BankCheckpoint(LightningModule):
         super().on_load_checkpoint(checkpoint)
         self._bank_of = checkpoint.get("bank_of", self._bank_of)
         self._calibrated_without_labels = checkpoint.get("calibrated_on_pool", [])
+        self._calibrated_for = checkpoint.get("calibrated_for", [])
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the pools: an export needs none, and a dataloader may not be one that can be pickled."""

@@ -145,6 +145,7 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         self._sources: list[PoolSource] = []
         self._pools: list[Pool] = []
         self._calibrated_without_labels: list[str] = []
+        self._calibrated_for: list[float] = []  # the raw scores of the bank
         self._bank_of = TRAINING_IMAGES if references is None else FOLDER
         self._scored_in_validation = False
         if isinstance(backbone, nn.Module):
@@ -387,7 +388,10 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
             return
         levels = uncalibrated(self.post_processor)
         if self.mode == "reference":
-            may_hold_defects = self._bank_of == FOLDER
+            scores, may_hold_defects = self.model.bank.raw_scores.tolist(), self._bank_of == FOLDER
+            if scores != self._calibrated_for:
+                levels |= set(self._calibrated_without_labels)
+            self._calibrated_for = scores
             calibrate_on_bank(self.post_processor, self.model, levels, may_hold_defects=may_hold_defects)
         else:
             levels |= set(self._calibrated_without_labels)  # the pools may be others than before

@@ -192,18 +192,18 @@ class MuScModel(nn.Module):
             check_interval(self.interval, min(size or num_images, num_images) + 1)
         layers = [torch.cat(maps) for maps in zip(*(feature_maps for feature_maps, _ in extracted), strict=True)]
         tokens = torch.cat([class_tokens for _, class_tokens in extracted])
-        raw_scores = self._raw_scores(layers)
+        raw_scores, patch_scores = self._scores_of_each_other(layers)
         if size is not None and size < len(tokens):
             kept = most_normal(raw_scores, tokens, size)
             layers, tokens = [maps[kept] for maps in layers], tokens[kept]
-            raw_scores = self._raw_scores(layers)
-        self.bank.fill(layers, tokens, raw_scores)
+            raw_scores, patch_scores = self._scores_of_each_other(layers)
+        self.bank.fill(layers, tokens, raw_scores, patch_scores)
 
-    def _raw_scores(self, feature_maps: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the raw scores of a pool; 0 for an image that is alone."""
-        if len(feature_maps[0]) < 2:
-            return torch.zeros(1)
-        return self.anomaly_maps(self.score(feature_maps)).amax(dim=(1, 2, 3))
+    def _scores_of_each_other(self, feature_maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the raw scores ``(N,)`` and patch scores ``(N, h, w)`` of a pool; 0 for an image that is alone."""
+        first = feature_maps[0]
+        patch_scores = self.score(feature_maps) if len(first) > 1 else torch.zeros_like(first[:, 0])
+        return self.anomaly_maps(patch_scores).amax(dim=(1, 2, 3)), patch_scores
 
     @torch.no_grad()
     def extract(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -121,6 +121,7 @@ def test_plain_torch():
     assert len(model.bank) == 3
     other = MuScModel(OwnBackbone())
     other.load_state_dict(model.state_dict())
+    torch.testing.assert_close(other.bank.own_patch_scores(), model.bank.own_patch_scores(), atol=1e-4, rtol=0)
     torch.testing.assert_close(other(images).anomaly_map, model(images).anomaly_map)
 
 
@@ -391,6 +392,14 @@ def assert_calibrated(model: MuSc) -> None:
     state = model.post_processor.state_dict()
     names = [f"{level}_{end}" for level in ("image", "pixel") for end in ("min", "max")]
     assert all(torch.isfinite(state[name]) for name in [*names, "_image_threshold", "_pixel_threshold"])
+
+
+def test_thresholds_follow_the_bank(mvtec_root, folder, own_backbone, make_engine):
+    model, engine = MuSc(own_backbone, mode="reference", references=mvtec_root / "widget/train"), make_engine()
+    engine.predict(model, data_path=folder)
+    model.model.build_bank([torch.rand(4, 3, 64, 64)])
+    engine.predict(model, data_path=folder)
+    assert model.post_processor.pixel_threshold == model.model.bank.raw_scores.max()
 
 
 @pytest.mark.parametrize("copies", [1, 3])
