@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -96,10 +97,16 @@ class TestOffline:
         assert all(path.stat().st_mtime_ns == time for path, time in offline["kept"].items())
         assert f"6 cells, {len(offline['kept'])} of them finished before" in offline["output"]
 
+    def test_the_cell_that_was_killed_is_run_last(self, offline):
+        begun = [line for line in offline["output"].splitlines() if ", seed 0" in line]
+        order = ["MuSc on sample fabric", "MuSc on sample gear", "MuSc without RsCIN on sample fabric"]
+        assert len(begun) == 6 - len(offline["kept"])
+        assert order[len(offline["kept"])] in begun[-1]
+
     def test_every_cell_has_the_same_images_and_seven_metrics(self, offline):
         lines = lines_of(offline["results"])
-        assert [line["model"] for line in lines[::2]] == ["MuSc", "MuSc", "MuSc without RsCIN", "PatchCore"]
-        assert len(lines) == 8
+        assert [line["model"] for line in lines[::2]] == ["MuSc", "MuSc without RsCIN", "PatchCore", "PatchCore"]
+        assert [line["model"] for line in lines[5::2]] == ["PatchCore + RsCIN"] * 2
         for line in lines:
             assert {0 <= float(line[name]) <= 1 for name in METRICS} == {True}
             assert line["num_test"] == "12"
@@ -112,7 +119,7 @@ class TestOffline:
             assert int(line["peak_host_bytes"]) > 0
             assert line["seed"] == "0"
             assert "threads" in line["device"]
-            assert json.loads(line["versions"])["torch"] == torch.__version__.split("+")[0] or torch.__version__
+            assert json.loads(line["versions"])["torch"] == version("torch")
             assert json.loads(line["configuration"])["model"]["init_args"]["backbone"]
 
     def test_predictions_are_what_the_metrics_are_of(self, offline):
@@ -208,11 +215,12 @@ class TestMixed:
     def test_image_features_are_extracted_once_for_a_category(self, mixed):
         assert len(list((mixed["out"] / "features").glob("*.npz"))) == 1
 
-    def test_seeds_differ_and_are_averaged(self, mixed):
+    def test_several_seeds_are_averaged(self, mixed):
         scores = [record["metrics"]["pixel_ap"] for record in mixed["records"] if record["model"] == "MuSc"]
-        assert len(set(scores)) == 2
+        assert len(scores) == 2
         text = (mixed["out"] / "results.md").read_text(encoding="utf-8")
-        assert f"{100 * round(sum(scores) / 2, 3):.1f} ± " in text
+        assert f"{100 * round(sum(scores) / 2, 3):.1f} ± 0.0" in text  # seeds do not change MuSc
+        assert "mean ± standard deviation" in text
 
     def test_few_shot_models_are_given_training_images(self, mixed):
         bank = [record for record in mixed["records"] if record["model"] == "Bank"]

@@ -55,6 +55,7 @@ class CellJob(Job):
         record.configuration = {key: value for key, value in asdict(cell).items() if key != "key"}
         record.setting = published_setting(cell.dataset, cell.model)
         predictions = None
+        self.store.begin(cell.key)
         try:
             predictions = self._measure(record, task_id)
         except Exception as error:  # whatever a model raises, the other cells go on

@@ -17,7 +17,7 @@ from anomalib_musc.benchmark.records import Predictions
 from anomalib_musc.benchmark.summary import with_rscin
 
 MOST_IMAGES = 12
-_SIDE = 112
+_SIDE = 144
 _QUALITY = 70
 
 
@@ -103,7 +103,7 @@ def gallery(rankings: Sequence[Ranking], numbers: Mapping[str, int]) -> str:
     rows = "".join(_row(path, list(columns.values())) for path in shown)
     return (
         f"<p>{_order(len(shown), len(paths), len(rankings))} Rank 1 is the most anomalous image. Each heatmap spans "
-        'the range of its model on this category: low <span class="ramp"></span> high.</p>'
+        'what 99 % of its model\'s values on this category do: low <span class="ramp"></span> high.</p>'
         '<div class="scroll" role="region" aria-label="Gallery" tabindex="0"><table class="gallery">'
         f'<thead><tr><th scope="col">image</th><th scope="col">true mask</th>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"

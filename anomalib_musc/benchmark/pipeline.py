@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 class CellGenerator(JobGenerator):
-    """Generates the cells that are not finished yet; those that failed before are tried again."""
+    """Generates the cells that are not finished yet; those that failed before are tried again.
+
+    Those that were being run when a process died come last, as they may have been why, by its memory for example.
+    """
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
@@ -39,7 +42,7 @@ class CellGenerator(JobGenerator):
         """Yield a job for every cell to run."""
         del args, prev_stage_result
         store = Store(self._config.output)
-        for cell in self._config.cells:
+        for cell in sorted(self._config.cells, key=lambda cell: store.was_interrupted(cell.key)):
             if not store.is_finished(cell.key):
                 yield CellJob(cell, store)
 

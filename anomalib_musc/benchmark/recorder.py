@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from anomalib.data import ImageBatch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -113,5 +114,5 @@ def image_metrics(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float
 
 
 def _to_bytes(maps: torch.Tensor) -> torch.Tensor:
-    low, high = maps.min(), maps.max()
-    return ((maps - low) / (high - low).clamp_min(1e-12) * 255).round().to(torch.uint8)
+    low, high = np.percentile(maps.numpy(), (0.5, 99.5))
+    return ((maps - low) / max(high - low, 1e-12) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -31,7 +31,8 @@ class Predictions:
         labels: 1 where anomalous, ``(N,)``.
         scores: Image scores, ``(N,)``.
         rescored: The same after RsCIN, ``(N,)``, or ``None``.
-        maps: Small anomaly maps ``(N, S, S)`` from 0 to 255 over the range of the cell, or ``None``.
+        maps: Small anomaly maps ``(N, S, S)`` from 0 to 255 over the range of the cell without its outermost
+            half percents, or ``None``.
         masks: Small true masks ``(N, S, S)``, or ``None``.
         pro_curve: False positive rates up to 0.3 and the regions' mean overlaps, ``(2, K)``, or ``None``.
     """
@@ -100,6 +101,19 @@ class Store:
                 np.savez_compressed(part, **arrays)
         with whole_file(self._cell(record.key) / "record.json") as part:
             part.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+    def begin(self, key: str) -> None:
+        """Note that a cell is being run.
+
+        Raises:
+            OSError: If the folder cannot be written.
+        """
+        self._cell(key).mkdir(parents=True, exist_ok=True)
+        (self._cell(key) / "begun").touch()
+
+    def was_interrupted(self, key: str) -> bool:
+        """Return whether a cell was begun and neither finished nor failed: the process died."""
+        return (self._cell(key) / "begun").is_file() and self.record(key) is None
 
     def is_finished(self, key: str) -> bool:
         """Return whether a cell needs no run: it has a record, and not of a failure."""
