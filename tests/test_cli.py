@@ -14,7 +14,11 @@ from anomalib_musc.backbones import ALIASES
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
-CONFIGS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "benchmark")
+CONFIGS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").rglob("*.yaml")
+    if path.parent.name != "benchmark"  # which anomalib-musc reads
+)
 
 
 def anomalib(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
