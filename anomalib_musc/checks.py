@@ -96,12 +96,12 @@ def _is_whole(path: Path, image_format: str | None) -> bool:
         return file.read().rstrip(b"\0")[-2:] == b"\xff\xd9"
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, option: str = "default_root_dir") -> None:
     """Raise an OSError unless files can be written to a folder, which is created if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        msg = f"Results cannot be written to {folder}: {error.strerror}. Choose another default_root_dir."
+        msg = f"Results cannot be written to {folder}: {error.strerror}. Choose another {option}."
         raise OSError(msg) from error

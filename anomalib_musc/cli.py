@@ -21,7 +21,7 @@ def main() -> None:
         records = SideBySide().run(arguments)
     except (ValueError, OSError) as error:
         parser.exit(2, f"anomalib-musc benchmark: {error}\n")
-    failed = [record for record in records if record.error is not None]
+    failed = [record for record in records if record.failure is not None]
     for record in failed:
-        print(f"failed: {record.model} on {record.dataset} {record.category}: {record.error}", file=sys.stderr)
+        print(f"failed: {record.model} on {record.dataset} {record.category}: {record.failure}", file=sys.stderr)
     sys.exit(1 if failed else 0)

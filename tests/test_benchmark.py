@@ -23,7 +23,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_musc import MuSc
 from anomalib_musc.benchmark.config import read_config
-from anomalib_musc.benchmark.published import published_dataset, published_rows, published_setting
+from anomalib_musc.benchmark.published import published_dataset, published_rows
 from anomalib_musc.benchmark.records import METRICS, Predictions, Record, Store
 from anomalib_musc.benchmark.summary import MEAN, best_of, rows_of
 from anomalib_musc.functional import rscin
@@ -97,12 +97,6 @@ class TestOffline:
         assert all(path.stat().st_mtime_ns == time for path, time in offline["kept"].items())
         assert f"6 cells, {len(offline['kept'])} of them finished before" in offline["output"]
 
-    def test_the_cell_that_was_killed_is_run_last(self, offline):
-        begun = [line for line in offline["output"].splitlines() if ", seed 0" in line]
-        order = ["MuSc on sample fabric", "MuSc on sample gear", "MuSc without RsCIN on sample fabric"]
-        assert len(begun) == 6 - len(offline["kept"])
-        assert order[len(offline["kept"])] in begun[-1]
-
     def test_every_cell_has_the_same_images_and_seven_metrics(self, offline):
         lines = lines_of(offline["results"])
         assert [line["model"] for line in lines[::2]] == ["MuSc", "MuSc without RsCIN", "PatchCore", "PatchCore"]
@@ -165,73 +159,122 @@ class TestOffline:
         assert page.count("data:image") > 50
 
 
+DEADLY = """
+import os, signal
+from anomalib_musc import MuSc
+
+class Deadly(MuSc):
+    def on_test_start(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory, mvtec_root) -> dict[str, object]:
-    """A configuration with two seeds and a model that fails."""
+    """A configuration of models that fail in every way beside some that do not."""
     folder = tmp_path_factory.mktemp("mixed")
+    (folder / "deadly.py").write_text(DEADLY)
     plain = {"class_path": "anomalib.post_processing.PostProcessor"}
+    bank = {"mode": "reference", "k_shot": 3}
     models = [
         {"name": "MuSc", "class_path": "MuSc", "init_args": TINY},
-        {"name": "Plain", "class_path": "MuSc", "init_args": {**TINY, "post_processor": plain}, "rscin": TINY},
-        {"name": "Bank", "class_path": "MuSc", "init_args": {**TINY, "mode": "reference", "k_shot": 3}},
+        {"name": "Deadly", "class_path": "deadly.Deadly", "init_args": TINY},
+        {"name": "Plain | pipe", "class_path": "MuSc", "init_args": {**TINY, "post_processor": plain}, "rscin": TINY},
+        {"name": "Bank", "class_path": "MuSc", "init_args": {**TINY, **bank}, "rscin": {"backbone": "nosuch"}},
         {"name": "Broken", "class_path": "MuSc", "init_args": {**TINY, "pretrained": "nowhere.safetensors"}},
     ]
-    config = folder / "mixed.yaml"
-    grid = {"seed": {"grid": [0, 1]}, "model": {"grid": models}, "data": widget(mvtec_root)}
-    config.write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": grid}))
-    status, output = run("anomalib-musc", "benchmark", "--config", config, "--output", folder / "out", cwd=folder)
+    config = write_config(folder / "mixed.yaml", {"grid": models}, widget(mvtec_root))
+    arguments = ["benchmark", "--config", config, "--output", folder / "out"]
+    status, output = run("anomalib-musc", *arguments, cwd=folder, PYTHONPATH=str(folder))
     records = [json.loads(path.read_text()) for path in (folder / "out/cells").glob("*/record.json")]
-    return {"status": status, "output": output, "records": records, "out": folder / "out"}
+    by_model = {record["model"]: record for record in records}
+    return {"status": status, "output": output, "records": by_model, "out": folder / "out"}
 
 
 class TestMixed:
     def test_a_failure_is_recorded_and_the_rest_goes_on(self, mixed):
         assert mixed["status"] == 1
         assert "failed: Broken on" in mixed["output"]
-        failed = [record for record in mixed["records"] if record["error"]]
-        assert [record["model"] for record in failed] == ["Broken", "Broken"]
-        assert all("nowhere.safetensors" in record["error"] for record in failed)
-        assert len(mixed["records"]) == 8
-        assert "nowhere.safetensors" in (mixed["out"] / "report.html").read_text(encoding="utf-8")
-        assert "nowhere.safetensors" in (mixed["out"] / "results.md").read_text(encoding="utf-8")
+        assert "nowhere.safetensors" in mixed["records"]["Broken"]["error"]
+        assert list(mixed["records"]).count("MuSc") == 1
+        assert len(mixed["records"]) == 5
+        for name in ("report.html", "results.md", "results.csv"):
+            assert "nowhere.safetensors" in (mixed["out"] / name).read_text(encoding="utf-8")
+
+    def test_a_model_that_takes_its_process_down_takes_no_other(self, mixed):
+        assert "-9" in mixed["records"]["Deadly"]["error"]
+
+    def test_a_second_row_that_fails_leaves_the_first(self, mixed):
+        bank = mixed["records"]["Bank"]
+        assert bank["error"] is None
+        assert bank["metrics"]["image_auroc"] > 0.5
+        assert "nosuch" in bank["rscin"]["error"]
+        assert "failed: Bank on" in mixed["output"]
 
     def test_metrics_are_those_of_engine(self, mixed, mvtec_root, tmp_path):
-        torch.manual_seed(0)
         data = MVTecAD(root=mvtec_root, category="widget", num_workers=0)
         engine = Engine(default_root_dir=tmp_path, logger=False)
         (expected,) = engine.test(MuSc(**TINY, visualizer=False), datamodule=data)
-        (found,) = [each for each in mixed["records"] if each["model"] == "MuSc" and each["seed"] == 0]
+        found = mixed["records"]["MuSc"]["metrics"]
         names = {"image_auroc": "image_AUROC", "pixel_ap": "pixel_AveragePrecision", "aupro": "pixel_AUPRO"}
         for ours, theirs in names.items():
-            assert found["metrics"][ours] == pytest.approx(expected[theirs], abs=1e-5)
+            assert found[ours] == pytest.approx(expected[theirs], abs=1e-5)
 
     def test_a_second_row_with_rscin_is_what_musc_itself_gives(self, mixed):
-        for seed in (0, 1):
-            by_model = {record["model"]: record for record in mixed["records"] if record["seed"] == seed}
-            rescored, own = by_model["Plain"]["rscin"]["metrics"], by_model["MuSc"]["metrics"]
-            assert set(rescored) == {"image_auroc", "image_f1max", "image_ap"}
-            assert by_model["Plain"]["metrics"]["pixel_ap"] == pytest.approx(own["pixel_ap"], abs=1e-6)
+        plain, musc = mixed["records"]["Plain | pipe"], mixed["records"]["MuSc"]
+        own = {name: value for name, value in musc["metrics"].items() if name.startswith("image")}
+        assert plain["rscin"]["metrics"] == pytest.approx(own, abs=1e-6)
+        assert plain["metrics"]["pixel_ap"] == pytest.approx(musc["metrics"]["pixel_ap"], abs=1e-6)
 
     def test_image_features_are_extracted_once_for_a_category(self, mixed):
         assert len(list((mixed["out"] / "features").glob("*.npz"))) == 1
 
-    def test_several_seeds_are_averaged(self, mixed):
-        scores = [record["metrics"]["pixel_ap"] for record in mixed["records"] if record["model"] == "MuSc"]
-        assert len(scores) == 2
+    def test_memory_is_that_of_a_cell_alone(self, mixed):
+        peaks = [mixed["records"][name]["peak_host_bytes"] for name in ("MuSc", "Plain | pipe")]
+        assert max(peaks) < 2 * min(peaks)
+
+    def test_a_table_has_as_many_columns_in_every_row(self, mixed):
         text = (mixed["out"] / "results.md").read_text(encoding="utf-8")
-        assert f"{100 * round(sum(scores) / 2, 3):.1f} ± 0.0" in text  # seeds do not change MuSc
-        assert "mean ± standard deviation" in text
-
-    def test_few_shot_models_are_given_training_images(self, mixed):
-        bank = [record for record in mixed["records"] if record["model"] == "Bank"]
-        assert all(record["error"] is None for record in bank)
-        assert all(record["configuration"]["model"]["init_args"]["k_shot"] == 3 for record in bank)
+        columns = {line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")}
+        assert len(columns) == 1
 
 
+def test_models_see_the_same_images_where_a_datamodule_splits_them_by_chance(tmp_path, mvtec_root):
+    arguments = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/scratch"}
+    data = {
+        "class_path": "Folder",
+        "init_args": {"name": "w", "root": str(mvtec_root / "widget"), "num_workers": 0, **arguments},
+    }
+    models = [
+        {"name": "A", "class_path": "MuSc", "init_args": TINY},
+        {"name": "B", "class_path": "Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}},
+    ]
+    config = write_config(tmp_path / "f.yaml", {"grid": models}, data)
+    status, output = run("anomalib-musc", "benchmark", "--config", config, cwd=tmp_path)
+    assert status == 0, output
+    store = Store(tmp_path / "results/benchmark/f")
+    first, second = (store.predictions(path.name).paths for path in store.folder.glob("cells/*"))
+    assert first == second
+    assert 2 <= len(first) < 12
+
+
+def test_sigterm_ends_it_with_a_status_that_says_so(tmp_path, mvtec_root):
+    model = {"class_path": "MuSc", "init_args": TINY}
+    config = write_config(tmp_path / "t.yaml", model, widget(mvtec_root))
+    process = command("anomalib-musc", "benchmark", "--config", config, cwd=tmp_path)
+    while "MuSc on" not in process.stdout.readline():
+        pass
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list(tmp_path.rglob("record.json"))
+
+
+MUSC = {"model": {"class_path": "MuSc"}, "data": "DATA"}
 WRONG = {
     "unknown key": ({"benchmark": {"model": {}, "data": {}, "models": 1}}, "models"),
     "no data": ({"benchmark": {"model": {"class_path": "MuSc"}}}, "data"),
-    "no class path": ({"benchmark": {"model": {"name": "A"}, "data": {}}}, "class_path"),
+    "no class path": ({"benchmark": {"model": {"name": "A"}, "data": "DATA"}}, "class_path"),
     "unknown model": ({"benchmark": {"model": {"class_path": "Nothing"}, "data": "DATA"}}, "Nothing"),
     "misspelt argument": (
         {"benchmark": {"model": {"class_path": "MuSc", "init_args": {"backbon": "x"}}, "data": "DATA"}},
@@ -263,13 +306,45 @@ WRONG = {
     ),
     "seed": ({"benchmark": {"seed": "one", "model": {"class_path": "MuSc"}, "data": "DATA"}}, "seed"),
     "not a mapping": ([1, 2], "benchmark"),
+    "title": ({"title": 2024, "benchmark": MUSC}, "title"),
+    "output": ({"output": 5, "benchmark": MUSC}, "output"),
+    "accelerator": ({"accelerator": "gpuu", "benchmark": MUSC}, "gpuu"),
+    "data is a list": ({"benchmark": {**MUSC, "data": [1]}}, "data"),
+    "init_args is a list": (
+        {"benchmark": {"model": {"class_path": "MuSc", "init_args": [1]}, "data": "DATA"}},
+        "init_args",
+    ),
+    "name is no text": ({"benchmark": {"model": {"class_path": "MuSc", "name": {"a": None}}, "data": "DATA"}}, "name"),
+    "rscin is no mapping": ({"benchmark": {"model": {"class_path": "MuSc", "rscin": False}, "data": "DATA"}}, "rscin"),
+    "category": (
+        {"benchmark": {**MUSC, "data": {"class_path": "MVTecAD", "init_args": {"root": ".", "category": "wigdet"}}}},
+        "no category 'wigdet'",
+    ),
+    "category called mean": (
+        {"benchmark": {**MUSC, "data": {"class_path": "Folder", "init_args": {"name": "mean", "normal_dir": "x"}}}},
+        "'mean'",
+    ),
+    "a name that a second row has": (
+        {
+            "benchmark": {
+                "model": {
+                    "grid": [
+                        {"name": "A", "class_path": "MuSc", "rscin": {"backbone": "x"}},
+                        {"name": "A + RsCIN", "class_path": "MuSc"},
+                    ]
+                },
+                "data": "DATA",
+            }
+        },
+        "RsCIN",
+    ),
 }
 
 
 @pytest.mark.parametrize(("content", "named"), WRONG.values(), ids=WRONG.keys())
 def test_a_wrong_configuration_is_one_error_that_names_the_place(content, named, tmp_path, mvtec_root):
     if isinstance(content, dict) and content["benchmark"].get("data") == "DATA":
-        content = {"benchmark": {**content["benchmark"], "data": widget(mvtec_root)}}
+        content = {**content, "benchmark": {**content["benchmark"], "data": widget(mvtec_root)}}
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(content))
     with pytest.raises(ValueError, match=named) as caught:
@@ -287,30 +362,58 @@ def test_a_wrong_configuration_leaves_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_shipped_configurations(path):
+def test_shipped_configurations(path, tmp_path, monkeypatch):
+    (tmp_path / "datasets/sample/fabric").mkdir(parents=True)
+    (tmp_path / "datasets/sample/gear").mkdir()
+    monkeypatch.chdir(tmp_path)
     config = read_config(path)
     assert len(config.cells) == {"ablations": 285, "btad": 15, "mvtec_ad": 75, "offline": 6, "visa": 60}[path.stem]
     assert len({cell.key for cell in config.cells}) == len(config.cells)
-    settings = {cell.name: published_setting(cell.dataset, cell.model) for cell in config.cells}
+    settings = {cell.name: cell.setting for cell in config.cells}
     expected = {"ablations": 1, "offline": 0}.get(path.stem, 2)
     assert sum(setting is not None for setting in settings.values()) == expected
 
 
 def test_grids_within_alternatives_and_names_from_arguments(tmp_path, mvtec_root):
+    degrees = {"aggregation_degrees": {"grid": [[1], [3]]}}
     model = {
         "grid": [
-            {"name": "r {aggregation_degrees}", "class_path": "MuSc", "init_args": {"aggregation_degrees": None}},
+            {"name": "r {aggregation_degrees}", "class_path": "MuSc", "init_args": degrees},
             {"class_path": "Patchcore"},
         ]
     }
-    model["grid"][0]["init_args"]["aggregation_degrees"] = {"grid": [[1], [3]]}
-    data = {"grid": [widget(mvtec_root, category={"grid": ["a", "b"]}), widget(mvtec_root)]}
+    shutil.copytree(mvtec_root / "widget", tmp_path / "own/a")
+    shutil.copytree(mvtec_root / "widget", tmp_path / "own/b")
+    own = widget(tmp_path / "own", category={"grid": ["a", "b"]})
+    data = {"grid": [own, {**widget(mvtec_root), "name": "ours"}]}
     config = read_config(write_config(tmp_path / "some.yaml", model, data))
-    found = {(cell.name, cell.category) for cell in config.cells}
-    assert found == {(name, where) for name in ("r [1]", "r [3]", "Patchcore") for where in ("a", "b", "widget")}
-    assert {cell.dataset for cell in config.cells} == {mvtec_root.name}
+    found = {(cell.name, cell.dataset, cell.category) for cell in config.cells}
+    places = [("own", "a"), ("own", "b"), ("ours", "widget")]
+    assert found == {(name, *place) for name in ("r [1]", "r [3]", "Patchcore") for place in places}
     assert config.title == "some"
     assert config.output == Path("results/benchmark/some")
+
+
+def test_a_configuration_means_the_same_data_from_everywhere(tmp_path, mvtec_root, monkeypatch):
+    model, keys = {"class_path": "MuSc"}, []
+    for place, root in ((mvtec_root, "."), (mvtec_root.parent, mvtec_root.name)):
+        monkeypatch.chdir(place)
+        (cell,) = read_config(write_config(tmp_path / "c.yaml", model, widget(Path(root)))).cells
+        keys.append(cell.key)
+        assert cell.dataset == mvtec_root.name
+    assert keys[0] == keys[1]
+
+
+def test_a_download_changes_no_key(tmp_path):
+    data = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path / "root"), "category": "bottle"}}
+    config = write_config(tmp_path / "c.yaml", {"class_path": "MuSc"}, data)
+    cells = [read_config(config).cells[0]]
+    (tmp_path / "root").mkdir()  # of a download that failed
+    cells += read_config(config).cells
+    for category in ("bottle", "cable"):
+        (tmp_path / "root" / category).mkdir()
+    cells += read_config(config).cells
+    assert [(cell.dataset, cell.key) for cell in cells] == [("MVTec AD", cells[0].key)] * 3
 
 
 def test_a_cell_is_another_if_anything_differs(tmp_path, mvtec_root):
@@ -331,6 +434,7 @@ def test_a_cell_is_another_if_anything_differs(tmp_path, mvtec_root):
         ({"aggregation_degrees": [1, 3]}, None),
         ({"interval": [0.0, 0.5]}, None),
         ({"num_subsets": 2}, None),
+        ({"precision": "fast"}, None),
         ({"mode": "both"}, None),
         ({"backbone": "dino_vitbase8"}, None),
         ({"post_processor": {"class_path": "anomalib.post_processing.PostProcessor"}}, None),
@@ -341,11 +445,17 @@ def test_only_the_papers_setting_stands_beside_its_figures(arguments, setting, t
     data = {"class_path": "MVTecAD", "init_args": {"root": str(tmp_path / "MVTecAD"), "category": "bottle"}}
     (cell,) = read_config(write_config(tmp_path / "c.yaml", model, data)).cells
     assert cell.dataset == "MVTec AD"
-    assert published_setting(cell.dataset, cell.model) == setting
+    assert cell.setting == setting
+
+
+def test_a_part_of_the_images_is_not_the_papers_setting(tmp_path):
+    arguments = {"root": str(tmp_path / "MVTecAD"), "category": "bottle", "val_split_mode": "from_test"}
+    data = {"class_path": "MVTecAD", "init_args": arguments}
+    (cell,) = read_config(write_config(tmp_path / "c.yaml", {"class_path": "MuSc"}, data)).cells
+    assert cell.setting is None
 
 
 def test_a_folder_that_is_only_laid_out_alike_has_no_published_figures(mvtec_root, tmp_path):
-    (mvtec_root / "widget").is_dir()
     assert published_dataset("MVTecAD", "bottle", mvtec_root) is None  # there, and without the other categories
     assert published_dataset("MVTecAD", "bottle", tmp_path / "MVTecAD") == "MVTec AD"
     assert published_rows(mvtec_root.name) == []
@@ -379,6 +489,13 @@ def test_means_are_over_categories_and_not_of_models_that_failed():
     assert best_of(row for row in rows if row.category == "x")["image_ap"] == 0.9
 
 
+def test_several_seeds_are_averaged():
+    rows = rows_of([record("A", "x", 0.5), record("A", "x", 0.7, seed=1)])
+    assert rows[0].metrics["aupro"] == pytest.approx(0.6)
+    assert rows[0].spreads["aupro"] == pytest.approx(0.1414, abs=1e-4)
+    assert rows[0].seconds == 8
+
+
 def test_pro_curve_has_the_area_that_is_reported():
     generator = torch.Generator().manual_seed(0)
     anomalous = torch.randn(400, generator=generator) + 2
@@ -401,6 +518,16 @@ def test_a_record_is_whole_or_absent(tmp_path):
     assert not store.is_finished("B-x")
     assert not store.is_finished("C-x")
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"bogus": 1}'])
+@pytest.mark.parametrize("name", ["record.json", "predictions.npz"])
+def test_a_damaged_cell_counts_as_not_run(name, content, tmp_path):
+    store = Store(tmp_path)
+    store.save(record("A", "x", 0.5), Predictions(["a.png"], np.ones(1, np.int8), np.ones(1, np.float32)))
+    (tmp_path / "cells/A-x" / name).write_text(content)
+    with pytest.warns(UserWarning, match=name):
+        assert not store.is_finished("A-x")
 
 
 class TestRescore:

@@ -4,6 +4,9 @@
 import hashlib
 import json
 import logging
+import multiprocessing
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,10 +18,10 @@ import torch
 from anomalib import LearningType
 from anomalib.engine import Engine
 from anomalib.pipelines.components import Job
+from anomalib.utils.logging import redirect_logs
 from lightning import seed_everything
 
 from anomalib_musc.benchmark.config import Cell, instantiate, instantiate_backbone
-from anomalib_musc.benchmark.published import published_setting
 from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
 from anomalib_musc.benchmark.resources import PeakMemory, describe, timed, versions
@@ -30,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class CellJob(Job):
-    """Run a cell.
+    """Run a cell in a process of its own, so that its memory is its own and its death is not that of the others.
 
     Args:
         cell: What to run.
@@ -51,37 +54,61 @@ class CellJob(Job):
         """
         cell = self.cell
         print(f"{cell.name} on {cell.dataset} {cell.category}, seed {cell.seed}", flush=True)
-        record = Record(cell.key, cell.name, cell.dataset, cell.category, cell.seed, versions=versions())
-        record.configuration = {key: value for key, value in asdict(cell).items() if key != "key"}
-        record.setting = published_setting(cell.dataset, cell.model)
-        predictions = None
-        self.store.begin(cell.key)
+        self.store.forget(cell.key)
+        process = _context().Process(target=self._run_here, args=(task_id,))
+        process.start()
+        try:
+            process.join()
+        finally:
+            process.kill()  # where this one is interrupted
+        record = self.store.record(cell.key)
+        if record is None:
+            record = self._blank()
+            record.error = f"The process that ran it ended with status {process.exitcode} (-9: killed, as for memory)."
+            self.store.save(record, None)
+        if record.failure is not None:
+            print(f"  failed: {record.failure}", flush=True)
+        return record
+
+    def _run_here(self, task_id: int | None) -> None:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        # A child has its own start method for the default, by which each worker of a dataloader would load everything.
+        multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
+        redirect_logs(str(self.store.folder / "pipeline.log"))
+        record, predictions = self._blank(), None
         try:
             predictions = self._measure(record, task_id)
         except Exception as error:  # whatever a model raises, the other cells go on
-            logger.exception("%s failed", cell.key)
-            record.error = f"{type(error).__name__}: {error}"
-            print(f"  failed: {record.error}", flush=True)
+            logger.exception("%s failed", self.cell.key)
+            record.error = describe_error(error)
         self.store.save(record, predictions)
+
+    def _blank(self) -> Record:
+        cell = self.cell
+        record = Record(cell.key, cell.name, cell.dataset, cell.category, cell.seed, versions=versions())
+        record.configuration = {key: value for key, value in asdict(cell).items() if key != "key"}
+        record.setting = cell.setting
         return record
 
     def _measure(self, record: Record, task_id: int | None) -> Predictions:
-        seed_everything(self.cell.seed, workers=True, verbose=False)
         memory, recorder = PeakMemory(), Recorder()
         with TemporaryDirectory() as folder:
             with timed(record.seconds, "setup"):
+                seed_everything(self.cell.seed, workers=True, verbose=False)
                 model, data = instantiate(self.cell)
                 data.prepare_data()
+                # Again, as models draw random numbers of their own and a datamodule may split its images by chance.
+                seed_everything(self.cell.seed, workers=True, verbose=False)
                 data.setup()
                 needs_fit = model.learning_type not in {LearningType.ZERO_SHOT, LearningType.FEW_SHOT}
+                # A zero-shot model is validated for the sake of thresholds alone, which no metric here has.
+                limits = {} if needs_fit else {"limit_val_batches": 0}
                 engine = Engine(
                     accelerator=self.cell.accelerator,
                     devices=[task_id] if task_id is not None and torch.cuda.is_available() else 1,
                     default_root_dir=folder,
                     callbacks=[recorder],
-                    logger=False,
-                    # A zero-shot model is validated for the sake of thresholds alone, which no metric here has.
-                    **({} if needs_fit else {"limit_val_batches": 0}),
+                    **{"logger": False, **limits, **self.cell.engine},
                 )
             with timed(record.seconds, "fit"):
                 if needs_fit:
@@ -91,21 +118,28 @@ class CellJob(Job):
         device = engine.trainer.strategy.root_device
         record.num_train, record.num_test = len(data.train_data), len(data.test_data)
         record.device, record.map_size = describe(device), recorder.map_size
-        record.peak_host_bytes, record.peak_device_bytes = memory.host(), memory.device()
+        record.peak_host_bytes, record.peak_device_bytes = memory.host(), memory.device(device)
         record.metrics, predictions = recorder.metrics(), recorder.predictions()
         if self.cell.rscin is not None:
-            self._rescore(record, predictions, device)
+            self._rescore(record, predictions, self.cell.rscin, device)
         return predictions
 
-    def _rescore(self, record: Record, predictions: Predictions, device: torch.device) -> None:
+    def _rescore(
+        self, record: Record, predictions: Predictions, rscin_of: dict[str, Any], device: torch.device
+    ) -> None:
         """Add the second row, with features that are extracted once for all models of a category."""
-        arguments = {key: value for key, value in (self.cell.rscin or {}).items() if key != "windows"}
-        windows = (self.cell.rscin or {})["windows"]
-        features, seconds = _features(self.store.folder / "features", predictions.paths, arguments, device)
-        rescored = rscin(torch.from_numpy(predictions.scores), features, windows)
+        arguments = {key: value for key, value in rscin_of.items() if key != "windows"}
+        record.rscin = dict(rscin_of)
+        try:
+            features, seconds = _features(self.store.folder / "features", predictions.paths, arguments, device)
+            rescored = rscin(torch.from_numpy(predictions.scores), features, rscin_of["windows"])
+        except Exception as error:  # the first row is as good as ever
+            logger.exception("RsCIN of %s failed", self.cell.key)
+            record.rscin["error"] = f"RsCIN: {describe_error(error)}"
+            return
         predictions.rescored = rescored.numpy()
         metrics = image_metrics(rescored, torch.from_numpy(predictions.labels))
-        record.rscin = {**arguments, "windows": list(windows), "seconds": seconds, "metrics": metrics}
+        record.rscin |= {"seconds": seconds, "metrics": metrics}
 
     @staticmethod
     def collect(results: list[Record]) -> list[Record]:
@@ -115,6 +149,28 @@ class CellJob(Job):
     @staticmethod
     def save(results: list[Record]) -> None:
         """Do nothing: every cell has saved itself."""
+
+
+def _context() -> Any:
+    """Return how to start processes: from one that has loaded all packages, where there is no GPU to forbid that."""
+    if torch.cuda.is_available() or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _end_with_parent() -> None:
+    """Leave no process behind that would write what nobody waits for."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def describe_error(error: Exception) -> str:
+    """Return an error as a line of a table."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _features(

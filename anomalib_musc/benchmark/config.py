@@ -17,9 +17,13 @@ It is anomalib's own format, in which ``grid`` lists alternatives, with a name f
             class_path: Patchcore
             init_args: {backbone: {grid: [resnet18, wide_resnet50_2]}}
             rscin: {backbone: dinov2_vitb14, windows: [1, 2, 3]}  # a second row, re-scored
+          - {class_path: EfficientAd, engine: {max_epochs: 20}}  # Engine's arguments
       data:
         grid:
           - {class_path: MVTecAD, init_args: {root: datasets/MVTecAD, category: {grid: [bottle, cable]}}}
+          - name: our bolts                              # defaults to that of the root folder
+            class_path: Folder
+            init_args: {name: m6, root: bolts, normal_dir: good, abnormal_dir: bad}
 """
 
 import hashlib
@@ -27,6 +31,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +41,18 @@ from anomalib.models import AnomalibModule
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from torch import nn
 
 import anomalib_musc.zoo  # noqa: F401  # so that models are found by their bare names
-from anomalib_musc.benchmark.published import published_dataset
+from anomalib_musc.benchmark.published import check_category, published_dataset, published_setting
+from anomalib_musc.benchmark.summary import MEAN, with_rscin
 from anomalib_musc.functional.rscin import check_windows
 
 _KEYS = {"title", "output", "accelerator", "benchmark"}
 _CELL_KEYS = {"seed", "model", "data"}
-_MODEL_KEYS = {"name", "class_path", "init_args", "rscin"}
+_MODEL_KEYS = {"name", "class_path", "init_args", "rscin", "engine"}
+_DATA_KEYS = {"name", "class_path", "init_args"}
 _RSCIN_KEYS = {"backbone", "pretrained", "image_size", "windows"}
 
 
@@ -58,6 +66,7 @@ class Cell:
         model: ``class_path`` and ``init_args``, all defaults filled in.
         data: Likewise, of the datamodule.
         rscin: Backbone, its weights and size, and windows of the second row, or ``None``.
+        engine: Arguments for anomalib's Engine.
     """
 
     key: str
@@ -69,6 +78,12 @@ class Cell:
     model: dict[str, Any]
     data: dict[str, Any]
     rscin: dict[str, Any] | None
+    engine: dict[str, Any]
+
+    @property
+    def setting(self) -> str | None:
+        """Name of the published row whose setting this is."""
+        return published_setting(self.dataset, self.model, self.data)
 
 
 @dataclass(frozen=True)
@@ -98,18 +113,17 @@ def read_config(path: Path, output: Path | None = None) -> BenchmarkConfig:
         raise ValueError(msg) from error
     content = _checked(content, _KEYS, {"benchmark"}, str(path))
     grid = _checked(content["benchmark"], _CELL_KEYS, {"model", "data"}, f"{path}: benchmark")
-    accelerator = content.get("accelerator", "auto")
-    cells = [_cell(combination, accelerator, path) for combination in _combinations(grid)]
+    title = _text(content.get("title", path.stem), f"{path}: title")
+    folder = output or Path(_text(content.get("output", f"results/benchmark/{path.stem}"), f"{path}: output"))
+    accelerator = _accelerator(content.get("accelerator", "auto"), f"{path}: accelerator")
+    cells = [_cell(combination, accelerator, f"{path}: benchmark") for combination in _combinations(grid)]
     _check_names(cells, path)
-    folder = output or Path(content.get("output", Path("results") / "benchmark" / path.stem))
-    return BenchmarkConfig(content.get("title", path.stem), folder, accelerator, cells)
+    return BenchmarkConfig(title, folder, accelerator, cells)
 
 
 def instantiate(cell: Cell) -> tuple[AnomalibModule, AnomalibDataModule]:
     """Build the model and the datamodule of a cell."""
-    parser = _parser()
-    built: Any = parser.instantiate_classes(parser.parse_object({"model": cell.model, "data": cell.data}))
-    return built.model, built.data
+    return _built(AnomalibModule, cell.model), _built(AnomalibDataModule, cell.data)
 
 
 def instantiate_backbone(value: str | dict[str, Any]) -> str | nn.Module:
@@ -129,30 +143,41 @@ def _combinations(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield combination
 
 
-def _cell(combination: dict[str, Any], accelerator: str, path: Path) -> Cell:
-    model = dict(_checked(combination["model"], _MODEL_KEYS, {"class_path"}, f"{path}: benchmark.model"))
-    data, seed = combination["data"], combination.get("seed", 0)
-    if not isinstance(seed, int):
-        msg = f"{path}: benchmark.seed must be a whole number, got {seed!r}."
+def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
+    combination = _checked(combination, _CELL_KEYS, {"model", "data"}, where)
+    model = dict(_checked(combination["model"], _MODEL_KEYS, {"class_path"}, f"{where}.model"))
+    data = dict(_checked(combination["data"], _DATA_KEYS, {"class_path"}, f"{where}.data"))
+    seed = combination.get("seed", 0)
+    if type(seed) is not int or not 0 <= seed < 2**32:
+        msg = f"{where}.seed must be a whole number from 0 to 2**32 - 1, got {seed!r}."
         raise ValueError(msg)
-    template = model.pop("name", None) or model["class_path"].split(".")[-1]
-    name = re.sub(r"{(\w+)}", lambda match: str(model.get("init_args", {}).get(match[1], match[0])), template)
-    rscin = model.pop("rscin", None)
-    rscin = rscin and _rscin(rscin, f"{path}: rscin of {name}")
+    name = _model_name(model, where)
+    rscin, engine = model.pop("rscin", None), model.pop("engine", {})
+    rscin = None if rscin is None else _rscin(rscin, f"{where}.model: rscin of {name}")
+    engine = _arguments(engine, f"{where}.model: engine of {name}")
+    dataset = data.pop("name", None)
     # The recorder measures, and nobody looks at a thousand pictures.
-    model["init_args"] = {**model.get("init_args", {}), "evaluator": False, "visualizer": False}
-    parser = _parser()
-    try:
-        parsed = parser.parse_object({"model": model, "data": data})
-    except ArgumentError as error:
-        msg = f"{path}: {name} on {data.get('class_path')}: {error}"
-        raise ValueError(msg) from error
-    full = json.loads(parser.dump(parsed, format="json", skip_none=False))
-    dataset, category = _names(full["data"])
-    identity = {"name": name, "seed": seed, "rscin": rscin, **full}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-    slug = re.sub(r"[^\w.]+", "-", f"{dataset}-{category}-{name}-{seed}").strip("-")
-    return Cell(f"{slug}-{digest}", name, dataset, category, seed, accelerator, full["model"], full["data"], rscin)
+    model["init_args"] = {**model["init_args"], "evaluator": False, "visualizer": False}
+    full = {"model": _filled(AnomalibModule, model, f"{where}.model: {name}")}
+    full["data"] = _filled(AnomalibDataModule, data, f"{where}.data")
+    found, category = _names(full["data"], f"{where}.data")
+    dataset = found if dataset is None else _text(dataset, f"{where}.data: name")
+    given = {"accelerator": accelerator, "name": name, "seed": seed, "rscin": rscin, "engine": engine, **full}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
+    # Not the dataset's name, which a download may change.
+    slug = re.sub(r"[^\w.]+", "-", f"{category}-{name}-{seed}").strip("-").encode()[:80].decode(errors="ignore")
+    rest = (accelerator, full["model"], full["data"], rscin, engine)
+    return Cell(f"{slug}-{digest}", name, dataset, category, seed, *rest)
+
+
+def _model_name(model: dict[str, Any], where: str) -> str:
+    """Take the name out of a model, its class where it has none, and fill in its arguments."""
+    class_path = _text(model["class_path"], f"{where}.model: class_path")
+    model["init_args"] = _arguments(model.get("init_args") or {}, f"{where}.model: init_args of {class_path}")
+    template = _text(
+        model.pop("name", class_path.split(".")[-1]), f"{where}.model: name (in quotes where it has braces)"
+    )
+    return re.sub(r"{(\w+)}", lambda match: str(model["init_args"].get(match[1], match[0])), template)
 
 
 def _rscin(given: dict[str, Any], where: str) -> dict[str, Any]:
@@ -168,21 +193,80 @@ def _rscin(given: dict[str, Any], where: str) -> dict[str, Any]:
     return rscin
 
 
-def _names(data: dict[str, Any]) -> tuple[str, str]:
-    """Return what a dataset and its category are called: a folder that is only laid out like MVTec AD is not that."""
+def _names(data: dict[str, Any], where: str) -> tuple[str, str]:
+    """Return what a dataset and its category are called: a folder that is only laid out like MVTec AD is not that.
+
+    Its root becomes absolute, as the same configuration may be run from elsewhere.
+    """
     datamodule, arguments = data["class_path"].split(".")[-1], data["init_args"]
     category = str(arguments.get("category") or arguments.get("name") or datamodule)
-    root = Path(str(arguments.get("root") or datamodule))
+    if not arguments.get("root"):
+        return datamodule, category
+    root = Path(str(arguments["root"])).resolve()
+    arguments["root"] = str(root)
+    try:
+        check_category(datamodule, category, root)
+    except ValueError as error:
+        msg = f"{where}: {error}"
+        raise ValueError(msg) from error
     return published_dataset(datamodule, category, root) or root.name, category
 
 
-def _parser() -> ArgumentParser:
+def _accelerator(value: Any, where: str) -> str:
+    """Check an accelerator; anomalib's own configurations give a list."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+    if value not in known:
+        msg = f"{where} must be one of {', '.join(known)}, got {value!r}."
+        raise ValueError(msg)
+    return str(value)
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        msg = f"{where} must be a text, got {value!r}."
+        raise ValueError(msg)
+    return value
+
+
+def _arguments(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        msg = f"{where} must be a mapping of arguments, got {value!r}."
+        raise ValueError(msg)
+    return value
+
+
+def _filled(kind: type, given: dict[str, Any], where: str) -> dict[str, Any]:
+    """Check the arguments of a class and fill in its defaults."""
+    try:
+        filled: dict[str, Any] = json.loads(_parsed(kind, json.dumps(given)))
+    except (ArgumentError, TypeError) as error:
+        msg = f"{where}: {error}"
+        raise ValueError(msg) from error
+    return filled
+
+
+@cache
+def _parsed(kind: type, given: str) -> str:
+    parser = _parser(kind)
+    parsed = parser.parse_object({"it": json.loads(given)})
+    return json.dumps(json.loads(parser.dump(parsed, format="json", skip_none=False))["it"])
+
+
+def _built(kind: type, filled: dict[str, Any]) -> Any:
+    parser = _parser(kind)
+    built: Any = parser.instantiate_classes(parser.parse_object({"it": filled}))
+    return built.it
+
+
+@cache
+def _parser(kind: type) -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(AnomalibModule, "model", required=True)
-    parser.add_subclass_arguments(AnomalibDataModule, "data", required=True)
+    parser.add_subclass_arguments(kind, "it", required=True)
     return parser
 
 
+@cache
 def _backbone_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--backbone", type=str | nn.Module, required=True)
@@ -200,16 +284,21 @@ def _checked(value: Any, known: set[str], needed: set[str], where: str) -> dict[
 
 
 def _check_names(cells: list[Cell], path: Path) -> None:
-    seen = set()
+    """Raise a ValueError where two rows of a table would have one name."""
+    seen: set[tuple[str, str, str, int]] = set()
     for cell in cells:
-        place = (cell.dataset, cell.category, cell.name, cell.seed)
-        if place in seen:
-            msg = (
-                f"{path}: two models, or one twice, are called {cell.name!r} on {cell.dataset} {cell.category}, seed "
-                f"{cell.seed}; give each a name of its own, such as name: {cell.name} {{backbone}}."
-            )
+        for name in (cell.name, with_rscin(cell.name)) if cell.rscin else (cell.name,):
+            place = (cell.dataset, cell.category, name, cell.seed)
+            if place in seen:
+                msg = (
+                    f"{path}: {name!r} comes twice on {cell.dataset} {cell.category}, seed {cell.seed}; give each "
+                    f"model a name of its own, such as name: '{cell.name} {{backbone}}', or each dataset."
+                )
+                raise ValueError(msg)
+            seen.add(place)
+        if cell.category == MEAN:
+            msg = f"{path}: a category cannot be called {MEAN!r}, as that is the row of means; give it another name."
             raise ValueError(msg)
-        seen.add(place)
     if not cells:
         msg = f"{path}: an empty grid leaves nothing to run."
         raise ValueError(msg)

@@ -2,8 +2,13 @@
 """anomalib's pipeline of two stages: run the cells, several at a time where there are several GPUs, then report."""
 
 import logging
+import signal
+import sys
+import threading
 from argparse import Namespace
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,11 @@ import torch
 from anomalib.pipelines.components import Job, JobGenerator, Pipeline, Runner
 from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
 from anomalib.pipelines.components.runners.parallel import ParallelExecutionError
+from anomalib.pipelines.components.runners.serial import SerialExecutionError
 from anomalib.utils.logging import redirect_logs
 
 from anomalib_musc.benchmark.cell import CellJob
-from anomalib_musc.benchmark.config import BenchmarkConfig, read_config
+from anomalib_musc.benchmark.config import BenchmarkConfig, Cell, read_config
 from anomalib_musc.benchmark.records import Record, Store
 from anomalib_musc.benchmark.report import write_report
 from anomalib_musc.benchmark.summary import rows_of
@@ -25,10 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class CellGenerator(JobGenerator):
-    """Generates the cells that are not finished yet; those that failed before are tried again.
-
-    Those that were being run when a process died come last, as they may have been why, by its memory for example.
-    """
+    """Generates the cells that are not finished yet; those that failed before are tried again."""
 
     def __init__(self, config: BenchmarkConfig) -> None:
         self._config = config
@@ -42,7 +45,7 @@ class CellGenerator(JobGenerator):
         """Yield a job for every cell to run."""
         del args, prev_stage_result
         store = Store(self._config.output)
-        for cell in sorted(self._config.cells, key=lambda cell: store.was_interrupted(cell.key)):
+        for cell in self._config.cells:
             if not store.is_finished(cell.key):
                 yield CellJob(cell, store)
 
@@ -79,20 +82,41 @@ class SideBySide(Pipeline):
             OSError: If the output cannot be written.
         """
         config = read_config(Path(args.config), getattr(args, "output", None))
-        check_writable(config.output)
+        check_writable(config.output, "--output")
         redirect_logs(str(config.output / "pipeline.log"))
-        store, keys = Store(config.output), [cell.key for cell in config.cells]
-        finished = sum(map(store.is_finished, keys))
-        print(f"{config.title}: {len(keys)} cells, {finished} of them finished before")
+        store = Store(config.output)
+        finished = sum(store.is_finished(cell.key) for cell in config.cells)
+        print(f"{config.title}: {len(config.cells)} cells, {finished} of them finished before", flush=True)
         for runner in self._setup_runners({"config": config}):
             try:
-                runner.run({})
-            except ParallelExecutionError:  # a process died; its cell has no record, the others' are as good as ever
-                logger.exception("A cell was lost")
-        records = list(store.records(keys))
+                with _ended_by_sigterm():
+                    runner.run({})
+            except (ParallelExecutionError, SerialExecutionError):  # their cells have no record, the others are fine
+                logger.exception("Cells were lost")
+        records = [_record_of(cell, store) for cell in config.cells]
         rows = rows_of(records)
         write_csv(config.output / "results.csv", records)
         write_markdown(config.output / "results.md", config.title, rows, records)
         write_report(config.output / "report.html", config.title, rows, records, store)
         print(f"Report: {config.output / 'report.html'}, tables: results.md and results.csv beside it")
         return records
+
+
+def _record_of(cell: Cell, store: Store) -> Record:
+    """Return a cell's record under the names that the configuration gives it now."""
+    lost = Record(cell.key, cell.name, cell.dataset, cell.category, cell.seed, error="Lost, see pipeline.log.")
+    record = store.record(cell.key) or lost
+    return replace(record, dataset=cell.dataset, setting=cell.setting)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """End at once where SIGTERM asks for it, with a status that says so; the same command goes on later."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -34,7 +34,15 @@ _PAPER = {
     "aggregation_degrees": [1, 3, 5],
     "num_subsets": 1,
     "mode": "mutual",
+    "precision": "exact",
     "pre_processor": True,
+}
+# Of a datamodule: the test images are the dataset's own, all of them and as they are.
+_WHOLE = {
+    "test_split_mode": "from_dir",
+    "val_split_mode": "same_as_test",
+    "augmentations": None,
+    "test_augmentations": None,
 }
 
 
@@ -52,15 +60,35 @@ class Published(NamedTuple):
 def published_dataset(datamodule: str, category: str, root: Path) -> str | None:
     """Return the dataset that a category of a datamodule belongs to, ``None`` if its folders are only laid out alike.
 
-    A folder that is not there yet is one that anomalib downloads; one that is must hold most of the categories.
+    A folder that is not there yet, or is empty, is one that anomalib fills; others must hold two of the categories.
 
     Example:
         >>> published_dataset("MVTecAD", "bottle", Path("not/there")), published_dataset("MVTecAD", "bolt", Path("."))
         ('MVTec AD', None)
     """
     name, categories = _DATASETS.get(datamodule, (None, ()))
-    found = sum((root / known).is_dir() for known in categories)
-    return name if category in categories and (not root.is_dir() or found > len(categories) / 2) else None
+    is_to_come = not root.is_dir() or not any(root.iterdir())
+    return name if category in categories and (is_to_come or len(categories_in(datamodule, root)) > 1) else None
+
+
+def categories_in(datamodule: str, root: Path) -> set[str]:
+    """Return which of a published dataset's categories a folder holds."""
+    _, categories = _DATASETS.get(datamodule, (None, ()))
+    return {category for category in categories if (root / category).is_dir()}
+
+
+def check_category(datamodule: str, category: str, root: Path) -> None:
+    """Raise a ValueError where anomalib would download a dataset because a folder is missing that is not its own."""
+    if datamodule not in _DATASETS or (root / category).is_dir():
+        return
+    is_known = category in _DATASETS[datamodule][1]
+    if not is_known or categories_in(datamodule, root):
+        here = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+        msg = (
+            f"root={str(root)!r} holds no category {category!r}, but {', '.join(here[:20]) or 'nothing'}. Correct root "
+            "or category; `make demo` draws the sample dataset."
+        )
+        raise ValueError(msg)
 
 
 def published_rows(dataset: str) -> list[Published]:
@@ -88,23 +116,30 @@ def published_rows(dataset: str) -> list[Published]:
     ]
 
 
-def published_setting(dataset: str, model: dict[str, Any]) -> str | None:
+def published_setting(dataset: str, model: dict[str, Any], data: dict[str, Any]) -> str | None:
     """Return the method of the published row whose setting a model has, ``None`` if it has none's.
 
     Args:
         dataset: As for :func:`published_rows`.
         model: ``class_path`` and ``init_args`` with all defaults filled in.
+        data: Likewise, of the datamodule.
     """
     arguments = model["init_args"]
     backbone = arguments.get("backbone")
     name, size = _SETTINGS.get(backbone, ("", 0)) if isinstance(backbone, str) else ("", 0)
-    differs = any(arguments.get(key) != value for key, value in _PAPER.items()) if name else True
+    differs = not name or any(arguments.get(key) != value for key, value in _PAPER.items())
+    differs |= any(_lower(data["init_args"].get(key)) not in {value, None} for key, value in _WHOLE.items())
     if model["class_path"].split(".")[-1] != "MuSc" or differs:
         return None
     if arguments["image_size"] not in {None, size} or list(arguments["interval"]) != [0.0, 0.3]:
         return None
     has_row = any(row.method == name for row in published_rows(dataset))
     return name if has_row and _windows(arguments["post_processor"]) == _WINDOWS.get(dataset, [1, 2, 3]) else None
+
+
+def _lower(value: Any) -> Any:
+    """Return the name of an enumeration's member as its value is written."""
+    return value.lower() if isinstance(value, str) else value
 
 
 def _windows(post_processor: Any) -> list[int] | None:

@@ -2,10 +2,11 @@
 """What a cell of a benchmark leaves on disk: a record and the predictions, each whole or absent."""
 
 import json
-from collections.abc import Iterator
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -53,9 +54,10 @@ class Record:
     Attributes:
         error: Why the cell failed, or ``None``; without metrics then.
         metrics: By the names of ``METRICS``; what a dataset has no labels or masks for is missing.
-        rscin: Of the second row "+ RsCIN": ``backbone``, ``windows``, ``seconds`` and the image ``metrics``.
+        rscin: Of the second row "+ RsCIN": ``backbone``, ``windows``, ``seconds`` and the image ``metrics``, or
+            ``error``.
         seconds: ``setup``, ``fit`` and ``test``.
-        peak_host_bytes: Beyond what the process held when the cell began.
+        peak_host_bytes: Beyond what the cell's own process held when all packages were loaded.
         setting: Name of the published row whose setting this is, or ``None``.
     """
 
@@ -77,6 +79,11 @@ class Record:
     versions: dict[str, str] = field(default_factory=dict)
     setting: str | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def failure(self) -> str | None:
+        """Why the cell, or its second row alone, failed."""
+        return self.error or (self.rscin or {}).get("error")
 
 
 class Store:
@@ -102,42 +109,36 @@ class Store:
         with whole_file(self._cell(record.key) / "record.json") as part:
             part.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
 
-    def begin(self, key: str) -> None:
-        """Note that a cell is being run.
-
-        Raises:
-            OSError: If the folder cannot be written.
-        """
-        self._cell(key).mkdir(parents=True, exist_ok=True)
-        (self._cell(key) / "begun").touch()
-
-    def was_interrupted(self, key: str) -> bool:
-        """Return whether a cell was begun and neither finished nor failed: the process died."""
-        return (self._cell(key) / "begun").is_file() and self.record(key) is None
+    def forget(self, key: str) -> None:
+        """Remove a cell's record, so that one that is found later is of a new run."""
+        (self._cell(key) / "record.json").unlink(missing_ok=True)
 
     def is_finished(self, key: str) -> bool:
-        """Return whether a cell needs no run: it has a record, and not of a failure."""
+        """Return whether a cell needs no run: it has a record, not of a failure, and its predictions."""
         record = self.record(key)
-        return record is not None and record.error is None
+        return record is not None and record.failure is None and self.predictions(key) is not None
 
     def record(self, key: str) -> Record | None:
-        """Read a cell's record, ``None`` where there is none."""
+        """Read a cell's record, ``None`` where there is none that can be read."""
         path = self._cell(key) / "record.json"
-        return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-    def records(self, keys: list[str]) -> Iterator[Record]:
-        """Read the records of those cells that have one."""
-        yield from filter(None, map(self.record, keys))
+        try:
+            return Record(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+        except (ValueError, TypeError) as error:  # cut short, or of another version
+            warnings.warn(f"{path} cannot be read ({error}): its cell counts as not run.", stacklevel=2)
+            return None
 
     def predictions(self, key: str) -> Predictions | None:
-        """Read a cell's predictions, ``None`` where there are none."""
+        """Read a cell's predictions, ``None`` where there are none that can be read."""
         path = self._cell(key) / "predictions.npz"
         if not path.is_file():
             return None
-        with np.load(path) as arrays:
-            return Predictions(
-                paths=arrays["paths"].tolist(), **{name: arrays[name] for name in arrays if name != "paths"}
-            )
+        try:
+            with np.load(path) as arrays:
+                values = {name: arrays[name] for name in arrays}
+            return Predictions(**{**values, "paths": values["paths"].tolist()})
+        except (ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+            warnings.warn(f"{path} cannot be read ({error}): its cell counts as not run.", stacklevel=2)
+            return None
 
     def _cell(self, key: str) -> Path:
         return self.folder / "cells" / key

@@ -69,7 +69,7 @@ def _head(title: str, records: list[Record]) -> str:
     for record in records:
         for name, version in record.versions.items():
             versions.setdefault(name, []).append(version)
-    failed = sum(record.error is not None for record in records)
+    failed = sum(record.failure is not None for record in records)
     facts = {
         "Written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "Device": _joined(record.device for record in records),
@@ -110,9 +110,9 @@ def _dataset(dataset: str, rows: list[Row], records: list[Record], store: Store,
 def _failures(records: list[Record]) -> str:
     items = [
         f"<li><b>{escape(record.model)}</b> on {escape(record.category)}, seed {record.seed}: "
-        f"<code>{escape(record.error)}</code></li>"
+        f"<code>{escape(record.failure)}</code></li>"
         for record in records
-        if record.error is not None
+        if record.failure is not None
     ]
     if not items:
         return ""

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,25 +17,19 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """The most memory of the host and the GPU since it was made.
-
-    The kernel of Linux is asked to forget the earlier peak of this process; elsewhere the peak since its start counts.
-    """
+    """The most memory of the host and the GPU since it was made, in a process that has done nothing before."""
 
     def __init__(self) -> None:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
         self._start = _resident("VmRSS")
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
 
     def host(self) -> int:
         """Bytes beyond what the process held at the start."""
         return max(0, _resident("VmHWM") - self._start)
 
-    def device(self) -> int | None:
-        """Bytes on the current GPU, ``None`` without one."""
-        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    @staticmethod
+    def device(device: torch.device) -> int | None:
+        """Bytes on a GPU, ``None`` for other devices."""
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 @contextmanager

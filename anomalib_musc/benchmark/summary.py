@@ -49,8 +49,10 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
     seeds: dict[tuple[str, str, str], list[Row]] = {}
     failed = set()
     for record in records:
+        if record.failure is not None:
+            failed.add((record.dataset, with_rscin(record.model)))
         if record.error is not None:
-            failed |= {(record.dataset, record.model), (record.dataset, with_rscin(record.model))}
+            failed.add((record.dataset, record.model))
             continue
         for row in _rows_of_cell(record):
             seeds.setdefault((row.dataset, row.category, row.model), []).append(row)
@@ -93,7 +95,7 @@ def _rows_of_cell(record: Record) -> list[Row]:
         peak_device_bytes=record.peak_device_bytes,
         setting=record.setting,
     )
-    if record.rscin is None:
+    if record.rscin is None or "error" in record.rscin:
         return [first]
     changed = {
         "model": with_rscin(record.model),

@@ -24,18 +24,20 @@ def write_csv(path: Path, records: Sequence[Record]) -> None:
         for record in records:
             line = _line(record)
             writer.writerow(line)
-            if record.rscin is not None:
+            if record.rscin is not None and "metrics" in record.rscin:
                 changes = {"model": with_rscin(record.model), "rscin_s": f"{record.rscin['seconds']:.3f}"}
                 writer.writerow({**line, **changes, **record.rscin["metrics"], "setting": ""})
 
 
 def write_markdown(path: Path, title: str, rows: Sequence[Row], records: Sequence[Record]) -> None:
     """Write a table for every dataset: each category, the mean, and what others have published."""
-    parts = [f"# {title}", _origin(records)]
+    parts = [_escaped(f"# {title}"), _origin(records)]
     for dataset in dict.fromkeys(row.dataset for row in rows):
-        parts += [f"## {dataset}", _table([row for row in rows if row.dataset == dataset], dataset)]
+        parts += [_escaped(f"## {dataset}"), _table([row for row in rows if row.dataset == dataset], dataset)]
     failed = [
-        f"- {record.model} on {record.dataset} {record.category}: {record.error}" for record in records if record.error
+        _escaped(f"- {record.model} on {record.dataset} {record.category}: {record.failure}")
+        for record in records
+        if record.failure
     ]
     parts += ["## Failed", "\n".join(failed)] if failed else []
     with whole_file(path) as part:
@@ -52,6 +54,7 @@ def _line(record: Record) -> dict[str, object]:
         **record.metrics,
         **seconds,
         **sizes,
+        "error": record.failure or "",
         "images_per_second": f"{record.num_test / test:.3f}" if test and record.num_test else "",
         "versions": json.dumps(record.versions),
         "configuration": json.dumps(record.configuration),
@@ -60,10 +63,12 @@ def _line(record: Record) -> dict[str, object]:
 
 def _origin(records: Sequence[Record]) -> str:
     done = [record for record in records if record.error is None]
+    if not done:
+        return "Nothing was measured."
     devices = ", ".join(dict.fromkeys(record.device for record in done))
-    packages = ", ".join(f"{name} {number}" for name, number in (done[0].versions if done else {}).items())
+    packages = ", ".join(f"{name} {number}" for name, number in done[0].versions.items())
     text = (
-        f"Measured on {devices or 'nothing'} ({packages}). Metrics in percent, the best measured one of each category "
+        f"Measured on {devices} ({packages}). Metrics in percent, the best measured one of each category "
         "in bold; images per second of the test."
     )
     spread = " Several seeds: mean ± standard deviation." if len({record.seed for record in done}) > 1 else ""
@@ -84,7 +89,7 @@ def _table(rows: Sequence[Row], dataset: str) -> str:
         name = f"{row.method} ({row.setting}; {row.source})"
         lines.append(f"| *published* | {name} | {' | '.join(figures)} | | |")
     marks = [row for row in rows if row.setting and row.category == MEAN]
-    notes = [f"{row.model}: the setting is that of “{row.setting}”." for row in marks]
+    notes = [f"{_escaped(row.model)}: the setting is that of “{row.setting}”." for row in marks]
     if published:
         count = max(row.num_categories for row in rows)
         notes.append(f"Published figures are means over all categories of {dataset}; those above are over {count}.")
@@ -102,7 +107,12 @@ def _measured(row: Row, best: dict[str, float]) -> str:
         cells.append(f"**{text}**" if round(value, 3) == best[name] else text)
     peak = row.peak_device_bytes or row.peak_host_bytes
     memory = f"{peak / 2**20:.0f} MiB" if peak else "-"
-    return f"| {row.category} | {row.model} | {' | '.join(cells)} | {row.images_per_second:.1f} | {memory} |"
+    names = f"{_escaped(row.category)} | {_escaped(row.model)}"
+    return f"| {names} | {' | '.join(cells)} | {row.images_per_second:.1f} | {memory} |"
+
+
+def _escaped(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _percent(value: float) -> str:
