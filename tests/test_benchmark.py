@@ -140,9 +140,8 @@ class TestOffline:
             predictions = Store(offline["results"]).predictions(path.name)
             features = image_features(predictions.paths, "vit_tiny_patch16_224", pretrained=False)
             assert features.shape == (12, 192)
-            # The weights are random, and others in this process: only what RsCIN does with them can be compared.
-            assert 0 <= predictions.rescored.min() <= predictions.rescored.max() <= 1
-            assert predictions.rescored.tolist() != predictions.scores.tolist()
+            expected = rscin(torch.from_numpy(predictions.scores), features, (1, 2, 3))
+            assert predictions.rescored.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
 
     def test_markdown_has_the_best_in_bold_and_nothing_published(self, offline):
         text = (offline["results"] / "results.md").read_text(encoding="utf-8")
