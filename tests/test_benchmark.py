@@ -72,11 +72,11 @@ def offline(tmp_path_factory, mvtec_root) -> dict[str, object]:
     results = folder / "results/benchmark/offline"
     first = command("anomalib-musc", *arguments, cwd=folder)
     deadline = time.monotonic() + 120
-    while not (done := sorted(results.glob("cells/*/record.json"))) and time.monotonic() < deadline:
+    while not list(results.glob("cells/*/record.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     first.send_signal(signal.SIGKILL)
-    first.communicate()
-    kept = {path: path.stat().st_mtime_ns for path in done}
+    first.communicate()  # ends once its processes have
+    kept = {path: path.stat().st_mtime_ns for path in results.glob("cells/*/record.json")}
     status, output = run("anomalib-musc", *arguments, cwd=folder)
     return {"folder": folder, "results": results, "kept": kept, "status": status, "output": output}
 
