@@ -2,8 +2,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 SAMPLE := datasets/sample
-# A small transformer with random weights: it needs no download. With a network, leave these options out.
-OFFLINE := --model.backbone vit_tiny_patch16_224 --model.pretrained false
+# The network that comes with the package needs no download. Where there is a network, leave this option out.
+OFFLINE := --model.backbone musc-tiny
 
 .PHONY: demo test environment clean
 

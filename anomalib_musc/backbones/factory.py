@@ -15,6 +15,8 @@ import torch
 from anomalib_musc.backbones.base import Backbone
 from anomalib_musc.backbones.clip import create_clip_backbone
 from anomalib_musc.backbones.timm import create_timm_backbone
+from anomalib_musc.backbones.tiny import NAME as TINY
+from anomalib_musc.backbones.tiny import create_tiny_backbone
 from anomalib_musc.backbones.weights import are_to_come, looks_like_path
 
 
@@ -92,8 +94,10 @@ def create_backbone(
     if alias is not None:
         name, tag = alias.model, tag or alias.tag
         image_size = alias.image_size if image_size is None else image_size
-    if (alias is None or name not in ALIASES) and timm.is_model(name):
-        create: Callable[..., Backbone] = create_timm_backbone
+    if name == TINY:
+        create: Callable[..., Backbone] = create_tiny_backbone
+    elif (alias is None or name not in ALIASES) and timm.is_model(name):
+        create = create_timm_backbone
     elif name in open_clip.list_models():
         create = create_clip_backbone
     else:
@@ -119,10 +123,10 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
 
 
 def _unknown(name: str) -> str:
-    known = sorted({*ALIASES, *timm.list_models(), *open_clip.list_models()})
+    known = sorted({TINY, *ALIASES, *timm.list_models(), *open_clip.list_models()})
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     return (
         f"backbone {name!r} is not known; close matches: {close or 'none'}. "
-        "All names: anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models(). "
+        "All names: musc-tiny, anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models(). "
         "Your own module is passed as an object, in a configuration as class_path and init_args"
     )

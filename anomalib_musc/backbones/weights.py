@@ -26,7 +26,8 @@ class WeightsUnavailableError(RuntimeError):
         places = " or ".join(readable) or "no known location"
         super().__init__(
             f"the weights {tag!r} of the backbone {name!r} could not be fetched. Download them from {places} "
-            f"and pass the file: pretrained='/path/to/file'. "
+            f"and pass the file: pretrained='/path/to/file'. Or take the network that comes with the package and needs "
+            f"no download: backbone='musc-tiny'. "
             f"(HF_HUB_OFFLINE=1 in the environment keeps the hub's client from retrying when there is no network.)"
         )
 

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training of ``musc-tiny`` as a Lightning module."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning
+import numpy as np
+import numpy.typing as npt
+import torch
+from objective import pool_loss
+from pools import draw_pool
+from torch.utils.data import DataLoader, Dataset
+
+from anomalib_musc.backbones.base import quarter_ends
+from anomalib_musc.backbones.tiny import MuscTiny
+
+IMAGES = 8  # of a pool
+POOLS = 4  # of a batch
+SIDES = (96, 128, 160)  # pixels; every batch has one of these
+EPOCH = 100  # batches: as often a checkpoint is kept
+WARM_UP = 5 * EPOCH
+
+
+class Pools(Dataset):
+    """Batches of one epoch; seed, epoch, process and index decide every pixel of a batch.
+
+    Args:
+        materials: What products are made of, ``(M, pieces, side, side, 3)``.
+        seed: Of the training.
+        epoch: Which epoch.
+        process: Which of the processes that train together.
+    """
+
+    def __init__(self, materials: npt.NDArray[np.uint8], seed: int, epoch: int, process: int = 0) -> None:
+        self.materials, self.seed, self.epoch, self.process = materials, seed, epoch, process
+
+    def __len__(self) -> int:
+        return EPOCH
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images ``(POOLS * IMAGES, 3, side, side)`` and masks ``(POOLS * IMAGES, side, side)``, uint8."""
+        side = SIDES[index % len(SIDES)]
+        rng = np.random.default_rng([self.seed, 1, self.epoch, index, self.process])
+        drawn = [draw_pool(rng, self.materials, side, IMAGES, int(rng.integers(1, 5))) for _ in range(POOLS)]
+        images = np.concatenate([pool.images for pool in drawn]).transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(
+            np.concatenate([p.masks for p in drawn])
+        )
+
+
+class Training(lightning.LightningModule):
+    """Train ``musc-tiny`` so that mutual scoring finds the defects of drawn products.
+
+    Matrices of the blocks learn by Muon (Jordan 2024), all other weights by AdamW.
+
+    Args:
+        materials: See :class:`Pools`.
+        seed: Decides the initial weights and every batch.
+        epochs: After how many the learning rate has fallen to zero.
+        learning_rate: Its highest value.
+        workers: Processes that draw batches; 0 draws them in the training process.
+    """
+
+    def __init__(
+        self,
+        materials: npt.NDArray[np.uint8],
+        *,
+        seed: int,
+        epochs: int,
+        learning_rate: float = 4e-4,
+        workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.materials, self.seed, self.workers = materials, seed, workers
+        self.steps, self.learning_rate = epochs * EPOCH, learning_rate
+        torch.manual_seed(seed)
+        self.network = MuscTiny().to(memory_format=torch.channels_last)
+        self.depths = quarter_ends(len(self.network.blocks))
+
+    def train_dataloader(self) -> DataLoader:
+        """The batches of the current epoch."""
+        pools = Pools(self.materials, self.seed, self.current_epoch, self.global_rank)
+        return DataLoader(pools, batch_size=None, num_workers=self.workers)
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
+        """Learn from one batch."""
+        images, masks = batch
+        maps, class_tokens = self.network(images.float() / 127.5 - 1)
+        with torch.autocast(self.device.type, enabled=False):  # distances of unit vectors need all digits
+            losses = pool_loss([maps[depth] for depth in self.depths], class_tokens, masks, POOLS, index)
+        self.log_dict(losses, prog_bar=True)
+        optimizers: Any = self.optimizers()
+        rate = self.rate(self.current_epoch * EPOCH + index)
+        self.manual_backward(losses["patches"] + 0.3 * losses["images"])
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def rate(self, step: int) -> float:
+        """Learning rate: a linear rise, then half a cosine."""
+        return self.learning_rate * min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon and AdamW, each for its weights."""
+        matrices = [weight for weight in self.network.blocks.parameters() if weight.ndim == 2]
+        ids = {id(weight) for weight in matrices}
+        others = [weight for weight in self.network.parameters() if id(weight) not in ids]
+        decay: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": 0.05}
+        return [
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **decay),
+            torch.optim.AdamW(others, betas=(0.9, 0.98), **decay),
+        ]
