@@ -82,7 +82,7 @@ class Convolutions(nn.Module):
 
 
 class MuscTiny(nn.Module):
-    """A convolutional stem of stride 16 and six transformer blocks, 160 channels wide: NNN million weights.
+    """A convolutional stem of stride 16 and six transformer blocks, 160 channels wide: 2.0 million weights.
 
     Example:
         >>> network = MuscTiny().eval()
@@ -112,7 +112,7 @@ class MuscTiny(nn.Module):
         """Maps ``(B, C, h, w)`` of every block and the class token ``(B, C)``, all through the final norm."""
         maps = self.stem(images)
         grid = (maps.shape[2], maps.shape[3])
-        tokens = torch.cat([self.class_token.expand(len(images), -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
+        tokens = torch.cat([self.class_token.expand(images.shape[0], -1, -1), maps.flatten(2).transpose(1, 2)], dim=1)
         outputs = []
         for block in self.blocks:
             tokens = block(tokens, grid)

@@ -50,13 +50,14 @@ def outranked(above: torch.Tensor, below: torch.Tensor, allowed: torch.Tensor) -
     return 0.5 * (F.softplus(worst) + F.softplus(mean)).mean()
 
 
-def patch_loss(patches: torch.Tensor, coverage: torch.Tensor, nearby: torch.Tensor) -> torch.Tensor:
+def patch_loss(patches: torch.Tensor, coverage: torch.Tensor, nearby: torch.Tensor, step: int) -> torch.Tensor:
     """Damaged patches must outscore the sound ones of their pool, and sound patches must know their own product.
 
     Args:
         patches: Unit vectors of the pools' images, ``(P, N, L, C)``.
         coverage: Share of every patch that is damaged, ``(P, N, L)``.
         nearby: The largest share among the patches that it may have seen, ``(P, N, L)``.
+        step: Count of batches: which quarter of the sound patches meets other products.
     """
     pools, images, length, _ = patches.shape
     distances = image_distances(patches.flatten(1, 2), patches).view(pools, images, length, images)
@@ -69,8 +70,7 @@ def patch_loss(patches: torch.Tensor, coverage: torch.Tensor, nearby: torch.Tens
     found = outranked(scores[pool, place], scores[pool], sound[pool])
 
     pool, place = sound.nonzero(as_tuple=True)
-    some = torch.randperm(len(pool), device=pool.device)[: len(pool) // 4]
-    pool, place = pool[some], place[some]
+    pool, place = pool[step % 4 :: 4], place[step % 4 :: 4]
     foreign = image_distances(patches.flatten(1, 2)[pool, place], patches.flatten(0, 1))  # (K, P * N)
     is_foreign = pool[:, None] != torch.arange(pools * images, device=pool.device) // images
     return found + 0.3 * outranked(-scores[pool, place], -foreign, is_foreign)
@@ -113,9 +113,11 @@ def pool_loss(
     for index, depth in enumerate(maps):
         degree = DEGREES[(step + index) % len(DEGREES)]
         nearby = F.max_pool2d(coverage, degree + 2, stride=1, padding=degree // 2 + 1)
-        patches = lnamd(depth.float(), degree)
-        shares = (share.flatten(1).unflatten(0, (pools, -1)) for share in (coverage, nearby))
-        terms.append(patch_loss(patches.unflatten(0, (pools, -1)), *shares))
+        of_pools = [
+            values.unflatten(0, (pools, -1))
+            for values in (lnamd(depth.float(), degree), coverage.flatten(1), nearby.flatten(1))
+        ]
+        terms.append(patch_loss(of_pools[0], of_pools[1], of_pools[2], step))
     return {
         "patches": torch.stack(terms).mean(),
         "images": image_loss(class_tokens, masks.flatten(1).amax(dim=1) > 0, pools),

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from pools import draw_materials
 from safetensors.torch import save_file
 from tqdm import tqdm
-from training import EPOCH, IMAGES, Training
+from training import IMAGES, Training
 
 
 def export(training: Training, path: Path) -> None:
@@ -32,7 +32,8 @@ def main() -> None:
     """Draw what is missing, train what is left, write the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where everything goes")
-    parser.add_argument("--epochs", type=int, default=48, help=f"of {EPOCH} batches")
+    parser.add_argument("--epochs", type=int, default=75, help="a checkpoint is kept after each")
+    parser.add_argument("--batches", type=int, default=100, help="of an epoch, for each process")
     parser.add_argument("--materials", type=int, default=2000, help="how many; each takes 0.9 MB on disk")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="that train together; one for each core or GPU")
@@ -43,7 +44,13 @@ def main() -> None:
     materials = draw_materials(
         store, arguments.seed, arguments.materials, IMAGES, lambda indices: tqdm(indices, "Drawing materials")
     )
-    training = Training(materials, seed=arguments.seed, epochs=arguments.epochs, workers=arguments.workers)
+    training = Training(
+        materials,
+        seed=arguments.seed,
+        epochs=arguments.epochs,
+        batches=arguments.batches,
+        workers=arguments.workers,
+    )
     trainer = lightning.Trainer(
         default_root_dir=arguments.folder,
         max_epochs=arguments.epochs,

@@ -20,8 +20,7 @@ from anomalib_musc.backbones.tiny import MuscTiny
 IMAGES = 8  # of a pool
 POOLS = 4  # of a batch
 SIDES = (96, 128, 160)  # pixels; every batch has one of these
-EPOCH = 100  # batches: as often a checkpoint is kept
-WARM_UP = 5 * EPOCH
+WARM_UP = 5  # epochs
 
 
 class Pools(Dataset):
@@ -31,14 +30,17 @@ class Pools(Dataset):
         materials: What products are made of, ``(M, pieces, side, side, 3)``.
         seed: Of the training.
         epoch: Which epoch.
+        batches: How many an epoch has.
         process: Which of the processes that train together.
     """
 
-    def __init__(self, materials: npt.NDArray[np.uint8], seed: int, epoch: int, process: int = 0) -> None:
-        self.materials, self.seed, self.epoch, self.process = materials, seed, epoch, process
+    def __init__(
+        self, materials: npt.NDArray[np.uint8], *, seed: int, epoch: int, batches: int, process: int = 0
+    ) -> None:
+        self.materials, self.seed, self.epoch, self.batches, self.process = materials, seed, epoch, batches, process
 
     def __len__(self) -> int:
-        return EPOCH
+        return self.batches
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images ``(POOLS * IMAGES, 3, side, side)`` and masks ``(POOLS * IMAGES, side, side)``, uint8."""
@@ -60,6 +62,7 @@ class Training(lightning.LightningModule):
         materials: See :class:`Pools`.
         seed: Decides the initial weights and every batch.
         epochs: After how many the learning rate has fallen to zero.
+        batches: Of an epoch.
         learning_rate: Its highest value.
         workers: Processes that draw batches; 0 draws them in the training process.
     """
@@ -70,20 +73,22 @@ class Training(lightning.LightningModule):
         *,
         seed: int,
         epochs: int,
+        batches: int,
         learning_rate: float = 4e-4,
         workers: int = 0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.materials, self.seed, self.workers = materials, seed, workers
-        self.steps, self.learning_rate = epochs * EPOCH, learning_rate
+        self.epochs, self.batches, self.learning_rate = epochs, batches, learning_rate
         torch.manual_seed(seed)
         self.network = MuscTiny().to(memory_format=torch.channels_last)
         self.depths = quarter_ends(len(self.network.blocks))
 
     def train_dataloader(self) -> DataLoader:
         """The batches of the current epoch."""
-        pools = Pools(self.materials, self.seed, self.current_epoch, self.global_rank)
+        epoch, process = self.current_epoch, self.global_rank
+        pools = Pools(self.materials, seed=self.seed, epoch=epoch, batches=self.batches, process=process)
         return DataLoader(pools, batch_size=None, num_workers=self.workers)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
@@ -94,7 +99,7 @@ class Training(lightning.LightningModule):
             losses = pool_loss([maps[depth] for depth in self.depths], class_tokens, masks, POOLS, index)
         self.log_dict(losses, prog_bar=True)
         optimizers: Any = self.optimizers()
-        rate = self.rate(self.current_epoch * EPOCH + index)
+        rate = self.rate(self.current_epoch + index / self.batches)
         self.manual_backward(losses["patches"] + 0.3 * losses["images"])
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optimizer in optimizers:
@@ -103,9 +108,9 @@ class Training(lightning.LightningModule):
             optimizer.step()
             optimizer.zero_grad()
 
-    def rate(self, step: int) -> float:
-        """Learning rate: a linear rise, then half a cosine."""
-        return self.learning_rate * min((step + 1) / WARM_UP, 0.5 * (1 + math.cos(math.pi * step / self.steps)))
+    def rate(self, epoch: float) -> float:
+        """Learning rate after so many epochs: a linear rise, then half a cosine."""
+        return self.learning_rate * min(epoch / WARM_UP, 0.5 * (1 + math.cos(math.pi * epoch / self.epochs)))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon and AdamW, each for its weights."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Judge weights of ``musc-tiny`` on products that no training has drawn: ``python .../validation.py WEIGHTS ...``.
 
-Eight products of unseen materials at 224 pixels, 24 images each, every third of them with a defect, go through MuSc as
+Eight products of unseen materials, 224 pixels wide, 24 images each, every third of them with a defect, go through MuSc as
 any pool does. With a sample dataset (``--sample datasets/sample``), its two products follow, which other code draws.
 """
 
@@ -64,7 +64,7 @@ def judge(model: MuScModel, pool: Labelled) -> tuple[float, float, float]:
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
     feature_maps, class_tokens = model.extract((images - mean) / std)
     anomaly_maps = model.anomaly_maps(model.score(feature_maps))
-    anomaly_maps = torch.nn.functional.interpolate(anomaly_maps, SIDE, mode="bilinear")[:, 0]
+    anomaly_maps = torch.nn.functional.interpolate(anomaly_maps, pool.masks.shape[1:], mode="bilinear")[:, 0]
     raw, labels = anomaly_maps.amax(dim=(1, 2)), pool.masks.flatten(1).any(dim=1)
     scores = rscin(raw, class_tokens)
     pairs = ((labels, raw), (labels, scores), (pool.masks.flatten(), anomaly_maps.flatten()))

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images per second of small backbones at 224 x 224: ``python benchmarks/backbone_speed.py [--json FILE]``."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from mutual_scoring import processor
+
+from anomalib_musc.backbones import create_backbone
+
+NAMES = ("musc-tiny", "vit_tiny_patch16_224", "vit_small_patch14_dinov2.lvd142m", "mobilenetv2_100")
+SIDE, REPEATS = 224, 9
+BATCHES = (1, 16)
+
+
+def seconds(name: str, batch: int) -> float:
+    """Median time of one image in batches of this size."""
+    backbone = create_backbone(name, pretrained=False, image_size=SIDE)
+    images = torch.rand(batch, 3, SIDE, SIDE)
+    times = []
+    for _ in range(REPEATS + 2):
+        began = time.perf_counter()
+        backbone(images)
+        times.append((time.perf_counter() - began) / batch)
+    return median(times[2:])
+
+
+@torch.no_grad()
+def main() -> None:
+    """Print a table and write the numbers as JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    report["images_per_second"] = rows = {name: [1 / seconds(name, batch) for batch in BATCHES] for name in NAMES}
+    print(f"{report['device']}, {report['threads']} threads, torch {torch.__version__}\n")
+    print("| backbone | images per second, one at a time | in batches of 16 |\n|---|---|---|")
+    for name, rates in rows.items():
+        print(f"| {name} | {' | '.join(f'{rate:.0f}' for rate in rates)} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``musc-tiny``: the network of the package, the products it learned from, and how it learned."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import MVTecAD
+from anomalib.data.utils import read_image
+from anomalib.deploy import ExportType, TorchInferencer
+from anomalib.engine import Engine
+from conftest import SHARED
+from objective import image_loss, outranked, patch_loss, pool_loss
+from pools import Pool, draw_material, draw_pool
+from safetensors.torch import load_file, save_file
+from test_engine import datamodule
+from textures import SIMPLE, mixed
+from torch.nn import functional as F  # noqa: N812
+from training import Training
+from validation import Labelled, judge
+
+from anomalib_musc import MuSc, MuScModel
+from anomalib_musc.backbones import WeightsMismatchError, create_backbone
+from anomalib_musc.backbones.tiny import WEIGHTS
+
+RECIPE = Path(__file__).resolve().parents[1] / "examples/musc_tiny"
+
+
+@pytest.fixture(scope="module")
+def materials() -> np.ndarray:
+    """Twelve materials of eight pieces."""
+    return np.stack([draw_material(7, index, 8) for index in range(12)])
+
+
+class TestNetwork:
+    def test_weights_are_small_and_half_precision(self):
+        assert WEIGHTS.stat().st_size <= 8 * 2**20
+        assert {tensor.dtype for tensor in load_file(WEIGHTS).values()} == {torch.float16}
+
+    @pytest.mark.parametrize("size", [(16, 16), (32, 48), (224, 224), (448, 320)])
+    def test_any_size_that_the_patch_divides(self, size):
+        backbone = create_backbone("musc-tiny", image_size=size)
+        maps, image_feature = backbone(torch.rand(2, 3, *size))
+        assert [tuple(depth.shape) for depth in maps] == [(2, 160, size[0] // 16, size[1] // 16)] * 4
+        assert image_feature.shape == (2, 160)
+        assert all(values.isfinite().all() for values in (*maps, image_feature))
+
+    def test_another_size_is_refused(self):
+        with pytest.raises(ValueError, match=r"image_size must be divisible by .* \(16, 16\), got 100; .*\[96, 112\]"):
+            create_backbone("musc-tiny", image_size=100)
+
+    def test_an_image_alone_is_as_in_a_batch(self):
+        backbone, images = create_backbone("musc-tiny", image_size=96), torch.rand(5, 3, 96, 96)
+        (maps, image_feature), (alone, alone_feature) = backbone(images), backbone(images[3:4])
+        for together, single in zip([*maps, image_feature], [*alone, alone_feature], strict=True):
+            torch.testing.assert_close(together[3:4], single, atol=2e-5, rtol=1e-4)
+
+    def test_depths_in_any_order(self):
+        images = torch.rand(1, 3, 64, 64)
+        every = create_backbone("musc-tiny", layers=range(6), image_size=64)(images)[0]
+        chosen = create_backbone("musc-tiny", layers=[4, 0], image_size=64)(images)[0]
+        assert torch.equal(chosen[0], every[4])
+        assert torch.equal(chosen[1], every[0])
+        with pytest.raises(ValueError, match="layers must be distinct integers from 0 to 5"):
+            create_backbone("musc-tiny", layers=[6])
+
+    def test_random_weights_are_the_same_each_time_and_others(self):
+        images = torch.rand(1, 3, 64, 64)
+        first, again = (create_backbone("musc-tiny", pretrained=False, image_size=64)(images)[1] for _ in range(2))
+        assert torch.equal(first, again)
+        assert not torch.allclose(first, create_backbone("musc-tiny", image_size=64)(images)[1], atol=0.1)
+
+    def test_weights_from_a_file(self, tmp_path):
+        other = create_backbone("musc-tiny", pretrained=False, image_size=64)
+        save_file(other.network.state_dict(), tmp_path / "own.safetensors")
+        loaded = create_backbone("musc-tiny", pretrained=tmp_path / "own.safetensors", image_size=64)
+        images = torch.rand(1, 3, 64, 64)
+        assert torch.equal(loaded(images)[1], other(images)[1])
+
+    def test_weights_that_are_none(self, tmp_path):
+        with pytest.raises(ValueError, match=r"'imagenet' is no known weights tag of 'musc-tiny'"):
+            create_backbone("musc-tiny", pretrained="imagenet")
+        save_file({"stem.0.weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+        with pytest.raises(WeightsMismatchError, match="does not fit the backbone 'musc-tiny'"):
+            create_backbone("musc-tiny", pretrained=tmp_path / "other.safetensors")
+
+    def test_a_misspelt_name_finds_it(self):
+        with pytest.raises(ValueError, match=r"close matches: .*'musc-tiny'"):
+            create_backbone("musc_tiny")
+
+    def test_exports_and_checkpoint_give_what_lightning_gives(self, mvtec_root, tmp_path, monkeypatch):
+        engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
+        engine.fit(
+            MuSc("musc-tiny", image_size=64, mode="reference", k_shot=3, visualizer=False),
+            datamodule=datamodule(mvtec_root),
+        )
+        model = MuSc.load_from_checkpoint(engine.best_model_path)
+        image = mvtec_root / "widget/test/scratch/001.png"
+        (expected,) = engine.predict(model, data_path=image)
+        monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+        path = engine.export(model, ExportType.TORCH, export_root=tmp_path)
+        exported = TorchInferencer(path, device="cpu").predict(image)
+        assert exported.pred_score.item() == pytest.approx(expected.pred_score.item(), abs=1e-5)
+        torch.testing.assert_close(exported.anomaly_map.squeeze(), expected.anomaly_map.squeeze(), atol=1e-5, rtol=0)
+        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        path = engine.export(model, ExportType.ONNX, export_root=tmp_path, input_size=(64, 64))
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        (score,) = session.run(["pred_score"], {"input": read_image(image, as_tensor=True)[None].numpy()})
+        assert score.item() == pytest.approx(expected.pred_score.item(), abs=1e-4)
+
+
+class TestDrawing:
+    @pytest.mark.parametrize("kind", [*SIMPLE, mixed])
+    def test_pieces_of_a_material_are_alike_but_not_the_same(self, kind):
+        material = kind(np.random.default_rng(3))
+        first, again, other = (material(np.random.default_rng(seed), 96) for seed in (0, 0, 1))
+        assert first.shape == (96, 96, 3)
+        assert first.min() >= -1e-3
+        assert first.max() <= 1 + 1e-3
+        assert np.array_equal(first, again)
+        assert not np.array_equal(first, other)
+        assert np.abs(first.mean(axis=(0, 1)) - other.mean(axis=(0, 1))).max() < 0.25
+
+    def test_a_pool_is_decided_by_its_seed(self, materials):
+        pools = [draw_pool(np.random.default_rng(seed), materials, 64, 4, 2) for seed in (5, 5, 6)]
+        assert all(np.array_equal(one, other) for one, other in zip(pools[0], pools[1], strict=True))
+        assert not np.array_equal(pools[0].images, pools[2].images)
+
+    def test_masks_are_where_the_pictures_changed(self, materials):
+        areas = []
+        for seed in range(25):
+            pool = draw_pool(np.random.default_rng(seed), materials, 96, 6, 3)
+            assert not pool.masks[:3].any()
+            assert set(np.unique(pool.masks)) <= {0, 1}
+            areas += [mask.mean() for mask in pool.masks[3:]]
+        visible = np.array(areas) > 0
+        assert visible.mean() > 0.85
+        assert 0.002 < np.median(np.array(areas)[visible]) < 0.2
+
+    def test_pools_of_sound_images_have_no_masks(self, materials):
+        assert not draw_pool(np.random.default_rng(0), materials, 64, 5, 0).masks.any()
+
+
+class TestObjective:
+    def test_outranked_prefers_what_lies_above(self):
+        above, allowed = torch.tensor([1.0, 0.9]), torch.tensor([[True, True, False]] * 2)
+        well, badly = torch.tensor([[0.1, 0.2, 5.0]] * 2), torch.tensor([[1.1, 1.2, 5.0]] * 2)
+        assert outranked(above, well, allowed) < 0.01 < 1 < outranked(above, badly, allowed)
+        assert outranked(above, well, torch.zeros_like(allowed)) == 0
+
+    def test_patch_loss_is_low_where_defects_are_unlike_and_products_apart(self):
+        generator = torch.Generator().manual_seed(0)
+        products = F.normalize(torch.randn(2, 1, 1, 64, generator=generator), dim=-1)
+        patches = F.normalize(products + 0.02 * torch.randn(2, 6, 16, 64, generator=generator), dim=-1)
+        coverage = torch.zeros(2, 6, 16)
+        coverage[:, 5, 3] = 1.0
+        blind = patch_loss(patches, coverage, coverage, 0)
+        patches[:, 5, 3] = F.normalize(torch.randn(2, 64, generator=generator), dim=-1)
+        assert patch_loss(patches, coverage, coverage, 0) < 0.1 < 1 < blind
+
+    def test_image_loss_is_low_where_sound_images_lie_together(self):
+        tokens = torch.eye(4)[[0, 0, 0, 1, 2, 2, 2, 3]]
+        defective = torch.tensor([False, False, False, True] * 2)
+        assert image_loss(tokens, defective, 2) < 0.01 < 1 < image_loss(torch.ones(8, 4), defective, 2)
+
+    @pytest.mark.parametrize("defective", [0, 1, 6])
+    def test_gradients_are_finite_whatever_the_pools_are(self, materials, defective):
+        pools = [draw_pool(np.random.default_rng(seed), materials, 64, 6, defective) for seed in range(2)]
+        images = torch.from_numpy(np.concatenate([pool.images for pool in pools])).permute(0, 3, 1, 2).float()
+        masks = torch.from_numpy(np.concatenate([pool.masks for pool in pools]))
+        network = Training(materials, seed=0, epochs=1, batches=1).network
+        maps, tokens = network(images / 127.5 - 1)
+        sum(pool_loss(maps[::2], tokens, masks, 2, 0).values()).backward()
+        assert all(weight.grad.isfinite().all() for weight in network.parameters() if weight.grad is not None)
+
+
+def train(folder: Path) -> subprocess.Popen:
+    options = ["--epochs", "2", "--batches", "2", "--materials", "6", "--seed", "1"]
+    command = [sys.executable, str(RECIPE / "train.py"), str(folder), *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_training_goes_on_where_it_was_killed(tmp_path):
+    whole = train(tmp_path / "whole")
+    output, _ = whole.communicate()
+    assert whole.returncode == 0, output
+    killed = train(tmp_path / "killed")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed/last.ckpt").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    killed.kill()
+    killed.communicate()
+    assert (tmp_path / "killed/last.ckpt").is_file()
+    assert not (tmp_path / "killed/musc_tiny.safetensors").exists()
+    again = train(tmp_path / "killed")
+    output, _ = again.communicate()
+    assert again.returncode == 0, output
+    expected, resumed = (load_file(tmp_path / name / "musc_tiny.safetensors") for name in ("whole", "killed"))
+    initial = Training(np.empty(0, np.uint8), seed=1, epochs=2, batches=2).network.state_dict()
+    for name, weights in expected.items():
+        torch.testing.assert_close(resumed[name], weights, atol=1e-4, rtol=0)
+    assert any((weights.float() - initial[name]).abs().max() > 1e-4 for name, weights in expected.items())
+    create_backbone("musc-tiny", pretrained=tmp_path / "whole/musc_tiny.safetensors")
+
+
+def test_learned_features_find_what_random_ones_miss(materials):
+    """On products that no training has drawn."""
+    rows = {True: [], False: []}
+    for product in range(4):
+        pool: Pool = draw_pool(np.random.default_rng([2_000_000, product]), materials, 128, 8, 3)
+        images = torch.from_numpy(pool.images).permute(0, 3, 1, 2).float() / 255
+        for pretrained, row in rows.items():
+            model = MuScModel("musc-tiny", pretrained=pretrained, image_size=128)
+            row.append(judge(model, Labelled("", images, torch.from_numpy(pool.masks) > 0)))
+    learned, random = (np.mean(rows[pretrained], axis=0) for pretrained in (True, False))
+    assert (learned > random + 0.05).all()
+
+
+@pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
+@pytest.mark.parametrize(("root", "category"), [("cookies", "cookie"), ("magnetic_tile", "tile")])
+def test_photographs(root, category, tmp_path):
+    metrics = {}
+    for pretrained in (True, False):
+        data = MVTecAD(root=SHARED / "data" / root, category=category, num_workers=0)
+        model = MuSc("musc-tiny", pretrained=pretrained, visualizer=False)
+        engine = Engine(default_root_dir=tmp_path / str(pretrained), enable_progress_bar=False)
+        (metrics[pretrained],) = engine.test(model, datamodule=data)
+    for name in ("image_AUROC", "pixel_AUROC"):
+        assert metrics[True][name] > metrics[False][name]
