@@ -35,7 +35,9 @@ def main() -> None:
     """Print a table and write the numbers as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     report["images_per_second"] = rows = {name: [1 / seconds(name, batch) for batch in BATCHES] for name in NAMES}
     print(f"{report['device']}, {report['threads']} threads, torch {torch.__version__}\n")

@@ -121,7 +121,7 @@ class MuscTiny(nn.Module):
 
 
 class TinyBackbone(Backbone):
-    """``musc-tiny`` as a backbone: the blocks' outputs and the class token, through the final norm.
+    """``musc-tiny`` as a backbone: the blocks' outputs through the final norm, and the class token made unit length.
 
     Args:
         network: The network.
@@ -141,9 +141,9 @@ class TinyBackbone(Backbone):
         )
 
     def extract(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Feature maps ``(B, 160, h, w)`` and the image feature ``(B, 160)``."""
-        maps, image_feature = self.network(images)
-        return [maps[layer] for layer in self.layers], image_feature
+        """Feature maps ``(B, 160, h, w)`` and the image feature ``(B, 160)`` of unit norm."""
+        maps, class_token = self.network(images)
+        return [maps[layer] for layer in self.layers], F.normalize(class_token, dim=-1)
 
 
 def create_tiny_backbone(

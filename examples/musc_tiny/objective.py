@@ -29,6 +29,22 @@ def image_distances(patches: torch.Tensor, references: torch.Tensor) -> torch.Te
     return (2 - 2 * nearest).clamp_min(1e-6).sqrt()
 
 
+def scores_of_each_other(patches: torch.Tensor) -> torch.Tensor:
+    """Mutual scores of the patches of every pool (arXiv 2401.16753, section 3.2), with gradients.
+
+    Args:
+        patches: Unit vectors, ``(P, N, L, C)``.
+
+    Returns:
+        ``(P, N, L)``.
+    """
+    pools, images, length, _ = patches.shape
+    distances = image_distances(patches.flatten(1, 2), patches).view(pools, images, length, images)
+    itself = torch.eye(images, dtype=torch.bool, device=patches.device)[None, :, None]
+    judges = max(int(SHARE * (images - 1)), 1)
+    return distances.masked_fill(itself, torch.inf).topk(judges, largest=False).values.mean(dim=-1)
+
+
 def outranked(above: torch.Tensor, below: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
     """How far values of ``below`` reach those that should lie ``above`` them.
 
@@ -59,12 +75,8 @@ def patch_loss(patches: torch.Tensor, coverage: torch.Tensor, nearby: torch.Tens
         nearby: The largest share among the patches that it may have seen, ``(P, N, L)``.
         step: Count of batches: which quarter of the sound patches meets other products.
     """
-    pools, images, length, _ = patches.shape
-    distances = image_distances(patches.flatten(1, 2), patches).view(pools, images, length, images)
-    itself = torch.eye(images, dtype=torch.bool, device=patches.device)[None, :, None]
-    others = max(int(SHARE * (images - 1)), 1)
-    scores = distances.masked_fill(itself, torch.inf).topk(others, largest=False).values.mean(dim=-1).flatten(1)
-
+    pools, images = patches.shape[:2]
+    scores = scores_of_each_other(patches).flatten(1)
     damaged, sound = coverage.flatten(1) > COVERAGE, nearby.flatten(1) == 0  # (P, N * L)
     pool, place = damaged.nonzero(as_tuple=True)
     found = outranked(scores[pool, place], scores[pool], sound[pool])

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -36,17 +38,12 @@ def draw_material(seed: int, index: int, pieces: int) -> npt.NDArray[np.uint8]:
     return np.rint(np.clip(np.stack(drawn), 0, 1) * 255).astype(np.uint8)
 
 
-def draw_materials(path: Path, seed: int, count: int, pieces: int, progress: Any = iter) -> npt.NDArray[np.uint8]:
-    """Materials kept in a file, ``(count, pieces, PIECE, PIECE, 3)``; drawn if the file is not there."""
-    if not path.is_file():
-        part = path.with_suffix(".part")
-        shape = (count, pieces, PIECE, PIECE, 3)
-        store = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
-        for index in progress(range(count)):
-            store[index] = draw_material(seed, index, pieces)
-        store.flush()
-        part.rename(path)
-    return np.load(path, mmap_mode="r")
+def draw_materials(path: Path, seed: int, indices: Iterable[int], pieces: int) -> None:
+    """Draw materials into a file, ``(count, pieces, PIECE, PIECE, 3)``, which is there only once it is complete."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        np.save(part, np.stack([draw_material(seed, index, pieces) for index in indices]))
+        part.replace(path)
 
 
 class Look:
@@ -104,7 +101,7 @@ class Product:
 
     Args:
         rng: Draws the product.
-        materials: ``(M, pieces, PIECE, PIECE, 3)``, of which it takes three.
+        materials: ``(M, pieces, PIECE, PIECE, 3)``; it takes one each for itself, its ground and its defects.
         size: Side of the images.
     """
 

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train ``musc-tiny``, the network that comes with the package, on drawn images only.
 
-    python examples/musc_tiny/train.py runs/musc_tiny
+    python examples/musc_tiny/train.py runs/musc_tiny --processes 2
 
-The folder receives the materials, a checkpoint after every epoch, from which the same command goes on, a log, and at
-the end ``musc_tiny.safetensors``. Run it with ``--help`` for what can be set.
+The folder receives the materials, a checkpoint after every epoch, from which the same command goes on, logs, and at the
+end ``musc_tiny.safetensors``. Run it with ``--help`` for what can be set.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import json
 from pathlib import Path
 
 import lightning
@@ -22,28 +22,62 @@ from tqdm import tqdm
 from training import IMAGES, Training
 
 
+def at_least(least: int) -> type[int]:
+    """An argument's type: a whole number of at least so much."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            msg = f"must be at least {least}, got {text}"
+            raise argparse.ArgumentTypeError(msg)
+        return int(text)
+
+    return whole_number  # type: ignore[return-value]
+
+
+def read_arguments() -> argparse.Namespace:
+    """What the user asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where everything goes")
+    parser.add_argument("--epochs", type=at_least(1), default=60, help="the newest one's checkpoint is kept")
+    parser.add_argument("--batches", type=at_least(1), default=100, help="of an epoch, for each process")
+    parser.add_argument("--materials", type=at_least(3), default=2000, help="how many; each takes 0.9 MB on disk")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--processes", type=at_least(1), default=1, help="that train together, each on its own batches")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="that draw batches for each of them")
+    return parser.parse_args()
+
+
+def check_settings(arguments: argparse.Namespace) -> None:
+    """Keep what decides the result beside the checkpoint, so that no training goes on as another one.
+
+    Raises:
+        SystemExit: If the folder holds a training with other settings.
+    """
+    settings = {name: getattr(arguments, name) for name in ("epochs", "batches", "materials", "seed", "processes")}
+    path = arguments.folder / "settings.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    if differing := [f"--{name} {value}" for name, value in found.items() if settings[name] != value]:
+        msg = f"{arguments.folder} holds a training with {' '.join(differing)}: ask for that, or name another folder"
+        raise SystemExit(msg)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def export(training: Training, path: Path) -> None:
     """Write the network's weights as float16."""
     state = {name: value.detach().cpu().half().contiguous() for name, value in training.network.state_dict().items()}
     save_file(state, path, metadata={"format": "pt"})
+    path.chmod(0o644)
 
 
 def main() -> None:
     """Draw what is missing, train what is left, write the weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where everything goes")
-    parser.add_argument("--epochs", type=int, default=75, help="a checkpoint is kept after each")
-    parser.add_argument("--batches", type=int, default=100, help="of an epoch, for each process")
-    parser.add_argument("--materials", type=int, default=2000, help="how many; each takes 0.9 MB on disk")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="that train together; one for each core or GPU")
-    parser.add_argument("--workers", type=int, default=0, help="that draw batches for each of them; for a GPU, many")
-    arguments = parser.parse_args()
+    arguments = read_arguments()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    store = arguments.folder / f"materials_{arguments.seed}_{arguments.materials}.npy"
-    materials = draw_materials(
-        store, arguments.seed, arguments.materials, IMAGES, lambda indices: tqdm(indices, "Drawing materials")
-    )
+    check_settings(arguments)
+    materials = arguments.folder / "materials.npy"
+    if not materials.is_file():
+        indices = tqdm(range(arguments.materials), "Drawing materials")
+        draw_materials(materials, arguments.seed, indices, IMAGES)
     training = Training(
         materials,
         seed=arguments.seed,
@@ -60,15 +94,15 @@ def main() -> None:
         precision="bf16-mixed",
         reload_dataloaders_every_n_epochs=1,
         log_every_n_steps=20,
-        logger=CSVLogger(arguments.folder, name="log", version=""),
-        callbacks=[ModelCheckpoint(arguments.folder, save_last=True)],
+        logger=CSVLogger(arguments.folder, name="log"),
+        callbacks=[ModelCheckpoint(arguments.folder, save_last=True, enable_version_counter=False)],
     )
     last = arguments.folder / "last.ckpt"
-    began = time.monotonic()
+    device = trainer.strategy.root_device
     trainer.fit(training, ckpt_path=last if last.is_file() else None)
     if trainer.is_global_zero:
         export(training, arguments.folder / "musc_tiny.safetensors")
-        print(f"{time.monotonic() - began:.0f} s on {training.device}, {arguments.processes} processes")
+        print(f"{training.seconds:.0f} s of training on {device}, {arguments.processes} processes")
 
 
 if __name__ == "__main__":

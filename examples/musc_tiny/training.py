@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 from typing import Any
 
+import cv2
 import lightning
 import numpy as np
-import numpy.typing as npt
 import torch
 from objective import pool_loss
 from pools import draw_pool
@@ -27,16 +29,14 @@ class Pools(Dataset):
     """Batches of one epoch; seed, epoch, process and index decide every pixel of a batch.
 
     Args:
-        materials: What products are made of, ``(M, pieces, side, side, 3)``.
+        materials: File of what products are made of, ``(M, pieces, side, side, 3)``.
         seed: Of the training.
         epoch: Which epoch.
         batches: How many an epoch has.
         process: Which of the processes that train together.
     """
 
-    def __init__(
-        self, materials: npt.NDArray[np.uint8], *, seed: int, epoch: int, batches: int, process: int = 0
-    ) -> None:
+    def __init__(self, materials: Path, *, seed: int, epoch: int, batches: int, process: int = 0) -> None:
         self.materials, self.seed, self.epoch, self.batches, self.process = materials, seed, epoch, batches, process
 
     def __len__(self) -> int:
@@ -46,11 +46,16 @@ class Pools(Dataset):
         """Images ``(POOLS * IMAGES, 3, side, side)`` and masks ``(POOLS * IMAGES, side, side)``, uint8."""
         side = SIDES[index % len(SIDES)]
         rng = np.random.default_rng([self.seed, 1, self.epoch, index, self.process])
-        drawn = [draw_pool(rng, self.materials, side, IMAGES, int(rng.integers(1, 5))) for _ in range(POOLS)]
+        materials = np.load(self.materials, mmap_mode="r")
+        drawn = [draw_pool(rng, materials, side, IMAGES, int(rng.integers(1, 5))) for _ in range(POOLS)]
         images = np.concatenate([pool.images for pool in drawn]).transpose(0, 3, 1, 2)
         return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(
             np.concatenate([p.masks for p in drawn])
         )
+
+
+def _draw_on_one_core(_worker: int) -> None:
+    cv2.setNumThreads(0)
 
 
 class Training(lightning.LightningModule):
@@ -63,13 +68,16 @@ class Training(lightning.LightningModule):
         seed: Decides the initial weights and every batch.
         epochs: After how many the learning rate has fallen to zero.
         batches: Of an epoch.
-        learning_rate: Its highest value.
+        learning_rate: Where the cosine starts; the rise meets it a little below.
         workers: Processes that draw batches; 0 draws them in the training process.
+
+    Attributes:
+        seconds: How long training took, earlier sessions included.
     """
 
     def __init__(
         self,
-        materials: npt.NDArray[np.uint8],
+        materials: Path,
         *,
         seed: int,
         epochs: int,
@@ -79,6 +87,7 @@ class Training(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.seconds, self._began = 0.0, 0.0
         self.materials, self.seed, self.workers = materials, seed, workers
         self.epochs, self.batches, self.learning_rate = epochs, batches, learning_rate
         torch.manual_seed(seed)
@@ -89,7 +98,23 @@ class Training(lightning.LightningModule):
         """The batches of the current epoch."""
         epoch, process = self.current_epoch, self.global_rank
         pools = Pools(self.materials, seed=self.seed, epoch=epoch, batches=self.batches, process=process)
-        return DataLoader(pools, batch_size=None, num_workers=self.workers)
+        return DataLoader(pools, batch_size=None, num_workers=self.workers, worker_init_fn=_draw_on_one_core)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock."""
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self) -> None:
+        """Stop the clock."""
+        self.seconds += time.monotonic() - self._began
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the time."""
+        checkpoint["seconds"] = self.seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.seconds = checkpoint["seconds"]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
         """Learn from one batch."""
@@ -109,7 +134,7 @@ class Training(lightning.LightningModule):
             optimizer.zero_grad()
 
     def rate(self, epoch: float) -> float:
-        """Learning rate after so many epochs: a linear rise, then half a cosine."""
+        """Learning rate after so many epochs: half a cosine, and a linear rise where that is less."""
         return self.learning_rate * min(epoch / WARM_UP, 0.5 * (1 + math.cos(math.pi * epoch / self.epochs)))
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:

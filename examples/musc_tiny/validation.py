@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judge weights of ``musc-tiny`` on products that no training has drawn: ``python .../validation.py WEIGHTS ...``.
+"""Judge weights of ``musc-tiny`` on products that no training has drawn.
 
-Eight products of unseen materials, 224 pixels wide, 24 images each, every third of them with a defect, go through MuSc as
-any pool does. With a sample dataset (``--sample datasets/sample``), its two products follow, which other code draws.
+    python examples/musc_tiny/validation.py package random runs/musc_tiny/musc_tiny.safetensors --sample datasets/sample
+
+Eight products of unseen materials, 24 images of 224 x 224 each, 8 of them with a defect, go through MuSc as any pool
+does; then the two products of a sample dataset, which other code draws. Needs scikit-learn.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def drawn_products(seed: int = SEED) -> Iterator[Labelled]:
     """Products of materials, shapes, looks and defects that no training has drawn."""
     materials = np.stack([draw_material(seed, index, IMAGES) for index in range(MATERIALS)])
     for product in range(PRODUCTS):
-        pool = draw_pool(np.random.default_rng([seed, 1, product]), materials, SIDE, IMAGES, DEFECTIVE)
+        pool = draw_pool(np.random.default_rng([seed, 2, product, 1]), materials, SIDE, IMAGES, DEFECTIVE)
         images = torch.from_numpy(pool.images).permute(0, 3, 1, 2).float() / 255
         yield Labelled(f"drawn {product}", images, torch.from_numpy(pool.masks) > 0)
 
@@ -79,6 +81,8 @@ def main() -> None:
     parser.add_argument("--sample", type=Path, help="root of the sample dataset")
     parser.add_argument("--image-size", type=int, default=SIDE)
     arguments = parser.parse_args()
+    if arguments.sample and not arguments.sample.is_dir():
+        parser.error(f"--sample: there is no folder {arguments.sample}")
     pools = [*drawn_products(), *(sample_products(arguments.sample) if arguments.sample else [])]
     for weights in arguments.weights:
         pretrained = {"package": True, "random": False}.get(weights, weights)
