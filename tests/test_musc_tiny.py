@@ -277,13 +277,15 @@ def test_learned_features_find_what_random_ones_miss(materials):
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
-@pytest.mark.parametrize(("root", "category"), [("cookies", "cookie"), ("magnetic_tile", "tile")])
-def test_photographs(root, category, tmp_path):
+@pytest.mark.parametrize(
+    ("root", "category", "image", "pixel"), [("cookies", "cookie", 0.90, 0.93), ("magnetic_tile", "tile", 0.70, 0.74)]
+)
+def test_photographs(root, category, image, pixel, tmp_path):
     metrics = {}
     for pretrained in (True, False):
         data = MVTecAD(root=SHARED / "data" / root, category=category, num_workers=0)
         model = MuSc("musc-tiny", pretrained=pretrained, visualizer=False)
         engine = Engine(default_root_dir=tmp_path / str(pretrained), enable_progress_bar=False)
         (metrics[pretrained],) = engine.test(model, datamodule=data)
-    for name in ("image_AUROC", "pixel_AUROC"):
-        assert metrics[True][name] > metrics[False][name]
+    for name, least in (("image_AUROC", image), ("pixel_AUROC", pixel)):
+        assert metrics[True][name] > max(least, metrics[False][name])
