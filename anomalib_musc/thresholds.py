@@ -19,6 +19,8 @@ _TAIL = 4.3  # q999 / q90 of all patches, of two groups
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 _NORMAL_PEAKS, _ALL_PATCHES = 0.75, 0.99  # quantiles that an anomalous pixel exceeds
+_LEVELS = 0.7  # by how much the logarithms of the highest scores differ between two groups of images, on average
+_FEWEST_HIGH, _MOST_HIGH = 0.2, 0.75  # shares of the pool that the higher of the two groups may have
 _FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal patches, such as a black background's
 _ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
 
@@ -47,12 +49,15 @@ def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
 def count_anomalous(patch_scores: Array) -> int:
     """Estimate how many images of a pool are anomalous; never all of them.
 
-    The height of an image is its largest deviation. Where heights differ widely and the highest patches are far from
-    the rest, there are two groups of images, which Otsu's criterion parts. Else only outliers are anomalous.
+    Where the images' highest scores lie on two levels, the images of the higher one are. Else the height of an image is
+    its largest deviation. Where heights differ widely and the highest patches are far from the rest, there are two
+    groups of images, which Otsu's criterion parts. Else only outliers are anomalous.
 
     Args:
         patch_scores: Shape ``(N, L)``.
     """
+    if high := count_on_higher_level(patch_scores):
+        return high
     patches, differs = deviations(patch_scores)
     heights = patches.max(axis=1)
     unlike = heights[heights > _ALIKE]
@@ -64,8 +69,24 @@ def count_anomalous(patch_scores: Array) -> int:
     is_wide = len(heights) >= _FEWEST_OF_TWO and high - low > spread * median
     if is_wide and np.quantile(patches, 0.999) > _TAIL * np.quantile(patches[:, differs], 0.9):
         upper = upper_group(-1 / np.sqrt(np.maximum(heights, median / 10)))
-        count = max(count, min(upper, 3 * len(heights) // 4))
+        count = max(count, min(upper, int(_MOST_HIGH * len(heights))))
     return int(min(count, len(heights) - 1))
+
+
+def count_on_higher_level(patch_scores: Array) -> int:
+    """Return how many images have their highest score on the higher of two levels; 0 where there are not two.
+
+    Args:
+        patch_scores: Shape ``(N, L)``; images that have a copy in the pool are no level of their own.
+    """
+    peaks = patch_scores.max(axis=1)
+    if len(peaks) < _FEWEST_OF_TWO or peaks.min() <= _FLOOR * np.quantile(patch_scores, 0.99):
+        return 0
+    ascending = np.log(np.sort(peaks))
+    high = upper_group(-np.exp(-ascending))  # by reciprocals, or few very high ones would be a group of their own
+    difference = ascending[-high:].mean() - ascending[:-high].mean()
+    is_level = difference > _LEVELS and _FEWEST_HIGH * len(peaks) <= high <= _MOST_HIGH * len(peaks)
+    return high if is_level else 0
 
 
 def upper_group(values: Array) -> int:

@@ -15,7 +15,13 @@ from test_engine import by_path, datamodule
 from test_own_images import read_table
 
 from anomalib_musc import MuSc, PredictionWriter, RsCINPostProcessor
-from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold, upper_group
+from anomalib_musc.thresholds import (
+    count_anomalous,
+    count_on_higher_level,
+    image_threshold,
+    pixel_threshold,
+    upper_group,
+)
 
 
 def pool(num_normal: int, num_anomalous: int, seed: int = 0, contrast: float = 3.0) -> np.ndarray:
@@ -97,6 +103,26 @@ def test_image_threshold_lies_between():
     for count in range(4):
         assert (scores > image_threshold(scores, count)).sum() == count
     assert (np.array([0.5, 0.5, 0.1]) > image_threshold(np.array([0.5, 0.5, 0.1]), 1)).sum() == 0
+
+
+@pytest.mark.parametrize("num_anomalous", [10, 16, 24])
+def test_two_levels_of_scores_are_two_groups(num_anomalous):
+    """Anomalous images score higher all over: no patch of theirs stands out from its own image."""
+    rng = np.random.default_rng(0)
+    patch_scores = np.exp(rng.normal(0, 0.02, (40, 196)) + rng.normal(0, 0.12, (40, 1)))
+    patch_scores[np.arange(40), rng.integers(0, 196, 40)] *= np.exp(rng.uniform(0.3, 0.7, 40))
+    patch_scores[-num_anomalous:] *= np.exp(1.2)
+    truth = np.arange(40) >= 40 - num_anomalous
+    assert count_on_higher_level(patch_scores) == count_anomalous(patch_scores)
+    assert f1(truth, flagged(patch_scores)) >= 0.9
+    assert count_on_higher_level(patch_scores[:-num_anomalous]) == 0
+
+
+@pytest.mark.parametrize("copies", [2, 20, 38])
+def test_copies_are_no_lower_level(copies):
+    patch_scores = pool(40, 0)
+    patch_scores[:copies] = 1e-7
+    assert count_on_higher_level(patch_scores) == 0
 
 
 def test_upper_group_is_otsus():
