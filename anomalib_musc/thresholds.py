@@ -82,9 +82,9 @@ def count_on_higher_level(patch_scores: Array) -> int:
     peaks = patch_scores.max(axis=1)
     if len(peaks) < _FEWEST_OF_TWO or peaks.min() <= _FLOOR * np.quantile(patch_scores, 0.99):
         return 0
-    ascending = np.log(np.sort(peaks))
-    high = upper_group(-np.exp(-ascending))  # by reciprocals, or few very high ones would be a group of their own
-    difference = ascending[-high:].mean() - ascending[:-high].mean()
+    high = upper_group(-1 / peaks)  # by reciprocals, or few very high ones would be a group of their own
+    logarithms = np.log(np.sort(peaks))
+    difference = logarithms[-high:].mean() - logarithms[:-high].mean()
     is_level = difference > _LEVELS and _FEWEST_HIGH * len(peaks) <= high <= _MOST_HIGH * len(peaks)
     return high if is_level else 0
 

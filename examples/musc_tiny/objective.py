@@ -100,7 +100,8 @@ def image_loss(class_tokens: torch.Tensor, defective: torch.Tensor, pools: int) 
     likeness = tokens @ tokens.T
     pool_of = torch.arange(len(tokens), device=tokens.device) // (len(tokens) // pools)
     kin = pool_of[:, None] == pool_of[None, :]
-    alike = kin & ~defective[:, None] & ~defective[None, :] & ~torch.eye(len(tokens), dtype=torch.bool).to(kin.device)
+    itself = torch.eye(len(tokens), dtype=torch.bool, device=tokens.device)
+    alike = kin & ~defective[:, None] & ~defective[None, :] & ~itself
     first, second = alike.nonzero(as_tuple=True)
     within = outranked(likeness[first, second], likeness[first], (kin & defective[None, :])[first])
     across = outranked(likeness[first, second], likeness[first], ~kin[first])

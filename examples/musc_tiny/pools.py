@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from defects import Defect, Scene, visible_change
-from textures import Picture, Rng, any_material, outline, placed
+from textures import Picture, Rng, any_material, outline, placed, rotation
 
 PIECE = 192  # pixels a side of a stored piece of material
 LEAST_AREA = 0.001  # of the image: a defect of less is drawn again
@@ -164,8 +164,7 @@ class Product:
             turn[:, 2] += centre - size / 2
             skin = cv2.warpAffine(skin, turn, (size, size), borderMode=cv2.BORDER_REFLECT)
         for points, offset, scale, own_angle, colour in self.parts:
-            turned = offset @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-            where = placed(points, centre + turned * radius, scale * radius, own_angle + angle)
+            where = placed(points, centre + offset @ rotation(angle) * radius, scale * radius, own_angle + angle)
             cv2.fillPoly(skin, [where], colour.tolist(), cv2.LINE_AA, 4)
         body = np.zeros((size, size), np.float32)
         cv2.fillPoly(body, [placed(self.outline, centre, radius, angle)], 1.0, cv2.LINE_AA, 4)

@@ -178,10 +178,14 @@ def outline(rng: Rng) -> Picture:
     return points.astype(np.float32)
 
 
+def rotation(angle: float) -> Picture:
+    """What rows of points (x, y) are multiplied with to turn them, ``(2, 2)``."""
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+
+
 def placed(points: Picture, centre: npt.ArrayLike, radius: float, angle: float) -> npt.NDArray[np.int32]:
     """Outline in pixels with four fractional bits, for OpenCV's drawing functions."""
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    return np.rint((points @ turn * radius + np.asarray(centre)) * 16).astype(np.int32)
+    return np.rint((points @ rotation(angle) * radius + np.asarray(centre)) * 16).astype(np.int32)
 
 
 def leaves(rng: Rng) -> Material:
@@ -221,7 +225,7 @@ def printed(rng: Rng) -> Material:
     def draw(rng: Rng, size: int) -> Picture:
         canvas = np.empty((size, size, 3), np.float32)
         canvas[:] = colours[0]
-        turn = np.array([[np.cos(slant), np.sin(slant)], [-np.sin(slant), np.cos(slant)]])
+        turn = rotation(slant)
         reach = int(1.5 * size / pitch.min()) + 2
         start = rng.uniform(0, 1, 2)
         for row in range(-2, reach):
@@ -274,8 +278,7 @@ def fractal(rng: Rng) -> Material:
         leaf = (leaf - leaf.mean(axis=0)) / (np.abs(leaf - leaf.mean(axis=0)).max() + 1e-6)
         density = np.zeros((size, size), np.float32)
         for _ in range(copies):
-            angle = rng.uniform(0, 2 * np.pi)
-            turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
+            turn = rotation(rng.uniform(0, 2 * np.pi))
             where = ((leaf @ turn) * scale * size * rng.uniform(0.6, 1) + rng.uniform(0, size, 2)).astype(int)
             where = where[np.all((where >= 0) & (where < size), axis=1)]
             np.add.at(density, (where[:, 1], where[:, 0]), 1.0)

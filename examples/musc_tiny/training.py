@@ -49,9 +49,8 @@ class Pools(Dataset):
         materials = np.load(self.materials, mmap_mode="r")
         drawn = [draw_pool(rng, materials, side, IMAGES, int(rng.integers(1, 5))) for _ in range(POOLS)]
         images = np.concatenate([pool.images for pool in drawn]).transpose(0, 3, 1, 2)
-        return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(
-            np.concatenate([p.masks for p in drawn])
-        )
+        masks = np.concatenate([pool.masks for pool in drawn])
+        return torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(masks)
 
 
 def _draw_on_one_core(_worker: int) -> None:
