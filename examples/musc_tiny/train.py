@@ -44,7 +44,11 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--processes", type=at_least(1), default=1, help="that train together, each on its own batches")
     parser.add_argument("--workers", type=at_least(0), default=0, help="that draw batches for each of them")
-    return parser.parse_args()
+    parser.add_argument("--weights", type=Path, help="what to begin with: the result of another training")
+    arguments = parser.parse_args()
+    if arguments.weights and not arguments.weights.is_file():
+        parser.error(f"--weights: there is no file {arguments.weights}")
+    return arguments
 
 
 def check_settings(arguments: argparse.Namespace) -> None:
@@ -54,10 +58,13 @@ def check_settings(arguments: argparse.Namespace) -> None:
         SystemExit: If the folder holds a training with other settings.
     """
     settings = {name: getattr(arguments, name) for name in ("epochs", "batches", "materials", "seed", "processes")}
+    settings["weights"] = arguments.weights and str(arguments.weights)
     path = arguments.folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    if differing := [f"--{name} {value}" for name, value in found.items() if settings[name] != value]:
-        msg = f"{arguments.folder} holds a training with {' '.join(differing)}: ask for that, or name another folder"
+    differing = {name: found.get(name) for name in settings if settings[name] != found.get(name)}
+    if differing:
+        options = [f"no --{name}" if value is None else f"--{name} {value}" for name, value in differing.items()]
+        msg = f"{arguments.folder} holds a training with {', '.join(options)}: ask for that, or name another folder"
         raise SystemExit(msg)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -84,6 +91,7 @@ def main() -> None:
         epochs=arguments.epochs,
         batches=arguments.batches,
         workers=arguments.workers,
+        weights=arguments.weights,
     )
     trainer = lightning.Trainer(
         default_root_dir=arguments.folder,

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from objective import pool_loss
 from pools import draw_pool
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_musc.backbones.base import quarter_ends
@@ -21,7 +22,7 @@ from anomalib_musc.backbones.tiny import MuscTiny
 
 IMAGES = 8  # of a pool
 POOLS = 4  # of a batch
-SIDES = (96, 128, 160)  # pixels; every batch has one of these
+SIDES = (96, 144, 224)  # pixels; every batch has one of these
 WARM_UP = 5  # epochs
 
 
@@ -69,6 +70,7 @@ class Training(lightning.LightningModule):
         batches: Of an epoch.
         learning_rate: Where the cosine starts; the rise meets it a little below.
         workers: Processes that draw batches; 0 draws them in the training process.
+        weights: File of weights to begin with; random ones if None.
 
     Attributes:
         seconds: How long training took, earlier sessions included.
@@ -83,6 +85,7 @@ class Training(lightning.LightningModule):
         batches: int,
         learning_rate: float = 4e-4,
         workers: int = 0,
+        weights: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -91,6 +94,8 @@ class Training(lightning.LightningModule):
         self.epochs, self.batches, self.learning_rate = epochs, batches, learning_rate
         torch.manual_seed(seed)
         self.network = MuscTiny().to(memory_format=torch.channels_last)
+        if weights:
+            self.network.load_state_dict(load_file(weights))
         self.depths = quarter_ends(len(self.network.blocks))
 
     def train_dataloader(self) -> DataLoader:
