@@ -56,7 +56,8 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
 
     Args:
         backbone: Name of an open_clip or timm model, or of the official release's (``ViT-L-14-336``,
-            ``dinov2_vitl14``, ...), or your own module; see :class:`~anomalib_musc.MuScModel`.
+            ``dinov2_vitl14``, ...), ``musc-tiny``, whose weights are in the package, or your own module; see
+            :class:`~anomalib_musc.MuScModel`.
         pretrained: Weights of a named backbone: ``True`` (its default), a tag, a local file, or ``False`` (random).
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
         layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters.

@@ -53,9 +53,12 @@ class Block(nn.Module):
     def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Tokens ``(B, 1 + h*w, C)``, the class token first, to tokens of the same shape."""
         query, key, value = self.qkv(self.norm1(tokens)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        # written out: on CPUs PyTorch's fused attention takes five times as long to differentiate
-        weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
-        tokens = tokens + self.proj((weights @ value).transpose(1, 2).flatten(2))
+        if self.training:  # written out: on CPUs PyTorch's fused attention takes five times as long to differentiate
+            weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).softmax(dim=-1)
+            attended = weights @ value
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value)
+        tokens = tokens + self.proj(attended.transpose(1, 2).flatten(2))
         hidden = self.expand(self.norm2(tokens))
         maps = hidden[:, 1:].transpose(1, 2).unflatten(2, grid)
         maps = maps + self.neighbours(maps)
@@ -146,6 +149,19 @@ class TinyBackbone(Backbone):
         return [maps[layer] for layer in self.layers], F.normalize(class_token, dim=-1)
 
 
+def load_weights(network: MuscTiny, path: Path) -> None:
+    """Fill a network with the weights of a file.
+
+    Raises:
+        ValueError: If the file cannot be read.
+        WeightsMismatchError: If its weights are those of another network.
+    """
+    try:
+        network.load_state_dict(read_state_dict(path))
+    except RuntimeError as error:
+        raise WeightsMismatchError(path, NAME, error) from error
+
+
 def create_tiny_backbone(
     name: str,
     *,
@@ -171,8 +187,5 @@ def create_tiny_backbone(
     chosen = resolve_layers(layers, quarter_ends(len(network.blocks)), len(network.blocks))
     path = WEIGHTS if weights is True else weights
     if isinstance(path, Path) and not are_to_come():
-        try:
-            network.load_state_dict(read_state_dict(path))
-        except RuntimeError as error:
-            raise WeightsMismatchError(path, name, error) from error
+        load_weights(network, path)
     return TinyBackbone(network, size, chosen)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from defects import Defect, Scene, visible_change
 from textures import Picture, Rng, any_material, outline, placed, rotation
+from tqdm import tqdm
 
 PIECE = 256  # pixels a side of a stored piece of material
+UNSEEN = 1_000_000  # seeds from here on are those of validation and tests, never of a training
 LEAST_AREA = 0.001  # of the image: a defect of less is drawn again
 TRIES = 4
 
@@ -38,12 +39,30 @@ def draw_material(seed: int, index: int, pieces: int) -> npt.NDArray[np.uint8]:
     return np.rint(np.clip(np.stack(drawn), 0, 1) * 255).astype(np.uint8)
 
 
-def draw_materials(path: Path, seed: int, indices: Iterable[int], pieces: int) -> None:
-    """Draw materials into a file, ``(count, pieces, PIECE, PIECE, 3)``, which is there only once it is complete."""
+def draw_materials(path: Path, seed: int, count: int, pieces: int) -> None:
+    """Draw so many materials into a file ``(count, pieces, PIECE, PIECE, 3)``, there only once it is complete."""
+    shape = (count, pieces, PIECE, PIECE, 3)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
-        np.save(part, np.stack([draw_material(seed, index, pieces) for index in indices]))
+        drawn = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        for index in tqdm(range(count), "Drawing materials"):
+            drawn[index] = draw_material(seed, index, pieces)
+        drawn.flush()
         part.replace(path)
+
+
+def open_materials(path: Path, count: int, pieces: int) -> npt.NDArray[np.uint8]:
+    """Materials in a file, not read before they are used.
+
+    Raises:
+        ValueError: If the file holds others than were asked for.
+    """
+    materials = np.load(path, mmap_mode="r")
+    expected = (count, pieces, PIECE, PIECE, 3)
+    if materials.shape != expected:
+        msg = f"{path} holds materials of shape {materials.shape}, not {expected}: delete it to have them drawn again"
+        raise ValueError(msg)
+    return materials
 
 
 class Look:

@@ -4,47 +4,52 @@
     python examples/musc_tiny/train.py runs/musc_tiny --processes 2
 
 The folder receives the materials, a checkpoint after every epoch, from which the same command goes on, logs, and at the
-end ``musc_tiny.safetensors``. Run it with ``--help`` for what can be set.
+end ``musc_tiny.safetensors``. Two processes keep two cores busy; one, as on a GPU, learns the same. Run it with
+``--help`` for what can be set.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from pools import draw_materials
+from pools import PIECE, UNSEEN, draw_materials, open_materials
 from safetensors.torch import save_file
-from tqdm import tqdm
-from training import IMAGES, Training
+from training import IMAGES, STREAMS, Training
+
+MEGABYTES = IMAGES * PIECE**2 * 3 / 1e6
 
 
-def at_least(least: int) -> type[int]:
-    """An argument's type: a whole number of at least so much."""
+def within(least: int, most: float = float("inf")) -> Callable[[str], int]:
+    """An argument's type: a whole number between two."""
 
     def whole_number(text: str) -> int:
-        if int(text) < least:
-            msg = f"must be at least {least}, got {text}"
+        if not least <= int(text) <= most:
+            bound = f"at least {least}" if int(text) < least else f"at most {most}"
+            msg = f"must be {bound}, got {text}"
             raise argparse.ArgumentTypeError(msg)
         return int(text)
 
-    return whole_number  # type: ignore[return-value]
+    return whole_number
 
 
 def read_arguments() -> argparse.Namespace:
     """What the user asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where everything goes")
-    parser.add_argument("--epochs", type=at_least(1), default=60, help="the newest one's checkpoint is kept")
-    parser.add_argument("--batches", type=at_least(1), default=100, help="of an epoch, for each process")
-    parser.add_argument("--materials", type=at_least(3), default=2000, help="how many; each takes 0.9 MB on disk")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--processes", type=at_least(1), default=1, help="that train together, each on its own batches")
-    parser.add_argument("--workers", type=at_least(0), default=0, help="that draw batches for each of them")
+    parser.add_argument("--epochs", type=within(1), default=60, help="until the learning rate has fallen to zero")
+    parser.add_argument("--steps", type=within(1), default=100, help="of an epoch; each sees 64 images of 8 pools")
+    parser.add_argument("--materials", type=within(3), default=2000, help=f"each takes {MEGABYTES:.1f} MB on disk")
+    parser.add_argument("--seed", type=within(0, UNSEEN - 1), default=0)
     parser.add_argument("--weights", type=Path, help="what to begin with: the result of another training")
+    parser.add_argument("--processes", type=within(1, STREAMS), default=1, help="that train together")
+    parser.add_argument("--workers", type=within(0), default=0, help="that draw batches for each of them")
     arguments = parser.parse_args()
     if arguments.weights and not arguments.weights.is_file():
         parser.error(f"--weights: there is no file {arguments.weights}")
@@ -57,11 +62,13 @@ def check_settings(arguments: argparse.Namespace) -> None:
     Raises:
         SystemExit: If the folder holds a training with other settings.
     """
-    settings = {name: getattr(arguments, name) for name in ("epochs", "batches", "materials", "seed", "processes")}
-    settings["weights"] = arguments.weights and str(arguments.weights)
+    settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed")}
+    if arguments.weights:
+        digest = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()
+        settings["weights"] = f"{arguments.weights.name} (SHA-256 {digest[:16]})"
     path = arguments.folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    differing = {name: found.get(name) for name in settings if settings[name] != found.get(name)}
+    differing = {name: found.get(name) for name in settings | found if settings.get(name) != found.get(name)}
     if differing:
         options = [f"no --{name}" if value is None else f"--{name} {value}" for name, value in differing.items()]
         msg = f"{arguments.folder} holds a training with {', '.join(options)}: ask for that, or name another folder"
@@ -82,14 +89,11 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     check_settings(arguments)
     materials = arguments.folder / "materials.npy"
-    if not materials.is_file():
-        indices = tqdm(range(arguments.materials), "Drawing materials")
-        draw_materials(materials, arguments.seed, indices, IMAGES)
     training = Training(
         materials,
         seed=arguments.seed,
         epochs=arguments.epochs,
-        batches=arguments.batches,
+        steps=arguments.steps,
         workers=arguments.workers,
         weights=arguments.weights,
     )
@@ -105,12 +109,15 @@ def main() -> None:
         logger=CSVLogger(arguments.folder, name="log"),
         callbacks=[ModelCheckpoint(arguments.folder, save_last=True, enable_version_counter=False)],
     )
+    if not materials.is_file():
+        draw_materials(materials, arguments.seed, arguments.materials, IMAGES)
+    open_materials(materials, arguments.materials, IMAGES)
     last = arguments.folder / "last.ckpt"
     device = trainer.strategy.root_device
     trainer.fit(training, ckpt_path=last if last.is_file() else None)
     if trainer.is_global_zero:
         export(training, arguments.folder / "musc_tiny.safetensors")
-        print(f"{training.seconds:.0f} s of training on {device}, {arguments.processes} processes")
+        print(f"{training.seconds:.0f} s of training on {device}, processes: {arguments.processes}")
 
 
 if __name__ == "__main__":

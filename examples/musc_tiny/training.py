@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +15,40 @@ import numpy as np
 import torch
 from objective import pool_loss
 from pools import draw_pool
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_musc.backbones.base import quarter_ends
-from anomalib_musc.backbones.tiny import MuscTiny
+from anomalib_musc.backbones.tiny import MuscTiny, load_weights
 
 IMAGES = 8  # of a pool
 POOLS = 4  # of a batch
+STREAMS = 2  # of batches; every step learns from one of each, in one process or in two
 SIDES = (96, 144, 224)  # pixels; every batch has one of these
 WARM_UP = 5  # epochs
 
 
 class Pools(Dataset):
-    """Batches of one epoch; seed, epoch, process and index decide every pixel of a batch.
+    """Batches of one epoch; seed, epoch, step and stream decide every pixel of a batch.
 
     Args:
         materials: File of what products are made of, ``(M, pieces, side, side, 3)``.
         seed: Of the training.
         epoch: Which epoch.
-        batches: How many an epoch has.
-        process: Which of the processes that train together.
+        steps: How many an epoch has.
+        streams: Which streams a step takes a batch of, one after the other.
     """
 
-    def __init__(self, materials: Path, *, seed: int, epoch: int, batches: int, process: int = 0) -> None:
-        self.materials, self.seed, self.epoch, self.batches, self.process = materials, seed, epoch, batches, process
+    def __init__(self, materials: Path, *, seed: int, epoch: int, steps: int, streams: Sequence[int]) -> None:
+        self.materials, self.seed, self.epoch, self.steps, self.streams = materials, seed, epoch, steps, streams
 
     def __len__(self) -> int:
-        return self.batches
+        return self.steps * len(self.streams)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images ``(POOLS * IMAGES, 3, side, side)`` and masks ``(POOLS * IMAGES, side, side)``, uint8."""
-        side = SIDES[index % len(SIDES)]
-        rng = np.random.default_rng([self.seed, 1, self.epoch, index, self.process])
+        step, stream = divmod(index, len(self.streams))
+        side = SIDES[step % len(SIDES)]
+        rng = np.random.default_rng([self.seed, 1, self.epoch, step, self.streams[stream]])
         materials = np.load(self.materials, mmap_mode="r")
         drawn = [draw_pool(rng, materials, side, IMAGES, int(rng.integers(1, 5))) for _ in range(POOLS)]
         images = np.concatenate([pool.images for pool in drawn]).transpose(0, 3, 1, 2)
@@ -67,10 +69,13 @@ class Training(lightning.LightningModule):
         materials: See :class:`Pools`.
         seed: Decides the initial weights and every batch.
         epochs: After how many the learning rate has fallen to zero.
-        batches: Of an epoch.
+        steps: Of an epoch.
         learning_rate: Where the cosine starts; the rise meets it a little below.
         workers: Processes that draw batches; 0 draws them in the training process.
         weights: File of weights to begin with; random ones if None.
+
+    Raises:
+        ValueError: If the file of weights cannot be read or fits another network.
 
     Attributes:
         seconds: How long training took, earlier sessions included.
@@ -82,7 +87,7 @@ class Training(lightning.LightningModule):
         *,
         seed: int,
         epochs: int,
-        batches: int,
+        steps: int,
         learning_rate: float = 4e-4,
         workers: int = 0,
         weights: Path | None = None,
@@ -91,17 +96,17 @@ class Training(lightning.LightningModule):
         self.automatic_optimization = False
         self.seconds, self._began = 0.0, 0.0
         self.materials, self.seed, self.workers = materials, seed, workers
-        self.epochs, self.batches, self.learning_rate = epochs, batches, learning_rate
+        self.epochs, self.steps, self.learning_rate = epochs, steps, learning_rate
         torch.manual_seed(seed)
         self.network = MuscTiny().to(memory_format=torch.channels_last)
         if weights:
-            self.network.load_state_dict(load_file(weights))
+            load_weights(self.network, weights)
         self.depths = quarter_ends(len(self.network.blocks))
 
     def train_dataloader(self) -> DataLoader:
         """The batches of the current epoch."""
-        epoch, process = self.current_epoch, self.global_rank
-        pools = Pools(self.materials, seed=self.seed, epoch=epoch, batches=self.batches, process=process)
+        streams = range(STREAMS)[self.global_rank :: self.trainer.world_size]
+        pools = Pools(self.materials, seed=self.seed, epoch=self.current_epoch, steps=self.steps, streams=streams)
         return DataLoader(pools, batch_size=None, num_workers=self.workers, worker_init_fn=_draw_on_one_core)
 
     def on_train_epoch_start(self) -> None:
@@ -121,15 +126,19 @@ class Training(lightning.LightningModule):
         self.seconds = checkpoint["seconds"]
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], index: int) -> None:
-        """Learn from one batch."""
+        """Learn from one batch, and take a step when every stream has given one."""
         images, masks = batch
+        batches = STREAMS // self.trainer.world_size  # of a step
+        step = index // batches
         maps, class_tokens = self.network(images.float() / 127.5 - 1)
         with torch.autocast(self.device.type, enabled=False):  # distances of unit vectors need all digits
-            losses = pool_loss([maps[depth] for depth in self.depths], class_tokens, masks, POOLS, index)
+            losses = pool_loss([maps[depth] for depth in self.depths], class_tokens, masks, POOLS, step)
         self.log_dict(losses, prog_bar=True)
+        self.manual_backward((losses["patches"] + 0.3 * losses["images"]) / batches)
+        if (index + 1) % batches:
+            return
         optimizers: Any = self.optimizers()
-        rate = self.rate(self.current_epoch + index / self.batches)
-        self.manual_backward(losses["patches"] + 0.3 * losses["images"])
+        rate = self.rate(self.current_epoch + step / self.steps)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
