@@ -53,14 +53,15 @@ def create_backbone(
 
     The features are those of MuSc (arXiv 2401.16753): CLIP gives its blocks' raw outputs and the projected,
     L2-normalised image feature; timm's transformers give the blocks' outputs through the final norm, and the class
-    token after it, not normalised; ``musc-tiny`` gives the same, L2-normalised. At another image size than the weights', a learned position embedding is resized
-    bicubically without antialiasing.
+    token after it, not normalised; ``musc-tiny`` gives the same, with a normalised class token. At another image size
+    than the weights', a learned position embedding is resized bicubically without antialiasing.
 
     Args:
         name: A name of the official release (``ALIASES``), ``musc-tiny``, a timm model, or an open_clip architecture;
             where both libraries know a name that is not in ``ALIASES``, it is timm's. timm's names may carry a tag.
-        pretrained: ``True`` for the default weights: those of the official release for its names, those in the package
-            for ``musc-tiny``, otherwise timm's default tag or the first one that open_clip lists. A tag. A local file, of a grid of its own if need be
+        pretrained: ``True`` for the default weights: those of the official release for its names, the package's for
+            ``musc-tiny``, otherwise timm's default tag or the first one that open_clip lists. A tag. A local file, of a
+            grid of its own if need be
             (``.safetensors``, a PyTorch checkpoint, or OpenAI's TorchScript archives): its activation and
             preprocessing are those of the default tag for the official release's names; otherwise the activation
             is the architecture's own (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU).
