@@ -19,7 +19,8 @@ _TAIL = 4.3  # q999 / q90 of all patches, of two groups
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 _NORMAL_PEAKS, _ALL_PATCHES = 0.75, 0.99  # quantiles that an anomalous pixel exceeds
-_LEVELS = 0.7  # by how much the logarithms of the highest scores differ between two groups of images, on average
+_LEVELS = 0.6  # by how much the logarithms of the highest scores differ between two groups of images, on average
+_CLEAR, _CLEAR_OF_FEW = 2.4, 5.0  # times the deviation within two groups that they lie apart; and what few images add
 _FEWEST_HIGH, _MOST_HIGH = 0.2, 0.75  # shares of the pool that the higher of the two groups may have
 _FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal patches, such as a black background's
 _ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
@@ -76,17 +77,30 @@ def count_anomalous(patch_scores: Array) -> int:
 def count_on_higher_level(patch_scores: Array) -> int:
     """Return how many images have their highest score on the higher of two levels; 0 where there are not two.
 
+    Where Otsu's criterion parts the images' highest scores, the means of the groups' logarithms must lie apart: by more
+    than those of the images' medians do, or the images of the higher group differ all over, as all others do from
+    several shots of one thing; and by more than one group that is cut in two.
+
     Args:
-        patch_scores: Shape ``(N, L)``; images that have a copy in the pool are no level of their own.
+        patch_scores: Shape ``(N, L)``; images that have a copy in the pool are on no level.
     """
-    peaks = patch_scores.max(axis=1)
-    if len(peaks) < _FEWEST_OF_TWO or peaks.min() <= _FLOOR * np.quantile(patch_scores, 0.99):
+    floor = _FLOOR * np.quantile(patch_scores, 0.99)
+    unlike = patch_scores[patch_scores.max(axis=1) > floor]
+    if len(unlike) < _FEWEST_OF_TWO:
         return 0
-    high = upper_group(-1 / peaks)  # by reciprocals, or few very high ones would be a group of their own
-    logarithms = np.log(np.sort(peaks))
-    difference = logarithms[-high:].mean() - logarithms[:-high].mean()
-    is_level = difference > _LEVELS and _FEWEST_HIGH * len(peaks) <= high <= _MOST_HIGH * len(peaks)
-    return high if is_level else 0
+    logarithms = np.log(np.maximum(unlike, floor))
+    peaks, medians = logarithms.max(axis=1), np.median(logarithms, axis=1)
+    count = upper_group(-np.exp(-peaks))  # by reciprocals, or few very high ones would be a group of their own
+    order = np.argsort(peaks)
+    low, high = order[:-count], order[-count:]
+    apart = peaks[high].mean() - peaks[low].mean()
+    within = math.sqrt((len(low) * peaks[low].var() + len(high) * peaks[high].var()) / len(order))
+    are_levels = (
+        apart - (medians[high].mean() - medians[low].mean()) > _LEVELS
+        and apart > (_CLEAR + _CLEAR_OF_FEW / math.sqrt(len(order))) * within
+        and _FEWEST_HIGH <= count / len(patch_scores) <= _MOST_HIGH
+    )
+    return count if are_levels else 0
 
 
 def upper_group(values: Array) -> int:

@@ -2,14 +2,15 @@
 """Decisions without labels: ``python benchmarks/thresholds.py ROOT CATEGORY [--backbone NAME or module:Class]``.
 
 Pools with 0 to 50 % defects are drawn from the test images of a product in MVTec AD's layout. F1 at the threshold that
-is found without labels is divided by the best F1 of any threshold, for images and for pixels.
+is found without labels is divided by the best F1 of any threshold, for images and for pixels. Then pools of 2 to 5
+images, one of them anomalous: how often it has the highest score, and how often it is labelled.
 """
 
 import argparse
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,9 @@ from anomalib_musc import MuSc, MuScModel
 from anomalib_musc.functional import rscin
 from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
 
-SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 DRAWS = 8
+SMALL, SMALL_DRAWS = (2, 3, 4, 5), 60
 
 
 def extract(root: str, category: str, backbone: Any, pretrained: bool) -> tuple[MuScModel, dict[str, Any]]:
@@ -70,48 +72,97 @@ def best_f1(truth: np.ndarray, values: np.ndarray) -> float:
     return float((2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])).max())
 
 
-def measure(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> dict[str, float]:
-    """Return the share of good images that are flagged, and F1 over the best F1 of images and of pixels."""
+class Scored(NamedTuple):
+    """A pool: the scores of its images ``(N,)``, its anomaly maps ``(N, H, W)``, its patch scores ``(N, L)``."""
+
+    scores: np.ndarray
+    anomaly_maps: np.ndarray
+    patch_scores: np.ndarray
+
+    @property
+    def flagged(self) -> np.ndarray:
+        """Which images are labelled anomalous."""
+        return self.scores > image_threshold(self.scores, count_anomalous(self.patch_scores))
+
+
+def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Scored:
+    """Let the chosen images judge each other."""
     chosen = torch.from_numpy(indices)
     patch_scores = model.score([layer[chosen] for layer in features["layers"]])
     anomaly_maps = model.anomaly_maps(patch_scores)[:, 0]
-    scores = rscin(anomaly_maps.amax(dim=(1, 2)), features["tokens"][chosen]).double().numpy()
-    patches = patch_scores.flatten(1).double().numpy()
-    flagged = scores > image_threshold(scores, count_anomalous(patches))
-    labels, masks = features["labels"][indices], features["masks"][chosen].flatten().numpy()
+    scores = rscin(anomaly_maps.amax(dim=(1, 2)), features["tokens"][chosen])
+    return Scored(scores.double().numpy(), anomaly_maps.numpy(), patch_scores.flatten(1).double().numpy())
+
+
+def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    """Return the share of good images that are flagged, and F1 over the best F1 of images and of pixels."""
+    flagged = pool.flagged
     result = {"false alarms": float(flagged[~labels].mean())}
     if labels.any():
-        values = anomaly_maps.flatten().numpy()
-        result["image"] = f1(labels, flagged) / best_f1(labels, scores)
-        result["pixel"] = f1(masks, values > pixel_threshold(patches, flagged)) / best_f1(masks, values)
+        values = pool.anomaly_maps.ravel()
+        found = values > pixel_threshold(pool.patch_scores, flagged)
+        result["image"] = f1(labels, flagged) / best_f1(labels, pool.scores)
+        result["pixel"] = f1(masks.ravel(), found) / best_f1(masks.ravel(), values)
+        has_region = found.reshape(len(labels), -1).any(axis=1)
+        result["with a region"] = float(has_region[flagged].mean()) if flagged.any() else 0.0
     return result
 
 
+def shares(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return what was measured for each share of defects."""
+    labels, masks, rows = features["labels"], features["masks"].numpy(), {}
+    for share in (*SHARES, None):
+        pools = [np.arange(len(labels))] if share is None else [draw(labels, share, seed) for seed in range(DRAWS)]
+        results = [measure(score(model, features, pool), labels[pool], masks[pool]) for pool in pools]
+        row = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+        row["most false alarms"] = max(result["false alarms"] for result in results)
+        rows["all images" if share is None else f"{share:.0%}"] = row
+    return rows
+
+
+def small_pools(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return how often the one anomalous image of few has the highest score, and how often it is labelled."""
+    normal, anomalous = np.flatnonzero(~features["labels"]), np.flatnonzero(features["labels"])
+    rows = {}
+    for count in SMALL:
+        highest, labelled = [], []
+        for seed in range(SMALL_DRAWS):
+            generator = np.random.default_rng(seed)
+            chosen = [*generator.choice(normal, count - 1, replace=False), generator.choice(anomalous)]
+            pool = score(model, features, np.array(chosen))
+            highest.append(pool.scores[-1] > pool.scores[:-1].max())
+            labelled.append(pool.flagged[-1])
+        rows[str(count)] = {"highest": float(np.mean(highest)), "labelled": float(np.mean(labelled))}
+    return rows
+
+
+def print_table(first: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print rows of shares."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    print(f"| {first} | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{row[key]:.0%}' if key in row else '' for key in columns)} |")
+
+
 def main() -> None:
-    """Print a table, and add it to a JSON file of several products."""
+    """Print tables, and add them to a JSON file of several products."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root")
     parser.add_argument("category")
-    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
-    parser.add_argument("--pretrained", action="store_true")
+    parser.add_argument("--backbone", default="musc-tiny")
+    parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     module, _, name = arguments.backbone.partition(":")
     backbone = getattr(importlib.import_module(module), name)() if name else arguments.backbone
-    model, features = extract(arguments.root, arguments.category, backbone, arguments.pretrained)
-    rows: dict[str, dict[str, float]] = {}
-    for share in (*SHARES, None):
-        pools = [draw(features["labels"], share, seed) for seed in range(DRAWS)] if share is not None else []
-        results = [measure(model, features, indices) for indices in pools or [np.arange(len(features["labels"]))]]
-        means = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
-        rows["all images" if share is None else f"{share:.0%}"] = means
-    print("| defects | images: F1 / best F1 | pixels: F1 / best F1 | good images flagged |\n|---|---|---|---|")
-    for share_of_defects, row in rows.items():
-        cells = (f"{row[key]:.0%}" if key in row else "" for key in ("image", "pixel", "false alarms"))
-        print(f"| {share_of_defects} | {' | '.join(cells)} |")
+    model, features = extract(arguments.root, arguments.category, backbone, not arguments.random)
+    found = {"shares": shares(model, features), "small": small_pools(model, features)}
+    print_table("defects", found["shares"])
+    print_table("images", found["small"])
     if arguments.json:
         known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        known[arguments.category] = {"backbone": arguments.backbone, "draws": DRAWS, "rows": rows}
+        network = ("random " if arguments.random else "") + (name or arguments.backbone)
+        known[f"{arguments.category}, {network}"] = {"draws": DRAWS, "small draws": SMALL_DRAWS, **found}
         arguments.json.write_text(json.dumps(known, indent=2) + "\n")
 
 

@@ -24,10 +24,12 @@ from anomalib_musc.thresholds import (
 )
 
 
-def pool(num_normal: int, num_anomalous: int, seed: int = 0, contrast: float = 3.0) -> np.ndarray:
+def pool(
+    num_normal: int, num_anomalous: int, seed: int = 0, contrast: float = 3.0, image_spread: float = 0.1
+) -> np.ndarray:
     """Patch scores (N, 196) of textures that differ by place and by image; the last images have a blob each."""
     rng = np.random.default_rng(seed)
-    places, images = rng.normal(0, 0.3, 196), rng.normal(0, 0.1, num_normal + num_anomalous)
+    places, images = rng.normal(0, 0.3, 196), rng.normal(0, image_spread, num_normal + num_anomalous)
     logarithms = places + images[:, None] + rng.normal(0, 0.12, (len(images), 196))
     for index in range(num_normal, len(images)):
         y, x = rng.integers(0, 11, 2)
@@ -48,9 +50,10 @@ def best_f1(truth: np.ndarray, scores: np.ndarray) -> float:
     return max(f1(truth, scores >= threshold) for threshold in np.unique(scores))
 
 
-@pytest.mark.parametrize("num_images", [10, 20, 40, 80, 200])
-def test_a_pool_of_good_images_is_left_alone(num_images):
-    shares = [flagged(pool(num_images, 0, seed)).mean() for seed in range(20)]
+@pytest.mark.parametrize("num_images", [8, 10, 20, 40, 80, 200])
+@pytest.mark.parametrize("image_spread", [0.1, 0.3, 0.5])
+def test_a_pool_of_good_images_is_left_alone(num_images, image_spread):
+    shares = [flagged(pool(num_images, 0, seed, image_spread=image_spread)).mean() for seed in range(20)]
     assert max(shares) <= 0.05
 
 
@@ -105,24 +108,58 @@ def test_image_threshold_lies_between():
     assert (np.array([0.5, 0.5, 0.1]) > image_threshold(np.array([0.5, 0.5, 0.1]), 1)).sum() == 0
 
 
-@pytest.mark.parametrize("num_anomalous", [10, 16, 24])
-def test_two_levels_of_scores_are_two_groups(num_anomalous):
-    """Anomalous images score higher all over: no patch of theirs stands out from its own image."""
-    rng = np.random.default_rng(0)
-    patch_scores = np.exp(rng.normal(0, 0.02, (40, 196)) + rng.normal(0, 0.12, (40, 1)))
-    patch_scores[np.arange(40), rng.integers(0, 196, 40)] *= np.exp(rng.uniform(0.3, 0.7, 40))
-    patch_scores[-num_anomalous:] *= np.exp(1.2)
-    truth = np.arange(40) >= 40 - num_anomalous
-    assert count_on_higher_level(patch_scores) == count_anomalous(patch_scores)
-    assert f1(truth, flagged(patch_scores)) >= 0.9
-    assert count_on_higher_level(patch_scores[:-num_anomalous]) == 0
+def two_levels(num_normal: int, num_anomalous: int, difference: float, seed: int = 0) -> np.ndarray:
+    """Patch scores (N, 196) that stand out at few places everywhere, of anomalous images by so much more."""
+    rng = np.random.default_rng(seed)
+    count = num_normal + num_anomalous
+    logarithms = rng.normal(0, 0.02, (count, 196)) + rng.normal(0, 0.05, (count, 1))
+    for index in range(count):
+        where = rng.choice(196, 6, replace=False)
+        logarithms[index, where] += rng.normal(1.0, 0.1) + (index >= num_normal) * difference
+    return np.exp(logarithms)
 
 
-@pytest.mark.parametrize("copies", [2, 20, 38])
-def test_copies_are_no_lower_level(copies):
-    patch_scores = pool(40, 0)
-    patch_scores[:copies] = 1e-7
+@pytest.mark.parametrize("num_anomalous", [9, 16, 24, 29])
+@pytest.mark.parametrize("seed", range(5))
+def test_two_levels_of_scores_are_two_groups(num_anomalous, seed):
+    patch_scores = two_levels(40 - num_anomalous, num_anomalous, 0.8, seed)
+    assert count_on_higher_level(patch_scores) == count_anomalous(patch_scores) == num_anomalous
+    assert flagged(patch_scores)[-num_anomalous:].all()
+
+
+@pytest.mark.parametrize(
+    "patch_scores",
+    [
+        two_levels(24, 16, 0.5),  # levels too near
+        two_levels(33, 7, 0.8),  # too few on the higher one
+        two_levels(9, 31, 0.8),  # too many
+        two_levels(4, 3, 0.8),  # too few images
+    ],
+)
+def test_what_are_not_two_levels(patch_scores):
     assert count_on_higher_level(patch_scores) == 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_broad_level_is_not_cut(seed):
+    patch_scores = np.ones((60, 196))
+    patch_scores[:, 0] = np.exp(np.random.default_rng(seed).normal(2.0, 0.5, 60))
+    assert count_on_higher_level(patch_scores) == 0
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("copies", [2, 12, 20, 30, 38])
+def test_copies_are_no_lower_level(copies, noise):
+    """Several shots of one thing score low all over."""
+    patch_scores = pool(40, 0)
+    patch_scores[:copies] *= max(noise, 1e-7)
+    assert count_on_higher_level(patch_scores) == 0
+
+
+def test_copies_do_not_hide_the_levels_of_the_others():
+    patch_scores = two_levels(24, 16, 0.8)
+    patch_scores[:2] = 1e-7
+    assert count_on_higher_level(patch_scores) == count_anomalous(patch_scores) == 16
 
 
 def test_upper_group_is_otsus():
