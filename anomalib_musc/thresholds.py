@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thresholds for a pool of which nobody has said what is normal.
 
-The assumption is that of the method: at every place most images are normal, and a defect is confined to a part of its
-image. Where defects look like ordinary variation, they are missed rather than all images flagged.
+The assumption is that of the method: every place is normal in most images, at least a quarter of the images is normal,
+and a defect is confined to a part of its image. Where defects look like ordinary variation, they are missed rather than
+all images flagged.
 """
 
 import math
@@ -50,7 +51,7 @@ def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
 def count_anomalous(patch_scores: Array) -> int:
     """Estimate how many images of a pool are anomalous; never all of them.
 
-    Where the images' highest scores lie on two levels, the images of the higher one are. Else the height of an image is
+    Where the images' highest scores lie on two levels, those of the higher one are. Else the height of an image is
     its largest deviation. Where heights differ widely and the highest patches are far from the rest, there are two
     groups of images, which Otsu's criterion parts. Else only outliers are anomalous.
 
