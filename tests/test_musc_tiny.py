@@ -147,7 +147,7 @@ class TestDrawing:
         inside, outside, areas = [], [], []
         for seed in range(600):
             look = Look(np.random.default_rng(seed))
-            if look.flicker or look.slope or look.contrast_wander or look.noise > 0.02:
+            if look.flicker or look.slope or look.noise > 0.02:
                 continue  # else the two exposures differ everywhere
             sound, damaged = (draw_pool(np.random.default_rng(seed), materials, 96, 1, count) for count in (0, 1))
             assert set(np.unique(damaged.masks)) <= {0, 1}
@@ -158,7 +158,7 @@ class TestDrawing:
             areas.append(damaged.masks.mean())
         assert len(inside) >= 4
         assert len(inside) > 0.7 * len(areas)
-        assert (np.array(inside) > 1.5 * np.array(outside)).all()
+        assert (np.array(inside) > 2 * np.array(outside)).all()
         assert 0.002 < np.median(areas) < 0.2
 
     def test_pools_of_sound_images_have_no_masks(self, materials):
@@ -253,17 +253,15 @@ def test_training_goes_on_where_it_was_killed(tmp_path):
         assert status == 0, output
         assert "s of training on cpu, processes: 1" in output
     moved = distance(trained(whole), initial(1))
-    assert moved > 1e-5
+    assert moved > 1e-6
     assert distance(trained(killed), trained(whole)) < 0.05 * moved
     expected, other = (load_file(folder / "musc_tiny.safetensors") for folder in (whole, changed))
     assert (other["norm.bias"].float() - expected["norm.bias"].float()).min() > 0.9  # it did go on, not start again
     create_backbone("musc-tiny", pretrained=whole / "musc_tiny.safetensors")
 
-    weights = str(whole / "musc_tiny.safetensors")
-    for options, found in ((("--seed", "2"), "--seed 1"), (("--weights", weights), "no --weights")):
-        status, output = run_training(killed, *options)
-        assert status != 0
-        assert f"holds a training with {found}: ask for that, or name another folder" in output
+    status, output = run_training(killed, "--seed", "2")
+    assert status != 0
+    assert "holds a training with --seed 1: ask for that, or name another folder" in output
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
@@ -271,32 +269,15 @@ def test_two_processes_learn_what_one_does(tmp_path):
         status, output = run_training(tmp_path / processes, "--epochs", "1", "--processes", processes)
         assert status == 0, output
     moved = distance(trained(tmp_path / "1"), initial(1))
-    assert moved > 1e-5
+    assert moved > 1e-6
     assert distance(trained(tmp_path / "1"), trained(tmp_path / "2")) < 0.05 * moved
 
 
-def test_training_begins_with_the_weights_of_another(tmp_path):
-    network = Training(Path("not read"), seed=5, epochs=2, steps=2).network
-    given = {name: weights.contiguous() for name, weights in network.state_dict().items()}
-    save_file(given, tmp_path / "given.safetensors")
-    options = ["--steps", "1", "--weights", str(tmp_path / "given.safetensors")]
-    status, output = run_training(tmp_path / "run", *options)
-    assert status == 0, output
-    assert 0 < distance(trained(tmp_path / "run"), initial(5)) < 0.1 * distance(initial(1), initial(5))
-
-    save_file({"stem.0.weight": torch.zeros(3)}, tmp_path / "misfit.safetensors")
-    options[-1] = str(tmp_path / "misfit.safetensors")
-    status, output = run_training(tmp_path / "never", *options)
-    assert status != 0
-    assert "does not fit the backbone 'musc-tiny'" in output
-    assert not (tmp_path / "never" / "materials.npy").exists()
-
-
 def test_materials_of_another_recipe_are_refused(tmp_path):
-    np.save(tmp_path / "materials.npy", np.zeros((6, 8, 192, 192, 3), np.uint8))
+    np.save(tmp_path / "materials.npy", np.zeros((6, 8, 128, 128, 3), np.uint8))
     status, output = run_training(tmp_path)
     assert status != 0
-    assert "holds materials of shape (6, 8, 192, 192, 3), not (6, 8, 256, 256, 3): delete it" in output
+    assert "holds materials of shape (6, 8, 128, 128, 3), not (6, 8, 192, 192, 3): delete it" in output
 
 
 @pytest.mark.parametrize(("option", "value"), [("--epochs", "0"), ("--materials", "2"), ("--processes", "3")])
@@ -326,6 +307,6 @@ def test_learned_features_find_what_random_ones_miss(materials):
 def test_photographs(root, image, pixel):
     (pool,) = dataset_products(SHARED / "data" / root, 224)
     (learned,) = (judge(model, pool) for model in models("package"))
-    random = np.mean([judge(model, pool) for model in models("random")], axis=0)
+    random = np.mean([judge(model, pool) for model in models("random")[:3]], axis=0)
     assert learned[1] > max(image, random[1])
     assert learned[2] > max(pixel, random[2])

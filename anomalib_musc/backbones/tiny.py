@@ -149,19 +149,6 @@ class TinyBackbone(Backbone):
         return [maps[layer] for layer in self.layers], F.normalize(class_token, dim=-1)
 
 
-def load_weights(network: MuscTiny, path: Path) -> None:
-    """Fill a network with the weights of a file.
-
-    Raises:
-        ValueError: If the file cannot be read.
-        WeightsMismatchError: If its weights are those of another network.
-    """
-    try:
-        network.load_state_dict(read_state_dict(path))
-    except RuntimeError as error:
-        raise WeightsMismatchError(path, NAME, error) from error
-
-
 def create_tiny_backbone(
     name: str,
     *,
@@ -187,5 +174,8 @@ def create_tiny_backbone(
     chosen = resolve_layers(layers, quarter_ends(len(network.blocks)), len(network.blocks))
     path = WEIGHTS if weights is True else weights
     if isinstance(path, Path) and not are_to_come():
-        load_weights(network, path)
+        try:
+            network.load_state_dict(read_state_dict(path))
+        except RuntimeError as error:
+            raise WeightsMismatchError(path, name, error) from error
     return TinyBackbone(network, size, chosen)

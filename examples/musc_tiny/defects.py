@@ -184,7 +184,7 @@ class Defect:
         self.region = region(rng)
         self.effect = _missing if region is cut and rng.random() < 0.9 else effects[rng.integers(len(effects))]
         self.softness = rng.choice([0.0, 0.5, 1.0, 2.0, 4.0]) if not is_line else rng.choice([0.0, 0.5])
-        self.strength = rng.uniform(0.2, 1.0)
+        self.strength = rng.uniform(0.4, 1.0)
         self.seed = rng.integers(2**31)  # images of one kind are painted with one colour
 
     def __call__(self, rng: Rng, scene: Scene) -> Picture:

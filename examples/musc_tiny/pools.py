@@ -14,7 +14,7 @@ from defects import Defect, Scene, visible_change
 from textures import Picture, Rng, any_material, outline, placed, rotation
 from tqdm import tqdm
 
-PIECE = 256  # pixels a side of a stored piece of material
+PIECE = 192  # pixels a side of a stored piece of material
 UNSEEN = 1_000_000  # seeds from here on are those of validation and tests, never of a training
 LEAST_AREA = 0.001  # of the image: a defect of less is drawn again
 TRIES = 4
@@ -35,7 +35,7 @@ class Pool(NamedTuple):
 def draw_material(seed: int, index: int, pieces: int) -> npt.NDArray[np.uint8]:
     """Pieces of one material, ``(pieces, PIECE, PIECE, 3)``; seed and index decide every pixel."""
     material = any_material(np.random.default_rng([seed, index]))
-    drawn = [material(np.random.default_rng([seed, index, 1 + piece]), PIECE) for piece in range(pieces)]
+    drawn = [material(np.random.default_rng([seed, index, piece]), PIECE) for piece in range(pieces)]
     return np.rint(np.clip(np.stack(drawn), 0, 1) * 255).astype(np.uint8)
 
 
@@ -82,8 +82,6 @@ class Look:
         self.blur = rng.choice([0.0, 0.5, 0.8, 1.2])
         self.noise = rng.choice([0.003, 0.01, 0.02, 0.04])
         self.hotspot = rng.random() < 0.2
-        # sound variation: images of one camera differ in contrast and focus
-        self.contrast_wander, self.focus_wander = rng.choice([0.0, 0.1, 0.2]), rng.choice([0.0, 0.0, 0.5])
 
     def grade(self, picture: Picture) -> Picture:
         """The pool's colours."""
@@ -110,9 +108,8 @@ class Look:
     def expose(self, rng: Rng, picture: Picture) -> npt.NDArray[np.uint8]:
         """What the camera stores, in this image's light and with fresh noise."""
         picture = self.develop(picture) * self.light(rng, len(picture))
-        if blur := self.blur + self.focus_wander * rng.random():
-            picture = cv2.GaussianBlur(picture, (0, 0), blur)
-        picture = (picture - picture.mean()) * np.exp(self.contrast_wander * rng.standard_normal()) + picture.mean()
+        if self.blur:
+            picture = cv2.GaussianBlur(picture, (0, 0), self.blur)
         grain = rng.standard_normal(picture.shape[:2] if self.is_grey else picture.shape, dtype=np.float32)
         picture = picture + self.noise * (grain[..., None] if self.is_grey else grain)
         return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
@@ -131,8 +128,7 @@ class Product:
         self.materials, self.size = materials, size
         self.skin, self.under, self.foreign = (int(index) for index in rng.integers(len(materials), size=3))
         self.first_piece = int(rng.integers(materials.shape[1]))
-        self.zoom = np.clip(rng.uniform(0.7, 2.0, 3) * size / PIECE, 0.35, 1.0)
-        self.veil, self.veiling = float(rng.choice([0.0, 0.0, 0.0, 0.3, 0.6])), int(rng.integers(len(materials)))
+        self.zoom = rng.uniform(0.5, 1.0, 3)
         self.turns, self.flipped = int(rng.integers(4)), bool(rng.random() < 0.5)
         self.has_body = rng.random() < 0.55
         self.same_ground = rng.random() < 0.6
@@ -175,9 +171,6 @@ class Product:
         if self.plain_ground is not None:
             ground = np.broadcast_to(self.plain_ground, ground.shape).astype(np.float32)
         skin = self.piece(rng, self.skin, image, self.zoom[0], fixed=self.same_skin)
-        if self.veil:  # sound variation: more or less of another material
-            share = self.veil * rng.random()
-            skin = skin * (1 - share) + self.piece(rng, self.veiling, image, self.zoom[0]) * share
         if not self.has_body:
             picture, body = skin, np.ones((size, size), np.float32)
             self._mark(rng, picture, body)

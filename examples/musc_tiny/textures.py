@@ -329,22 +329,7 @@ def written(rng: Rng) -> Material:
     return draw
 
 
-def rough(rng: Rng) -> Material:
-    """A grey surface as it was cast, ground or fired, of little contrast: metal, stone, ceramic, concrete."""
-    tone, tint, contrast = rng.uniform(0.15, 0.85), rng.normal(0, 0.02, 3), np.exp(rng.uniform(-4.0, -1.8))
-    angle, skew = rng.uniform(0, np.pi), rng.uniform(-0.3, 0.3)
-    layers = [(rng.uniform(0, 3.5), rng.choice([1.0, 1.0, 2.0, 8.0]), rng.uniform(0.3, 1.0)) for _ in range(3)]
-
-    def draw(rng: Rng, size: int) -> Picture:
-        noises = [share * spectral_noise(rng, size, exponent, stretch, angle) for exponent, stretch, share in layers]
-        field = np.sum(noises, axis=0)
-        field = field + skew * (field**2 - (field**2).mean())
-        return np.clip(tone + tint + contrast * field[..., None], 0, 1).astype(np.float32)
-
-    return draw
-
-
-SIMPLE = (plain, clouded, rough, marbled, spotted, woven, celled, leaves, printed, fibrous, fractal, shaded, written)
+SIMPLE = (plain, clouded, marbled, spotted, woven, celled, leaves, printed, fibrous, fractal, shaded, written)
 
 
 def mixed(rng: Rng) -> Material:
@@ -361,6 +346,6 @@ def mixed(rng: Rng) -> Material:
 
 
 def any_material(rng: Rng) -> Material:
-    """One material of any kind, plain, rough and mixed ones more often than others."""
-    kinds = (*SIMPLE, plain, rough, mixed, mixed, mixed)
+    """One material of any kind, plain and mixed ones more often than others."""
+    kinds = (*SIMPLE, plain, mixed, mixed, mixed)
     return kinds[rng.integers(len(kinds))](rng)

@@ -11,7 +11,6 @@ end ``musc_tiny.safetensors``. Two processes keep two cores busy; one, as on a G
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -47,13 +46,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=within(1), default=100, help="of an epoch; each sees 64 images of 8 pools")
     parser.add_argument("--materials", type=within(3), default=2000, help=f"each takes {MEGABYTES:.1f} MB on disk")
     parser.add_argument("--seed", type=within(0, UNSEEN - 1), default=0)
-    parser.add_argument("--weights", type=Path, help="what to begin with: the result of another training")
     parser.add_argument("--processes", type=within(1, STREAMS), default=1, help="that train together")
     parser.add_argument("--workers", type=within(0), default=0, help="that draw batches for each of them")
-    arguments = parser.parse_args()
-    if arguments.weights and not arguments.weights.is_file():
-        parser.error(f"--weights: there is no file {arguments.weights}")
-    return arguments
+    return parser.parse_args()
 
 
 def check_settings(arguments: argparse.Namespace) -> None:
@@ -63,15 +58,10 @@ def check_settings(arguments: argparse.Namespace) -> None:
         SystemExit: If the folder holds a training with other settings.
     """
     settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed")}
-    if arguments.weights:
-        digest = hashlib.sha256(arguments.weights.read_bytes()).hexdigest()
-        settings["weights"] = f"{arguments.weights.name} (SHA-256 {digest[:16]})"
     path = arguments.folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
-    differing = {name: found.get(name) for name in settings | found if settings.get(name) != found.get(name)}
-    if differing:
-        options = [f"no --{name}" if value is None else f"--{name} {value}" for name, value in differing.items()]
-        msg = f"{arguments.folder} holds a training with {', '.join(options)}: ask for that, or name another folder"
+    if differing := [f"--{name} {found.get(name)}" for name in settings if settings[name] != found.get(name)]:
+        msg = f"{arguments.folder} holds a training with {' '.join(differing)}: ask for that, or name another folder"
         raise SystemExit(msg)
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -95,7 +85,6 @@ def main() -> None:
         epochs=arguments.epochs,
         steps=arguments.steps,
         workers=arguments.workers,
-        weights=arguments.weights,
     )
     trainer = lightning.Trainer(
         default_root_dir=arguments.folder,

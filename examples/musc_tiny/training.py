@@ -18,12 +18,12 @@ from pools import draw_pool
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_musc.backbones.base import quarter_ends
-from anomalib_musc.backbones.tiny import MuscTiny, load_weights
+from anomalib_musc.backbones.tiny import MuscTiny
 
 IMAGES = 8  # of a pool
 POOLS = 4  # of a batch
 STREAMS = 2  # of batches; every step learns from one of each, in one process or in two
-SIDES = (96, 144, 224)  # pixels; every batch has one of these
+SIDES = (96, 128, 160)  # pixels; every batch has one of these
 WARM_UP = 5  # epochs
 
 
@@ -72,10 +72,6 @@ class Training(lightning.LightningModule):
         steps: Of an epoch.
         learning_rate: Where the cosine starts; the rise meets it a little below.
         workers: Processes that draw batches; 0 draws them in the training process.
-        weights: File of weights to begin with; random ones if None.
-
-    Raises:
-        ValueError: If the file of weights cannot be read or fits another network.
 
     Attributes:
         seconds: How long training took, earlier sessions included.
@@ -90,7 +86,6 @@ class Training(lightning.LightningModule):
         steps: int,
         learning_rate: float = 4e-4,
         workers: int = 0,
-        weights: Path | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -99,8 +94,6 @@ class Training(lightning.LightningModule):
         self.epochs, self.steps, self.learning_rate = epochs, steps, learning_rate
         torch.manual_seed(seed)
         self.network = MuscTiny().to(memory_format=torch.channels_last)
-        if weights:
-            load_weights(self.network, weights)
         self.depths = quarter_ends(len(self.network.blocks))
 
     def train_dataloader(self) -> DataLoader:
