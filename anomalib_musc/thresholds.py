@@ -19,7 +19,8 @@ _FEWEST_OF_TWO = 8  # images, of which fewer are not parted into two groups
 _TAIL = 4.3  # q999 / q90 of all patches, of two groups
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
-_NORMAL_PEAKS, _ALL_PATCHES = 0.75, 0.99  # quantiles that an anomalous pixel exceeds
+_NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
+_ALL_PATCHES, _ANOMALOUS_PEAKS = 0.99, 0.25  # quantiles of all patches, or of the anomalous images' highest: likewise
 _LEVELS = 0.6  # by how much the logarithms of the highest scores differ between two groups of images, on average
 _CLEAR, _CLEAR_OF_FEW = 2.4, 5.0  # times the deviation within two groups that they lie apart; and what few images add
 _FEWEST_HIGH, _MOST_HIGH = 0.2, 0.75  # shares of the pool that the higher of the two groups may have
@@ -133,7 +134,9 @@ def image_threshold(scores: Array, num_anomalous: int) -> float:
 
 
 def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> float:
-    """Return a threshold that three of four normal images stay below everywhere, and 99 % of all patches do.
+    """Return a threshold that three of four normal images stay below everywhere, and few patches exceed.
+
+    Few are 1 % of all, or so many that three of four anomalous images have one.
 
     Args:
         patch_scores: Shape ``(N, L)``.
@@ -144,4 +147,5 @@ def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> flo
         return float(peaks.max())
     normal_peaks = peaks[~is_anomalous]
     reached = np.quantile(normal_peaks, _NORMAL_PEAKS) if len(normal_peaks) else 0.0
-    return float(max(reached, np.quantile(patch_scores, _ALL_PATCHES)))
+    few = min(np.quantile(patch_scores, _ALL_PATCHES), np.quantile(peaks[is_anomalous], _ANOMALOUS_PEAKS))
+    return float(max(reached, few))
