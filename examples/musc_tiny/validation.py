@@ -76,13 +76,13 @@ def dataset_products(root: Path, size: int) -> Iterator[Labelled]:
 def models(weights: str, size: int = 224) -> list[MuScModel]:
     """The model with weights of a file or of the package, or several with random ones."""
     if weights != "random":
-        return [MuScModel("musc-tiny", pretrained=weights == "package" or weights, image_size=size)]
+        return [MuScModel("musc-tiny", pretrained=weights == "package" or weights, image_size=size, precision="fast")]
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(RANDOM_NETWORKS):
             torch.manual_seed(seed)
             save_file(MuscTiny().state_dict(), path := Path(folder) / "random.safetensors")
-            found.append(MuScModel("musc-tiny", pretrained=path, image_size=size))
+            found.append(MuScModel("musc-tiny", pretrained=path, image_size=size, precision="fast"))
     return found
 
 
