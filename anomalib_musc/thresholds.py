@@ -28,6 +28,11 @@ _FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal pa
 _ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
 
 
+def _floor(patch_scores: Array) -> float:
+    """Return the score below which there is only rounding."""
+    return float(max(_FLOOR * np.quantile(patch_scores, 0.99), np.finfo(np.float32).eps))
+
+
 def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
     r"""Return how far each patch stands out, :math:`\log a_{ip} - m_p - m_i`, and at which places images differ.
 
@@ -38,7 +43,7 @@ def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
     Args:
         patch_scores: The scores a, shape ``(N, L)``.
     """
-    floor = max(_FLOOR * np.quantile(patch_scores, 0.99), np.finfo(np.float32).eps)
+    floor = _floor(patch_scores)
     logarithms = np.log(np.maximum(patch_scores, floor))
     at_place = np.median(logarithms, axis=0)
     logarithms -= at_place
@@ -86,7 +91,7 @@ def count_on_higher_level(patch_scores: Array) -> int:
     Args:
         patch_scores: Shape ``(N, L)``; images that have a copy in the pool are on no level.
     """
-    floor = _FLOOR * np.quantile(patch_scores, 0.99)
+    floor = _floor(patch_scores)
     unlike = patch_scores[patch_scores.max(axis=1) > floor]
     if len(unlike) < _FEWEST_OF_TWO:
         return 0
