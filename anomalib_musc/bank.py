@@ -18,10 +18,15 @@ class ReferenceBank(nn.Module):
     Args:
         aggregation_degrees: LNAMD's degrees r.
         interval: Which of the ascending distances to the references are averaged.
+
+    Attributes:
+        white: The value that stands for white in grey images of more than 8 bits, shape ``()``; 0 where no reference
+            is one.
     """
 
     class_tokens: torch.Tensor
     raw_scores: torch.Tensor
+    white: torch.Tensor
     origin: object = None  # by what the references can be told from others; None for one of a checkpoint or of a caller
 
     def __init__(self, aggregation_degrees: Sequence[int], interval: tuple[float, float]) -> None:
@@ -32,6 +37,7 @@ class ReferenceBank(nn.Module):
         self._own_patch_scores: torch.Tensor | None = None  # found again after loading, if asked for
         self.register_buffer("class_tokens", torch.empty(0, 0))
         self.register_buffer("raw_scores", torch.empty(0))
+        self.register_buffer("white", torch.zeros(()))
 
     def clear(self) -> None:
         """Take all images out."""
@@ -40,6 +46,7 @@ class ReferenceBank(nn.Module):
             del self._buffers[name]
         self.num_layers, self.origin, self._own_patch_scores = 0, None, None
         self.class_tokens, self.raw_scores = self.class_tokens.new_empty(0, 0), self.raw_scores.new_empty(0)
+        self.white = torch.zeros_like(self.white)
 
     def __len__(self) -> int:
         return len(self.raw_scores)

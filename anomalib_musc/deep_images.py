@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from anomalib.data import ImageBatch
+from anomalib.data.utils import read_image
 from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -36,18 +37,28 @@ class DeepImages:
 
     Args:
         paths: All images of the pool.
+        white: The value that is white, where other images have decided it; ``None`` to find it.
+
+    Attributes:
+        white: That value, ``None`` where no image is deep.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], white: float | None = None) -> None:
         self._deep = {str(path) for path in paths if is_deep(path)}
-        brightest = max((read_deep(Path(path)).max().item() for path in sorted(self._deep)), default=0.0)
-        self.white = 1.0 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
+        self.white = white
+        if self._deep and white is None:
+            brightest = max(read_deep(Path(path)).max().item() for path in sorted(self._deep))
+            self.white = 1.0 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
+
+    def read(self, path: Path) -> torch.Tensor:
+        """Return one image as anomalib reads it but for its white, shape ``(1, 3, H, W)``, in [0, 1]."""
+        return self.correct(ImageBatch(image=read_image(path, as_tensor=True)[None], image_path=[str(path)]))
 
     def correct(self, batch: ImageBatch) -> torch.Tensor:
         """Return the images ``(B, 3, H, W)`` of a batch, in [0, 1], the deep ones among them read again."""
         images: torch.Tensor = batch.image  # type: ignore[assignment]  # every batch that is read has images
         for index, path in enumerate(batch.image_path or []):
-            if path in self._deep:
+            if self.white is not None and path in self._deep:
                 grey = (read_deep(Path(path)) / self.white).clamp(0, 1)
                 images = images.clone()
                 images[index] = resize(grey, list(images.shape[-2:]), InterpolationMode.BICUBIC, antialias=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
-from anomalib.data.utils import read_image
 from torch import nn
 from tqdm import tqdm
 
 from anomalib_musc.checks import check_readable
+from anomalib_musc.deep_images import DeepImages
 from anomalib_musc.functional import rscin
 from anomalib_musc.lightning_model import MuSc
 from anomalib_musc.torch_model import MuScModel
@@ -90,8 +90,9 @@ def image_features(
     model = MuScModel(backbone, pretrained=pretrained, image_size=image_size).to(device).eval()
     size, mean, std, interpolation = model.image_size, model.mean, model.std, model.interpolation
     transform: Any = MuSc.configure_pre_processor(size, mean, std, interpolation).transform
+    deep_images = DeepImages([Path(path) for path in paths])
     features = []
     for first in tqdm(range(0, len(paths), _BATCH), desc="RsCIN: extracting image features"):
-        images = [transform(read_image(path, as_tensor=True)[None]) for path in paths[first : first + _BATCH]]
+        images = [transform(deep_images.read(Path(path))) for path in paths[first : first + _BATCH]]
         features.append(model.extract(torch.cat(images).to(device))[1].cpu())
     return torch.cat(features)
