@@ -14,8 +14,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.utils.data import DataLoader
@@ -129,6 +128,9 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         )
         check_budget(memory_budget)
         check_bank_arguments(mode, references, k_shot, bank_size)
+        if not isinstance(prediction_writer, (bool, PredictionWriter)):
+            msg = f"prediction_writer must be True, False or a PredictionWriter, got {prediction_writer!r}."
+            raise ValueError(msg)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
         super().__init__(
@@ -201,11 +203,11 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
     def configure_callbacks(self) -> Sequence[Callback] | Callback:
         """Add the writer to anomalib's components, after the post-processor."""
         callbacks = super().configure_callbacks()
-        own: list[Callback] = [LambdaCallback(on_exception=lambda *_: self.on_predict_end())]
+        own: list[Callback] = [_RestoreOnException()]
         is_given = False
         with suppress(RuntimeError):  # no trainer yet
             given: Any = self.trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unseen by mypy
-            is_given = any(type(callback) is PredictionWriter for callback in given)
+            is_given = any(isinstance(callback, PredictionWriter) for callback in given)
         if self.prediction_writer and not (self._writes_by_default and is_given):
             own.append(self.prediction_writer)  # Lightning would drop the one that a user gave to Engine
         return [*(callbacks if isinstance(callbacks, Sequence) else [callbacks]), *own]
@@ -363,10 +365,12 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
             return
         if len(bank):
             rank_zero_warn("The bank is made anew, as its reference images or their number have changed.")
-            self._forget_calibration(("image", "pixel"))
         device = bank.class_tokens.device
         self.to(self.trainer.strategy.root_device)  # from which Lightning has taken it before teardown
+        is_another = len(bank) > 0
         self._scorer.fill_bank(found.loader, self.bank_size)
+        if is_another:
+            self._forget_calibration(("image", "pixel"))
         self.to(device)
         bank.origin, self._bank_of = found.origin, found.kind
 
@@ -403,3 +407,11 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         if isinstance(self.post_processor, PostProcessor):
             forget_calibration(self.post_processor, levels)
         self._calibrated_without_labels = [level for level in self._calibrated_without_labels if level not in levels]
+
+
+class _RestoreOnException(Callback):
+    """Bring back the files that were left out, where a loop ends early."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        del trainer, exception
+        pl_module.on_predict_end()

@@ -2,11 +2,13 @@
 """From a dataloader to a scored pool: look at the files, read and pre-process them, run the backbone, score."""
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
+from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
@@ -27,6 +29,7 @@ from anomalib_musc.features import FeatureStore
 from anomalib_musc.files import common_folder
 from anomalib_musc.functional import check_interval
 from anomalib_musc.pool import Pool, PoolSource, image_names
+from anomalib_musc.prediction_writer import PredictionWriter
 from anomalib_musc.progress import profile, profiled, progress_bar
 from anomalib_musc.torch_model import MuScModel
 
@@ -62,7 +65,8 @@ class PoolScorer:
 
     def score(self, source: PoolSource, key: object, dataloader_idx: int) -> Pool:
         """Extract the features of a loader's images and score them against each other."""
-        closed = closed_folders(common_folder(source.all_paths)) if self._can_skip(source) else {}
+        is_folder = self._can_skip(source) and len(source.all_paths) > 1  # one path may be that of a file
+        closed = closed_folders(common_folder(source.all_paths)) if is_folder else {}
         skipped = self._skip_faults(source, lambda path: find_fault(path) or self._reason_of_result(path))
         _warn_of(closed)
         skipped |= closed
@@ -92,7 +96,9 @@ class PoolScorer:
         """Return names, patch scores ``(N, h, w)`` and class tokens, every image judged by the bank alone."""
         names: list[str] = []
         scores, tokens = [], []
-        for batch_names, feature_maps, class_tokens in self._features(source, dataloader_idx):
+        for batch_names, feature_maps, class_tokens in self._features(
+            source, dataloader_idx, self._deep_images(source)
+        ):
             with profile(self._trainer, "[MuSc]score"):
                 scores.append(self._model.bank.patch_scores(feature_maps))
             tokens.append(class_tokens)
@@ -122,8 +128,10 @@ class PoolScorer:
         """Extract reference images and keep them."""
         source = PoolSource(loader, float("inf"))
         check_readable(source.paths or [])
-        batches = self._features(source, 0, "MuSc: extracting references")
+        deep_images = DeepImages(source.all_paths)
+        batches = self._features(source, 0, deep_images, "MuSc: extracting references")
         self._model.fill_bank(((maps, tokens) for _, maps, tokens in batches), size, is_alone=self._mode != "both")
+        self._model.bank.white.fill_(deep_images.white or 0)
 
     def _skip_faults(self, source: PoolSource, find: Callable[[Path], str | None]) -> dict[Path, str]:
         """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
@@ -147,9 +155,19 @@ class PoolScorer:
 
     def _reason_of_result(self, path: Path) -> str | None:
         """Say so where a file is a picture of an earlier prediction."""
-        results = Path(self._trainer.default_root_dir).resolve()
-        is_result = any(results / folder in path.parents for folder in ("images", "heatmaps"))
+        is_result = any(folder in path.parents for folder in self._result_folders)
         return "a result of an earlier prediction" if self._trainer.predicting and is_result else None
+
+    @cached_property
+    def _result_folders(self) -> set[Path]:
+        results = Path(self._trainer.default_root_dir)
+        folders = {results / "images", results / "heatmaps"}
+        for callback in self._trainer.callbacks:  # type: ignore[attr-defined]  # which Lightning sets unseen by mypy
+            if isinstance(callback, PredictionWriter):
+                folders.add(callback.folder(self._trainer) / "heatmaps")
+            elif isinstance(callback, ImageVisualizer) and callback.output_dir is not None:
+                folders.add(Path(callback.output_dir))
+        return {folder.resolve() for folder in folders}
 
     def _extract(
         self, source: PoolSource, dataloader_idx: int, bank: ReferenceBank | None
@@ -163,7 +181,9 @@ class PoolScorer:
         features: FeatureStore | None = None
         judges = len(bank) if bank else 0
         num_images = None if source.paths is None else len(source.paths) + judges
-        for batch_names, feature_maps, class_tokens in self._features(source, dataloader_idx):
+        for batch_names, feature_maps, class_tokens in self._features(
+            source, dataloader_idx, self._deep_images(source)
+        ):
             if features is None:
                 least = self._model.least_memory(feature_maps, num_images or MIN_IMAGES)
                 features = FeatureStore(self._memory_budget, feature_maps, num_images, least)
@@ -176,20 +196,28 @@ class PoolScorer:
             features.append(bank.feature_maps)
         return names, features, torch.cat(tokens)
 
+    def _deep_images(self, source: PoolSource) -> DeepImages:
+        """The deep images of a source; a bank's have decided what is white, so that no score depends on the others."""
+        white = self._model.bank.white.item() if self._mode != "mutual" else 0
+        return DeepImages(source.all_paths if source.paths is None else source.paths, white or None)
+
     def _features(
-        self, source: PoolSource, dataloader_idx: int, description: str = "MuSc: extracting features"
+        self,
+        source: PoolSource,
+        dataloader_idx: int,
+        deep_images: DeepImages,
+        description: str = "MuSc: extracting features",
     ) -> Iterator[tuple[list[str], list[torch.Tensor], torch.Tensor]]:
         """Read a source and run the backbone; yields names, maps ``(B, C, h, w)`` and class tokens ``(B, D)``."""
-        for names, images in self._images(source, dataloader_idx, description):
+        for names, images in self._images(source, dataloader_idx, deep_images, description):
             with self._trainer.precision_plugin.forward_context(), profile(self._trainer, "[MuSc]extract"):
                 feature_maps, class_tokens = self._model.extract(images)
             yield names, feature_maps, class_tokens
 
     def _images(
-        self, source: PoolSource, dataloader_idx: int, description: str
+        self, source: PoolSource, dataloader_idx: int, deep_images: DeepImages, description: str
     ) -> Iterator[tuple[list[str], torch.Tensor]]:
         """Read a source; yields names and pre-processed images ``(B, 3, H, W)``."""
-        deep_images = DeepImages(source.paths or [])
         with progress_bar(self._trainer, description, source.num_batches) as advance:
             for batch in profiled(self._trainer, "[MuSc]read_images", source.batches()):
                 images = self._prepare(batch, deep_images, dataloader_idx)

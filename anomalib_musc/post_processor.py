@@ -61,6 +61,13 @@ class RsCINPostProcessor(PostProcessor):
         own = ("windows", "fixed_image_threshold", "fixed_pixel_threshold")
         return (*super()._checkpoint_config_keys, *own)
 
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Take over a checkpoint's settings, but for thresholds and sensitivities that were given here."""
+        default: dict[str, float | None] = dict.fromkeys(("fixed_image_threshold", "fixed_pixel_threshold"))
+        default |= dict.fromkeys(("image_sensitivity", "pixel_sensitivity"), 0.5)
+        given = {name for name, value in default.items() if getattr(self, name) != value}
+        super().load_checkpoint_config({name: value for name, value in config.items() if name not in given})
+
     @property
     def image_threshold(self) -> torch.Tensor:
         """The threshold of image scores before normalisation."""

@@ -3,7 +3,6 @@
 
 import csv
 import json
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -60,13 +59,14 @@ def find_regions(mask: np.ndarray, size: tuple[int, int]) -> list[Region]:
         [Region(x=10, y=5, width=20, height=5, area=100)]
     """
     width, height = size
-    across, down = width / mask.shape[1], height / mask.shape[0]
+    columns, rows = mask.shape[1], mask.shape[0]
     _, _, statistics, _ = cv2.connectedComponentsWithStats((mask != 0).astype(np.uint8), connectivity=8)
     regions = []
     for x, y, w, h, area in statistics[1:].tolist():  # the first is the background
-        left, upper = math.floor(x * across), math.floor(y * down)
-        right, lower = math.ceil((x + w) * across), math.ceil((y + h) * down)
-        regions.append(Region(left, upper, right - left, lower - upper, max(1, round(area * across * down))))
+        left, upper = x * width // columns, y * height // rows
+        right, lower = -(-(x + w) * width // columns), -(-(y + h) * height // rows)  # rounded up
+        pixels = max(1, round(area * width * height / (columns * rows)))
+        regions.append(Region(left, upper, right - left, lower - upper, pixels))
     return sorted(regions, key=lambda region: -region.area)
 
 

@@ -14,16 +14,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch, PredictDataset
+from anomalib.data import PredictDataset
 from anomalib.engine import Engine
 from conftest import SIDE, OwnBackbone, product, write_products
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
 from test_cli import SMALL, anomalib
 from test_engine import assert_same, by_path, predict_loader
 
 from anomalib_musc import MuSc, PredictionWriter
-from anomalib_musc.deep_images import DeepImages
+from anomalib_musc.prediction_writer import find_regions
 
 
 def read_table(root: Path) -> dict[str, dict[str, str]]:
@@ -107,42 +108,6 @@ def test_the_defect_is_in_the_table(tmp_path, own_backbone, make_engine):
     assert len(table.read_text(encoding="utf-8").splitlines()) == 1 + len(files)
 
 
-# --- grey images of more than 8 bits -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("bits", "name"), [(16, "{}.png"), (12, "{}.png"), (10, "{}.tif")])
-def test_deep_images_score_as_their_8_bit_twins(bits, name, tmp_path, make_engine):
-    flat, deep = tmp_path / "flat/x", tmp_path / "deep/x"
-    for folder in (flat, deep):
-        folder.mkdir(parents=True)
-    for seed in range(6):
-        values = grey(30 + seed, defect=seed == 0)
-        values[0, 0] = 255  # both scales reach their white
-        Image.fromarray(values).save(flat / f"{seed}.png")
-        white = 2**bits - 1
-        Image.fromarray(np.round(values / 255 * white).astype(np.uint16)).save(deep / name.format(seed))
-    engine = make_engine()
-    ours, twins = (
-        {Path(path).stem: item for path, item in by_path(engine.predict(MuSc(OwnBackbone()), data_path=data)).items()}
-        for data in (deep, flat)
-    )
-    assert_same(ours, twins, tolerance=0.02)
-    assert max(score for score, _ in ours.values()) > 0.5
-
-
-def test_fractions_and_colour_are_read_as_they_are(tmp_path):
-    fractions = tmp_path / "fraction.tif"
-    Image.fromarray((grey(0) / 255).astype(np.float32)).save(fractions)
-    colour = tmp_path / "colour.png"
-    cv2.imwrite(str(colour), product(0)[0].astype(np.uint16) * 257)
-    images = DeepImages([fractions, colour])
-    assert images.white == 1
-    blank = torch.zeros(1, 3, SIDE, SIDE)
-    batch = ImageBatch(image=blank, image_path=[str(fractions)])
-    torch.testing.assert_close(images.correct(batch)[0, 0], torch.from_numpy(grey(0) / 255).float())
-    assert images.correct(ImageBatch(image=blank, image_path=[str(colour)])).max() == 0
-
-
 # --- small pools ---------------------------------------------------------------------------------------------------
 
 
@@ -200,12 +165,46 @@ def test_a_writer_given_to_engine_is_kept(tmp_path, folder, own_backbone, make_e
     assert len(list((tmp_path / "mine/heatmaps").rglob("*.npy"))) == 12
 
 
-def test_heatmaps_of_values_beyond_1_do_not_wrap(tmp_path, own_backbone, make_engine):
+class NamedWriter(PredictionWriter):
+    """A user's own kind of writer."""
+
+
+def test_a_users_own_writer_takes_the_place_of_the_default(folder, own_backbone, make_engine):
+    engine = make_engine(callbacks=[NamedWriter()])
+    engine.predict(MuSc(own_backbone), data_path=folder)
+    (writer,) = (callback for callback in engine.trainer.callbacks if isinstance(callback, PredictionWriter))
+    assert type(writer) is NamedWriter
+
+
+def test_a_users_own_callbacks_are_kept(folder, own_backbone, make_engine):
+    called = []
+    callback = LambdaCallback(on_predict_start=lambda *_: called.append("start"))
+    make_engine(callbacks=[callback]).predict(MuSc(own_backbone), data_path=folder)
+    assert called == ["start"]
+
+
+@pytest.mark.parametrize(("side", "size"), [(224, 225), (224, 253), (518, 1001), (64, 63)])
+def test_regions_end_where_the_image_does(side, size):
+    mask = np.zeros((side, side))
+    mask[-24:, -24:] = 1
+    (region,) = find_regions(mask, (size, size))
+    assert region.x + region.width == region.y + region.height == size
+
+
+class Opposite(OwnBackbone):
+    """Defects point the other way: their distance is 2."""
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        colour = torch.nn.functional.avg_pool2d(images[:, :1] - images[:, 2:], 8)
+        way = 1 - 2 * (colour.abs() > 1).float()
+        return [torch.cat([way, -way], dim=1)], torch.nn.functional.normalize(way.flatten(1), dim=1)
+
+
+def test_heatmaps_of_values_beyond_1_do_not_wrap(tmp_path, make_engine):
     write_products(tmp_path / "pile", range(5))
     cv2.imwrite(str(tmp_path / "pile/defect.png"), product(30, defect=True)[0])
     writer = PredictionWriter(output_dir=tmp_path / "out", heatmaps=["png", "npy"])
-    model = MuSc(own_backbone, post_processor=False, prediction_writer=writer)
-    model.model.anomaly_maps = lambda scores, maps=model.model.anomaly_maps: 20 * maps(scores)
+    model = MuSc(Opposite(), aggregation_degrees=(1,), post_processor=False, prediction_writer=writer)
     make_engine().predict(model, data_path=tmp_path / "pile")
     values = np.load(tmp_path / "out/heatmaps/pile/defect.png.npy")
     colours = np.asarray(Image.open(tmp_path / "out/heatmaps/pile/defect.png.png")).astype(int)
@@ -275,6 +274,24 @@ def test_pictures_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path)
         assert len(engine.predict(MuSc(own_backbone), data_path=tmp_path / "pile")) == 12
     notes = [row["note"] for row in read_table(tmp_path).values() if row["label"] == "skipped"]
     assert set(notes) == {"a result of an earlier prediction"}
+
+
+def test_heatmaps_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    for _ in range(2):
+        writer = PredictionWriter(output_dir=tmp_path / "pile/out", heatmaps=["png"])
+        model = MuSc(own_backbone, prediction_writer=writer)
+        assert len(make_engine().predict(model, data_path=tmp_path / "pile")) == 12
+
+
+def test_one_file_is_predicted_without_a_walk_through_its_folder(folder, tmp_path, make_engine):
+    (tmp_path / "line/private").mkdir(parents=True)
+    image = shutil.copy(next(folder.rglob("*.png")), tmp_path / "line/1.png")
+    model = MuSc(OwnBackbone(), mode="reference", references=folder)
+    (tmp_path / "line/private").chmod(0)
+    make_engine().predict(model, data_path=image)
+    (tmp_path / "line/private").chmod(0o755)
+    assert read_table(tmp_path).keys() == {"1.png"}
 
 
 def test_a_limit_counts_the_files_that_are_left(tmp_path, own_backbone, make_engine):

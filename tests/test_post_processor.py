@@ -35,6 +35,23 @@ def test_windows_and_thresholds_are_kept_in_a_checkpoint(tmp_path, mvtec_root):
     assert not torch.isnan(loaded.post_processor.image_min)
 
 
+def test_what_is_given_wins_over_a_checkpoint(tmp_path, mvtec_root):
+    tiny = {"backbone": "test_vit", "pretrained": False, "image_size": 64}
+    engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
+    saved = RsCINPostProcessor(image_threshold=0.25, pixel_sensitivity=0.3)
+    engine.validate(MuSc(**tiny, post_processor=saved), datamodule=datamodule(mvtec_root))
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    given = RsCINPostProcessor(pixel_threshold=1.5, image_sensitivity=0.9)
+    loaded = MuSc.load_from_checkpoint(tmp_path / "model.ckpt", post_processor=given).post_processor
+    assert loaded.image_threshold == 0.25
+    assert loaded.pixel_threshold == 1.5
+    assert (loaded.image_sensitivity, loaded.pixel_sensitivity) == (0.9, 0.3)
+    other = RsCINPostProcessor(image_threshold=0.75)
+    model = MuSc(**tiny, post_processor=other)
+    engine.test(model, datamodule=datamodule(mvtec_root), ckpt_path=tmp_path / "model.ckpt")
+    assert other.image_threshold == 0.75
+
+
 def test_a_users_own_backbone_is_passed_again_to_its_checkpoint(tmp_path, mvtec_root, make_engine):
     model, data = MuSc(OwnBackbone()), datamodule(mvtec_root)
     engine = make_engine()
