@@ -109,5 +109,8 @@ def _load(post_processor: PostProcessor, level: str, lowest: Any, highest: Any, 
     found = {f"{level}_min": torch.as_tensor(lowest), f"{level}_max": torch.as_tensor(highest)}
     if post_processor.enable_thresholding:
         found[f"_{level}_threshold"] = torch.tensor(threshold)
-        rank_zero_info(f"No labels for the {level} threshold: {threshold:.3f} by the images' own scores.")
+        rank_zero_info(
+            f"No labels for the {level} threshold: {threshold:.3f} by the images' own scores, which reach from "
+            f"{float(lowest):.3f} to {float(highest):.3f} before normalisation."
+        )
     post_processor.load_state_dict(found, strict=False)

@@ -63,7 +63,8 @@ class FeatureStore:
     def _reserve(self, feature_maps: Sequence[torch.Tensor], num_images: int) -> None:
         """Make room for so many images, keeping those that are there."""
         shapes = [(num_images, *maps.shape[1:]) for maps in feature_maps]
-        self._is_on_disk |= sum(maps[0].nbytes for maps in feature_maps) * num_images > self._limit
+        held = len(self._memory[0]) if self._memory else 0  # together with the new room, until all is copied
+        self._is_on_disk |= sum(maps[0].nbytes for maps in feature_maps) * (num_images + held) > self._limit
         allocate = file_tensor if self._is_on_disk else torch.empty
         old, self._memory = self._memory, []
         for index, shape in enumerate(shapes):

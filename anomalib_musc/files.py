@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 
 def common_folder(paths: Sequence[Path]) -> Path | None:
@@ -36,7 +37,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: If it cannot be written; nothing is left then.
     """
-    part = path.with_name(f".{os.getpid()}{path.suffix}")
+    part = path.with_name(f".{uuid4().hex}{path.suffix}")  # process ids repeat across containers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

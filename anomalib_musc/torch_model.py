@@ -104,9 +104,7 @@ class MuScModel(nn.Module):
         super().__init__()
         check_interval(interval)
         check_precision(precision)
-        if not isinstance(num_subsets, int) or num_subsets < 1:
-            msg = f"num_subsets must be a number of at least 1, got {num_subsets!r}."
-            raise ValueError(msg)
+        check_count("num_subsets", num_subsets)
         check_degrees(aggregation_degrees, "aggregation_degrees")
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = (float(interval[0]), float(interval[1]))

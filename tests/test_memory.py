@@ -197,6 +197,16 @@ def test_features_are_kept_whole(num_images, budget):
     assert (spent < 1e-8) == (budget < 1)
 
 
+def test_features_of_unknown_number_stay_within_half_the_budget_as_they_grow():
+    batch = [torch.zeros(8, 64, 8, 8)]  # 128 KiB
+    room = 4 * batch[0].nbytes  # in memory: half the budget
+    store = FeatureStore(2 * room / GIB, batch, None, least=0)
+    store.append(batch)
+    assert store.remaining_budget < 2 * room / GIB
+    store.append(batch)  # grows to 32 images, the room's, while there are the 8 of before
+    assert store.remaining_budget == 2 * room / GIB
+
+
 def test_musc_within_a_budget(folder, own_backbone, make_engine):
     reference = by_path(make_engine().predict(MuSc(own_backbone), dataloaders=predict_loader(folder)))
     model = MuSc(own_backbone, memory_budget=7e-4)

@@ -58,6 +58,40 @@ def test_reference_scores_are_the_oracles():
     np.testing.assert_allclose(reference_scores(image, bank)[0], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(1, 4, 8), torch.zeros(0, 4, 8)), "references must hold at least 1 image"),
+        ((torch.zeros(1, 4, 8), torch.zeros(2, 4, 7)), r"references must have shape .* got \(2, 4, 7\)"),
+        ((torch.zeros(4, 8), torch.zeros(2, 4, 8)), r"features must have shape .* got \(4, 8\)"),
+        ((torch.zeros(1, 4, 8), torch.zeros(2, 4, 8), (0.9, 0.1)), "interval must begin below its end"),
+        ((torch.full((1, 4, 8), torch.nan), torch.zeros(2, 4, 8)), "must be finite.* 4 scores"),
+        ((torch.zeros(1, 4, 8), torch.full((2, 4, 8), torch.nan)), "must be finite.* 4 scores"),
+    ],
+)
+def test_reference_scores_of_what_makes_no_sense(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        reference_scores(*arguments)
+
+
+def test_one_reference_cannot_judge_its_own_copy():
+    with pytest.raises(ValueError, match="at least 2 images, as each image's own copy is left out, got 1"):
+        reference_scores(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8), own_copies=torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("references", "tokens", "windows", "message"),
+    [
+        (torch.ones(2), torch.ones(2, 3), (), "windows must be a non-empty sequence"),
+        (torch.ones(0), torch.ones(0, 3), (1,), r"reference_scores must have shape \(M,\) with M >= 1"),
+        (torch.ones(2), torch.ones(2, 4), (1,), "reference_scores and reference_tokens must have shapes"),
+    ],
+)
+def test_rscin_by_references_of_what_makes_no_sense(references, tokens, windows, message):
+    with pytest.raises(ValueError, match=message):
+        rscin_by_references(torch.ones(1), torch.ones(1, 3), references, tokens, windows)
+
+
 def test_an_image_that_is_in_the_bank_scores_zero():
     bank = lnamd(maps(5), 1)
     assert reference_scores(bank[[2]], bank, (0, 1)).max() == 0

@@ -79,9 +79,10 @@ def test_each_subset_judges_itself():
         torch.testing.assert_close(together.anomaly_map[subset], alone.anomaly_map, rtol=0, atol=1e-5)
 
 
-def test_num_subsets_is_a_count():
-    with pytest.raises(ValueError, match="num_subsets must be a number of at least 1, got 0"):
-        MuScModel(OwnBackbone(), num_subsets=0)
+@pytest.mark.parametrize("num_subsets", [0, True, 1.5])
+def test_num_subsets_is_a_count(num_subsets):
+    with pytest.raises(ValueError, match=f"num_subsets must be a whole number of at least 1, got {num_subsets}"):
+        MuScModel(OwnBackbone(), num_subsets=num_subsets)
 
 
 def test_an_oblong_image_gives_an_oblong_map():

@@ -134,9 +134,10 @@ def resolve_layers(layers: Sequence[int] | None, default: tuple[int, ...], depth
     """
     if layers is None:
         return default
-    chosen = tuple(layers)
-    if not chosen or len(set(chosen)) != len(chosen) or not all(layer in range(depth) for layer in chosen):
-        msg = f"layers must be distinct integers from 0 to {depth - 1} and at least one, got {list(chosen)}"
+    chosen = tuple(layers) if isinstance(layers, Sequence) else ()
+    are_indices = all(isinstance(layer, int) and layer in range(depth) for layer in chosen)
+    if not chosen or len(set(chosen)) != len(chosen) or not are_indices:
+        msg = f"layers must be distinct integers from 0 to {depth - 1} and at least one, got {layers!r}"
         raise ValueError(msg)
     return chosen
 

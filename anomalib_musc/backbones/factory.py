@@ -116,6 +116,9 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
         return True, pretrained
     if are_to_come():
         return False, None
+    if not isinstance(pretrained, (str, Path)):
+        msg = f"pretrained must be True, False, a weights tag or a file, got {pretrained!r}"
+        raise ValueError(msg)
     path = Path(pretrained).expanduser() if pretrained else None
     if path is None or not path.is_file():
         msg = f"pretrained={str(pretrained)!r} is neither a file, a weights tag, True nor False"

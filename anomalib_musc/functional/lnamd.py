@@ -37,8 +37,8 @@ def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
     if feature_map.ndim != 4:
         msg = f"feature_map must have shape (N, C, H, W), got {tuple(feature_map.shape)}."
         raise ValueError(msg)
-    if degree < 1 or degree % 2 == 0:
-        msg = f"degree must be a positive odd number, got {degree}."
+    if not isinstance(degree, int) or degree < 1 or degree % 2 == 0:
+        msg = f"degree must be a positive odd number, got {degree!r}."
         raise ValueError(msg)
     return aggregate(normalize_map(feature_map), degree)
 

@@ -2,6 +2,7 @@
 """Step 2: Mutual Scoring Mechanism (MSM)."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 
@@ -109,7 +110,7 @@ def check_interval(interval: tuple[float, float], num_images: int | None = None)
         interval: The two bounds, fractions below 1 or counts.
         num_images: Size of the pool. A fraction and a count can only be compared where it is known.
     """
-    is_pair = isinstance(interval, Sequence) and len(interval) == 2
+    is_pair = isinstance(interval, Sequence) and len(interval) == 2 and all(isinstance(b, Real) for b in interval)
     if not is_pair or not (interval[0] >= 0 and 0 < interval[1] < float("inf")):
         msg = f"interval must be two finite bounds 0 <= lo < hi, got {interval!r}."
         raise ValueError(msg)

@@ -3,7 +3,7 @@
 
 import torch
 
-from anomalib_musc.functional.mutual_scoring import interval_bounds
+from anomalib_musc.functional.mutual_scoring import check_interval, interval_bounds
 
 _BLOCK = 2**24  # numbers of a product that are held at once
 
@@ -31,19 +31,41 @@ def reference_scores(
     Returns:
         Patch scores, shape ``(B, L)``.
 
+    Raises:
+        ValueError: If the shapes do not agree, no reference is left to judge an image, ``interval`` is not valid, or a
+            value is not finite.
+
     Example:
         >>> import torch
         >>> image, bank = torch.eye(3)[None, :2], torch.eye(3)[None, [0, 2]]
         >>> reference_scores(image, bank)  # the first patch is in the bank, the second at a right angle to all
         tensor([[0.0000, 1.4142]])
     """
+    _check(features, references, own_copies)
+    check_interval(interval, len(references) + (own_copies is None))
     columns = references.shape[0] * references.shape[1]
     if not torch.compiler.is_compiling():  # an export must not depend on the size of its example's batch
         columns *= len(features)
     rows = max(1, _BLOCK // columns)
-    return torch.cat(
+    scores = torch.cat(
         [_score(patches, references, interval, own_copies) for patches in features.split(rows, dim=1)], dim=1
     )
+    if not torch.compiler.is_compiling() and not scores.isfinite().all():  # an exported model takes what it gets
+        msg = f"features and references must be finite, got NaN or infinity: {int((~scores.isfinite()).sum())} scores."
+        raise ValueError(msg)
+    return scores
+
+
+def _check(features: torch.Tensor, references: torch.Tensor, own_copies: torch.Tensor | None) -> None:
+    for name, vectors in (("features", features), ("references", references)):
+        if vectors.ndim != 3 or vectors.shape[2] != features.shape[-1]:
+            msg = f"{name} must have shape (images, patches, C), C as that of features, got {tuple(vectors.shape)}."
+            raise ValueError(msg)
+    least = 1 if own_copies is None else 2
+    if len(references) < least:
+        besides = "" if own_copies is None else ", as each image's own copy is left out"
+        msg = f"references must hold at least {least} image{'s' * (least > 1)}{besides}, got {len(references)}."
+        raise ValueError(msg)
 
 
 def _score(

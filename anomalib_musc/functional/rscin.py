@@ -81,13 +81,23 @@ def rscin_by_references(
     Returns:
         Scores, shape ``(B,)``.
 
+    Raises:
+        ValueError: If the shapes do not agree, there is no reference, or ``windows`` is not valid.
+
     Example:
         >>> import torch
         >>> tokens = torch.eye(2)
         >>> rscin_by_references(torch.tensor([0.9]), tokens[:1], torch.tensor([0.1, 0.5]), tokens, windows=(1, 2))
         tensor([1.5000])
     """
-    lowest, found = reference_scores.min(), reference_scale(reference_scores)
+    check_windows(windows)
+    for name, values, tokens in (("", scores, class_tokens), ("reference_", reference_scores, reference_tokens)):
+        if values.ndim != 1 or tokens.ndim != 2 or tokens.shape[1] != class_tokens.shape[1]:
+            shapes = tuple(values.shape), tuple(tokens.shape)
+            msg = f"{name}scores and {name or 'class_'}tokens must have shapes (N,) and (N, D), got {shapes}."
+            raise ValueError(msg)
+    found = reference_scale(reference_scores)
+    lowest = reference_scores.min()
     scale = torch.where(found > 0, found, torch.ones_like(found))
     own = ((scores - lowest) / scale)[:, None]  # (B, 1)
     of_references = ((reference_scores - lowest) / scale).expand(scores.shape[0], -1)
@@ -113,7 +123,13 @@ def reference_scale(reference_scores: torch.Tensor) -> torch.Tensor:
 
     Returns:
         Shape ``()``; 0 where there is no scale, with fewer than two references or equal ones.
+
+    Raises:
+        ValueError: If there is no reference.
     """
+    if reference_scores.ndim != 1 or len(reference_scores) == 0:
+        msg = f"reference_scores must have shape (M,) with M >= 1, got {tuple(reference_scores.shape)}."
+        raise ValueError(msg)
     highest = reference_scores.max()
     scale = torch.maximum(highest - reference_scores.min(), _FLOOR * highest)
     has_scale = (highest > _EQUAL) & (len(reference_scores) > 1)
