@@ -177,7 +177,11 @@ def _features(
     folder: Path, paths: Sequence[str], arguments: dict[str, Any], device: torch.device
 ) -> tuple[torch.Tensor, float]:
     """Return image features ``(N, D)``, from a file where they were extracted before, and the seconds that took."""
-    identity = json.dumps([arguments, list(paths)], default=str)
+    files = [(name, Path(name).stat().st_mtime_ns) for name in paths]
+    weights = arguments.get("pretrained")
+    if isinstance(weights, str) and Path(weights).is_file():
+        files.append((weights, Path(weights).stat().st_mtime_ns))
+    identity = json.dumps([arguments, files], default=str)
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     if not path.is_file():
         seconds: dict[str, float] = {}

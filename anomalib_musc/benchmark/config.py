@@ -163,11 +163,20 @@ def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
     found, category = _names(full["data"], f"{where}.data")
     dataset = found if dataset is None else _text(dataset, f"{where}.data: name")
     given = {"accelerator": accelerator, "name": name, "seed": seed, "rscin": rscin, "engine": engine, **full}
-    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()[:8]
+    weights = [_file(arguments.get("pretrained")) for arguments in (full["model"]["init_args"], rscin or {})]
+    digest = hashlib.sha256(json.dumps([given, weights], sort_keys=True).encode()).hexdigest()[:8]
     # Not the dataset's name, which a download may change.
     slug = re.sub(r"[^\w.]+", "-", f"{category}-{name}-{seed}").strip("-").encode()[:80].decode(errors="ignore")
     rest = (accelerator, full["model"], full["data"], rscin, engine)
     return Cell(f"{slug}-{digest}", name, dataset, category, seed, *rest)
+
+
+def _file(name: Any) -> tuple[str, int, int] | None:
+    """Tell a file from what takes its place later; ``None`` for what is none."""
+    if not isinstance(name, str) or not Path(name).is_file():
+        return None
+    status = Path(name).stat()
+    return name, status.st_size, status.st_mtime_ns
 
 
 def _model_name(model: dict[str, Any], where: str) -> str:
