@@ -20,12 +20,12 @@ from anomalib_musc import MuSc
 SIZES = (1, 4, 8, 14)
 
 
-def measure(root: str, category: str, backbone: str, **arguments: Any) -> tuple[float, float]:
+def measure(root: str, category: str, backbone: str, random: bool, **arguments: Any) -> tuple[float, float]:
     """Return image and pixel AUROC in percent."""
     torch.manual_seed(0)
     module, _, name = backbone.partition(":")
     chosen: Any = getattr(importlib.import_module(module), name)() if name else backbone
-    weights = {} if name else {"pretrained": False}
+    weights = {"pretrained": False} if random else {}
     model = MuSc(chosen, **weights, visualizer=False, **arguments)
     data = MVTecAD(root=root, category=category, num_workers=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -38,7 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root")
     parser.add_argument("category")
-    parser.add_argument("--backbone", default="vit_tiny_patch16_224")
+    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
+    parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     cases: dict[str, dict[str, Any]] = {"mutual": {}}
@@ -47,7 +48,7 @@ def main() -> None:
     rows = {}
     print("| mode | image AUROC | pixel AUROC |\n|---|---|---|")
     for name, case in cases.items():
-        rows[name] = measure(arguments.root, arguments.category, arguments.backbone, **case)
+        rows[name] = measure(arguments.root, arguments.category, arguments.backbone, arguments.random, **case)
         print(f"| {name} | {rows[name][0]:.1f} | {rows[name][1]:.1f} |", flush=True)
     if arguments.json:
         known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exports: torch, ONNX and OpenVINO give what Lightning gives, for images of any size, or say why they cannot."""
 
+from importlib.util import find_spec
+
 import cv2
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ from anomalib.data import PredictDataset
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
-from lightning_utilities.core.imports import module_available
 from test_engine import datamodule
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
@@ -119,6 +120,22 @@ def test_openvino_export(fitted, tmp_path, monkeypatch):
         )
 
 
+def test_half_the_bytes_keep_the_scores(fitted, tmp_path, monkeypatch):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, engine, predictions = fitted
+    whole, half = (
+        engine.export(model, ExportType.OPENVINO, export_root=tmp_path / name, compression_type=compression)
+        for name, compression in (("whole", None), ("half", CompressionType.FP16))
+    )
+    assert half.with_suffix(".bin").stat().st_size < 0.6 * whole.with_suffix(".bin").stat().st_size
+    monkeypatch.chdir(tmp_path)
+    inferencer = OpenVINOInferencer(half, config={"INFERENCE_PRECISION_HINT": "f32"})
+    for image, expected in predictions.items():
+        score = float(np.asarray(inferencer.predict(image).pred_score).squeeze())
+        assert score == pytest.approx(expected.pred_score.item(), abs=2e-3)
+
+
 @pytest.mark.parametrize("export_type", list(ExportType))
 def test_no_bank_no_export(export_type, tmp_path, own_backbone, make_engine):
     with pytest.raises(ValueError, match=r"by a bank of reference images, and there is none"):
@@ -175,7 +192,7 @@ def test_an_export_after_half_precision_takes_float32(tmp_path, mvtec_root, monk
 
 
 def test_compression_without_nncf(tmp_path, fitted):
-    if module_available("nncf"):
+    if find_spec("nncf") is not None:
         pytest.skip("nncf is installed")
     model, engine, _ = fitted
     with pytest.raises(ImportError, match="pip install nncf"):

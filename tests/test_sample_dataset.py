@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scene import CATEGORIES, Sample, Spec, draw, samples
 
-from examples.sample_dataset import __main__ as sample_dataset
 from examples.sample_dataset.__main__ import MANIFEST, main, write_dataset
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = Spec(size=64, train_good=1, test_good=2, per_defect=1)
 SMALL_FLAGS = ["--size", "64", "--train-good", "1", "--test-good", "2", "--per-defect", "1"]
 DEFECTS = [(name, defect) for name, category in CATEGORIES.items() for defect in category.defects]
@@ -83,7 +83,7 @@ def test_size_scales_the_picture_and_not_the_scene(category: str) -> None:
 
 
 def test_run_as_a_command_writes_the_same(dataset: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(Path(sample_dataset.__file__).parent), str(tmp_path / "sample"), *SMALL_FLAGS]
+    command = [sys.executable, str(ROOT / "examples/sample_dataset"), str(tmp_path / "sample"), *SMALL_FLAGS]
     run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert run.stdout.startswith("Wrote 14 images")
     assert contents(tmp_path / "sample") == contents(dataset)
@@ -119,29 +119,25 @@ def test_refuses_to_touch_anything_else(
     assert contents(tmp_path) == before
 
 
-def test_empty_folder_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flat = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
-    monkeypatch.setattr(sample_dataset, "draw", lambda *_: flat)
+def test_empty_folder_is_filled(tmp_path: Path, dataset: Path) -> None:
     (tmp_path / "sample").mkdir()
     assert write_dataset(tmp_path / "sample", SMALL)
+    assert contents(tmp_path / "sample") == contents(dataset)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sample"]
 
 
-def test_failure_halfway_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flat = np.zeros((64, 64, 3), np.uint8), np.zeros((64, 64), np.uint8)
-    monkeypatch.setattr(sample_dataset, "draw", lambda *_: flat)
-
-    def disk_full_later(path: Path, _: object, save: object = sample_dataset._save) -> None:
-        if path.name == "001.png":
-            raise OSError(28, "No space left on device", str(path))
-        save(path, _)
-
-    monkeypatch.setattr(sample_dataset, "_save", disk_full_later)
-    root = tmp_path / "sample"
-    assert main([str(root), *SMALL_FLAGS]) == 1
-    assert capsys.readouterr().err == f"error: cannot write {root}: No space left on device\n"
+def test_failure_halfway_leaves_nothing(tmp_path: Path, dataset: Path) -> None:
+    resource = pytest.importorskip("resource", reason="there are no limits of a process on this system")
+    room = max(path.stat().st_size for path in dataset.rglob("*.png")) - 1  # for every file but the largest
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples/sample_dataset"), str(tmp_path / "sample"), *SMALL_FLAGS],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: cannot write {tmp_path / 'sample'}: File too large\n"
     assert not list(tmp_path.iterdir())
 
 
