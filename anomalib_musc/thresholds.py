@@ -16,8 +16,12 @@ Array = NDArray[np.float64]
 # Chosen on pools with 0 to 50 % defects of two real and two procedural products, see benchmarks/README.md.
 _SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add to it
 _FEWEST_OF_TWO = 8  # images, of which fewer are not parted into two groups
-_TAIL = 4.3  # q999 / q90 of all patches, of two groups
+_TAIL, _HIGHEST = 3.8, 0.1  # q999 / q90 of the patches, of two groups, without this share of images, the highest
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
+_CONTRAST, _FAR_BESIDE = (
+    0.8,
+    2.6,
+)  # from which an image is an outlier by contrast; and by height where there is such one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 _NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
 _ALL_PATCHES, _ANOMALOUS_PEAKS = 0.99, 0.25  # quantiles of all patches, or of the anomalous images' highest: likewise
@@ -25,12 +29,19 @@ _LEVELS = 0.6  # by how much the logarithms of the highest scores differ between
 _CLEAR, _CLEAR_OF_FEW = 2.4, 5.0  # times the deviation within two groups that they lie apart; and what few images add
 _FEWEST_HIGH, _MOST_HIGH = 0.2, 0.75  # shares of the pool that the higher of the two groups may have
 _FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal patches, such as a black background's
+_COPY = 0.05  # of the same, below which all scores of an image that has a copy in the pool lie
 _ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
 
 
 def _floor(patch_scores: Array) -> float:
     """Return the score below which there is only rounding."""
     return float(max(_FLOOR * np.quantile(patch_scores, 0.99), np.finfo(np.float32).eps))
+
+
+def _has_copy(patch_scores: Array) -> NDArray[np.bool_]:
+    """Return which images have a copy in the pool, or nearly so; none where all have."""
+    found: NDArray[np.bool_] = patch_scores.max(axis=1) <= _COPY / _FLOOR * _floor(patch_scores)
+    return found & ~found.all()
 
 
 def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
@@ -41,16 +52,18 @@ def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
     most images are equal, as in a black background, :math:`m_i` is left out.
 
     Args:
-        patch_scores: The scores a, shape ``(N, L)``.
+        patch_scores: The scores a, shape ``(N, L)``; an image that has a copy in the pool does not stand out.
     """
     floor = _floor(patch_scores)
     logarithms = np.log(np.maximum(patch_scores, floor))
-    at_place = np.median(logarithms, axis=0)
+    has_copy = _has_copy(patch_scores)
+    at_place = np.median(logarithms[~has_copy], axis=0)
     logarithms -= at_place
     differs = at_place > np.log(floor)
     if not differs.any():
         differs[:] = True
     logarithms[:, differs] -= np.median(logarithms[:, differs], axis=1, keepdims=True)
+    logarithms[has_copy] = 0
     return logarithms, differs
 
 
@@ -58,8 +71,9 @@ def count_anomalous(patch_scores: Array) -> int:
     """Estimate how many images of a pool are anomalous; never all of them.
 
     Where the images' highest scores lie on two levels, those of the higher one are. Else the height of an image is
-    its largest deviation. Where heights differ widely and the highest patches are far from the rest, there are two
-    groups of images, which Otsu's criterion parts. Else only outliers are anomalous.
+    its largest deviation. Where the contrast of some images is far beyond the others', these and the highest ones are.
+    Else, where heights differ widely and the highest patches are far from the rest, for all that a few images are left
+    out, there are two groups, which Otsu's criterion parts. Else only outliers are anomalous.
 
     Args:
         patch_scores: Shape ``(N, L)``.
@@ -73,12 +87,30 @@ def count_anomalous(patch_scores: Array) -> int:
     low, quarter, median, high = np.maximum(np.quantile(unlike, (0.1, 0.25, 0.5, 0.9)), _ALIKE)
     most_near = int(_MOST_NEAR * len(heights))
     count = max((heights > _FAR * quarter).sum(), min(most_near, (heights > _NEAR * quarter).sum()))
-    spread = _SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))
-    is_wide = len(heights) >= _FEWEST_OF_TWO and high - low > spread * median
-    if is_wide and np.quantile(patches, 0.999) > _TAIL * np.quantile(patches[:, differs], 0.9):
-        upper = upper_group(-1 / np.sqrt(np.maximum(heights, median / 10)))
-        count = max(count, min(upper, int(_MOST_HIGH * len(heights))))
+    if num_contrasting := (contrasts(patch_scores) > _CONTRAST).sum():
+        count = max(num_contrasting, (heights > _FAR_BESIDE * quarter).sum())
+    elif len(heights) >= _FEWEST_OF_TWO and high - low > (_SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))) * median:
+        rest = patches[np.argsort(heights)[: -math.ceil(_HIGHEST * len(heights))]]
+        if np.quantile(rest, 0.999) > _TAIL * np.quantile(rest[:, differs], 0.9):
+            upper = upper_group(-(np.maximum(unlike, median / 10) ** -0.1))
+            count = max(count, min(upper, int(_MOST_HIGH * len(heights))))
     return int(min(count, len(heights) - 1))
+
+
+def contrasts(patch_scores: Array) -> Array:
+    """Return by how much the logarithm of each image's highest score is beyond the usual, shape ``(N,)``.
+
+    Beyond the median of all images, with and without each image's own median taken out first, whichever is less: an
+    image that is different all over has no contrast.
+
+    Args:
+        patch_scores: Shape ``(N, L)``; images that have a copy in the pool have no contrast.
+    """
+    logarithms = np.log(np.maximum(patch_scores, _floor(patch_scores)))
+    has_copy, peaks = _has_copy(patch_scores), logarithms.max(axis=1)
+    within = peaks - np.median(logarithms, axis=1)
+    beyond = [values - np.median(values[~has_copy]) for values in (peaks, within)]
+    return np.where(has_copy, 0.0, np.min(beyond, axis=0))
 
 
 def count_on_higher_level(patch_scores: Array) -> int:
@@ -92,7 +124,7 @@ def count_on_higher_level(patch_scores: Array) -> int:
         patch_scores: Shape ``(N, L)``; images that have a copy in the pool are on no level.
     """
     floor = _floor(patch_scores)
-    unlike = patch_scores[patch_scores.max(axis=1) > floor]
+    unlike = patch_scores[~_has_copy(patch_scores)]
     if len(unlike) < _FEWEST_OF_TWO:
         return 0
     logarithms = np.log(np.maximum(unlike, floor))

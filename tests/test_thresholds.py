@@ -17,6 +17,7 @@ from test_own_images import read_table
 
 from anomalib_musc import MuSc, PredictionWriter, RsCINPostProcessor
 from anomalib_musc.thresholds import (
+    contrasts,
     count_anomalous,
     count_on_higher_level,
     image_threshold,
@@ -91,6 +92,34 @@ def test_one_odd_image_among_copies():
     patch_scores = np.full((12, 196), 0.1)
     patch_scores[3, 50] = 0.4
     assert flagged(patch_scores).nonzero()[0].tolist() == [3]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
+@pytest.mark.parametrize("copies", [2, 12, 20])
+def test_images_with_copies_do_not_stand_out(copies, noise):
+    """Several shots of one thing score low all over."""
+    for seed in range(5):
+        patch_scores = pool(40, 0, seed)
+        patch_scores[:copies] *= max(noise, 1e-7)
+        assert count_anomalous(patch_scores) <= 2
+
+
+@pytest.mark.parametrize("num_anomalous", [1, 2, 3])
+@pytest.mark.parametrize("odd", [1.0, 1.8])
+def test_few_images_of_far_contrast_are_the_outliers(num_anomalous, odd):
+    """And neither parts the others in two groups nor takes odd ones along."""
+    for seed in range(10):
+        patch_scores = pool(24, num_anomalous, seed, contrast=8)
+        patch_scores[:2, 40] = odd * np.median(patch_scores[:, 40])
+        assert flagged(patch_scores).nonzero()[0].tolist() == list(range(24, 24 + num_anomalous))
+
+
+def test_contrast_is_not_of_images_that_differ_all_over():
+    patch_scores = pool(20, 2, contrast=8)
+    patch_scores[:3] *= 4
+    beyond = contrasts(patch_scores)
+    assert beyond[20:].min() > 0.8 > beyond[:20].max()
+    np.testing.assert_allclose(contrasts(0.1 * patch_scores), beyond, atol=1e-9)
 
 
 def test_pixels():
