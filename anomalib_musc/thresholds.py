@@ -16,7 +16,7 @@ Array = NDArray[np.float64]
 # Chosen on pools with 0 to 50 % defects of two real and two procedural products, see benchmarks/README.md.
 _SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add to it
 _FEWEST_OF_TWO = 8  # images, of which fewer are not parted into two groups
-_TAIL, _HIGHEST = 3.8, 0.1  # q999 / q90 of the patches, of two groups, without this share of images, the highest
+_TAIL, _HIGHEST = 3.5, 0.1  # q999 / q90 of the patches, of two groups, without this share of images, the highest
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
 _CONTRAST, _FAR_BESIDE = (
     0.8,

@@ -14,13 +14,14 @@ import pytest
 import torch
 from objective import image_loss, outranked, patch_loss, pool_loss, scores_of_each_other
 from pools import Look, draw_material, draw_pool
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from textures import SIMPLE, mixed
 from torch.nn import functional as F  # noqa: N812
 from train import main, read_arguments
 from training import Training
 
 from anomalib_musc.backbones import create_backbone
+from anomalib_musc.backbones.tiny import MuscTiny
 from anomalib_musc.functional import mutual_scores
 
 TRAIN = Path(__file__).resolve().parents[1] / "examples/musc_tiny/train.py"
@@ -176,6 +177,21 @@ def test_training_goes_on_where_it_was_killed(tmp_path, train):
         train(killed, "--seed", "2")
 
 
+def test_a_second_training_begins_with_weights_and_is_averaged_with_them(tmp_path, train):
+    first = MuscTiny()
+    first.norm.bias.data += 1
+    save_file({name: value.half().contiguous() for name, value in first.state_dict().items()}, tmp_path / "first")
+    train(tmp_path / "second", "--weights", str(tmp_path / "first"), "--epochs", "1")
+    began = load_file(tmp_path / "first")
+    ended = torch.load(tmp_path / "second/last.ckpt", weights_only=False)["state_dict"]
+    for name, mean in load_file(tmp_path / "second/musc_tiny.safetensors").items():
+        expected = (began[name].float() + ended[f"network.{name}"]) / 2
+        torch.testing.assert_close(mean.float(), expected, atol=1e-3, rtol=1e-3)
+        assert (ended[f"network.{name}"] - began[name].float()).abs().max() < 0.1  # else it had begun with others
+    with pytest.raises(SystemExit, match="holds a training with --weights"):
+        train(tmp_path / "second", "--epochs", "1")
+
+
 def test_two_processes_learn_what_one_does(tmp_path, train):
     train(tmp_path / "1", "--epochs", "1")
     train_apart(tmp_path / "2", "--epochs", "1", "--processes", "2")
@@ -188,6 +204,13 @@ def test_materials_of_another_recipe_are_refused(tmp_path, train):
     np.save(tmp_path / "materials.npy", np.zeros((6, 8, 128, 128, 3), np.uint8))
     with pytest.raises(ValueError, match=r"of shape \(6, 8, 128, 128, 3\), not \(6, 8, 192, 192, 3\): delete"):
         train(tmp_path)
+
+
+def test_weights_that_are_not_there_are_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "folder", "--weights", "nowhere.safetensors"])
+    with pytest.raises(SystemExit):
+        read_arguments()
+    assert "argument --weights: there is no file nowhere.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("option", "value"), [("--epochs", "0"), ("--materials", "2"), ("--processes", "3")])

@@ -4,8 +4,8 @@
     python examples/musc_tiny/train.py runs/musc_tiny --processes 2
 
 The folder receives the materials, a checkpoint after every epoch, from which the same command goes on, logs, and at the
-end ``musc_tiny.safetensors``. Two processes keep two cores busy; one, as on a GPU, learns the same. Run it with
-``--help`` for what can be set.
+end ``musc_tiny.safetensors``. A second training may begin with the weights of the first. Two processes keep two cores
+busy; one, as on a GPU, learns the same. Run it with ``--help`` for what can be set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from pools import PIECE, UNSEEN, draw_materials, open_materials
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from training import IMAGES, STREAMS, Training
 
 MEGABYTES = IMAGES * PIECE**2 * 3 / 1e6
@@ -38,6 +38,14 @@ def within(least: int, most: float = float("inf")) -> Callable[[str], int]:
     return whole_number
 
 
+def file(text: str) -> Path:
+    """An argument's type: a file that is there."""
+    if not Path(text).is_file():
+        msg = f"there is no file {text}"
+        raise argparse.ArgumentTypeError(msg)
+    return Path(text)
+
+
 def read_arguments() -> argparse.Namespace:
     """What the user asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,6 +54,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=within(1), default=100, help="of an epoch; each sees 64 images of 8 pools")
     parser.add_argument("--materials", type=within(3), default=2000, help=f"each takes {MEGABYTES:.1f} MB on disk")
     parser.add_argument("--seed", type=within(0, UNSEEN - 1), default=0)
+    parser.add_argument("--weights", type=file, help="to begin with; the mean of these and the last ones is written")
     parser.add_argument("--processes", type=within(1, STREAMS), default=1, help="that train together")
     parser.add_argument("--workers", type=within(0), default=0, help="that draw batches for each of them")
     return parser.parse_args()
@@ -57,7 +66,8 @@ def check_settings(arguments: argparse.Namespace) -> None:
     Raises:
         SystemExit: If the folder holds a training with other settings.
     """
-    settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed")}
+    settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed", "weights")}
+    settings["weights"] = settings["weights"] and str(settings["weights"].resolve())
     path = arguments.folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     if differing := [f"--{name} {found.get(name)}" for name in settings if settings[name] != found.get(name)]:
@@ -66,9 +76,11 @@ def check_settings(arguments: argparse.Namespace) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def export(training: Training, path: Path) -> None:
-    """Write the network's weights as float16."""
-    state = {name: value.detach().cpu().half().contiguous() for name, value in training.network.state_dict().items()}
+def export(training: Training, path: Path, weights: Path | None) -> None:
+    """Write the network's weights as float16; their mean with those that it began with, if it did."""
+    last = {name: value.detach().cpu().float() for name, value in training.network.state_dict().items()}
+    first = load_file(weights) if weights else last
+    state = {name: ((first[name].float() + value) / 2).half().contiguous() for name, value in last.items()}
     save_file(state, path, metadata={"format": "pt"})
     path.chmod(0o644)
 
@@ -86,6 +98,8 @@ def main() -> None:
         steps=arguments.steps,
         workers=arguments.workers,
     )
+    if arguments.weights:
+        training.network.load_state_dict(load_file(arguments.weights))
     trainer = lightning.Trainer(
         default_root_dir=arguments.folder,
         max_epochs=arguments.epochs,
@@ -105,7 +119,7 @@ def main() -> None:
     device = trainer.strategy.root_device
     trainer.fit(training, ckpt_path=last if last.is_file() else None)
     if trainer.is_global_zero:
-        export(training, arguments.folder / "musc_tiny.safetensors")
+        export(training, arguments.folder / "musc_tiny.safetensors", arguments.weights)
         print(f"{training.seconds:.0f} s of training on {device}, processes: {arguments.processes}")
 
 
