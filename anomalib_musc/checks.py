@@ -38,7 +38,7 @@ def few_images(num_images: int) -> str:
     """Return a warning that says how reliable so few images are, as measured in ``benchmarks/README.md``."""
     return (
         f"A pool of {num_images} images is small: each is judged by {num_images - 1} others. Where 3 to 5 images held "
-        "one defect, it scored highest in 3 to 10 of 10 pools, by product, and was labelled anomalous in 0 to 8 of 10; "
+        "one defect, it scored highest in 3 to 10 of 10 pools, by product, and was labelled anomalous in 0 to 9 of 10; "
         "of 2 images hardly ever one is labelled. Trust the order of scores more than the labels, or add images of the "
         "product."
     )
