@@ -18,10 +18,8 @@ _SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of t
 _FEWEST_OF_TWO = 8  # images, of which fewer are not parted into two groups
 _TAIL, _HIGHEST = 3.5, 0.1  # q999 / q90 of the patches, of two groups, without this share of images, the highest
 _FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
-_CONTRAST, _FAR_BESIDE = (
-    0.8,
-    2.6,
-)  # from which an image is an outlier by contrast; and by height where there is such one
+_CONTRAST = 0.8  # from which an image is an outlier by contrast
+_FAR_BESIDE = 2.6  # times the lower quartile from which another one is beside it
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 _NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
 _ALL_PATCHES, _ANOMALOUS_PEAKS = 0.99, 0.25  # quantiles of all patches, or of the anomalous images' highest: likewise
@@ -39,9 +37,12 @@ def _floor(patch_scores: Array) -> float:
 
 
 def _has_copy(patch_scores: Array) -> NDArray[np.bool_]:
-    """Return which images have a copy in the pool, or nearly so; none where all have."""
+    """Return which images have a copy in the pool, or nearly so: they score low all over, and not the others."""
     found: NDArray[np.bool_] = patch_scores.max(axis=1) <= _COPY / _FLOOR * _floor(patch_scores)
-    return found & ~found.all()
+    if found.all():
+        return ~found
+    medians = np.median(patch_scores, axis=1)
+    return found & (medians < 0.5 * np.median(medians[~found]))  # else the others' defects are that clear
 
 
 def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
@@ -71,9 +72,10 @@ def count_anomalous(patch_scores: Array) -> int:
     """Estimate how many images of a pool are anomalous; never all of them.
 
     Where the images' highest scores lie on two levels, those of the higher one are. Else the height of an image is
-    its largest deviation. Where the contrast of some images is far beyond the others', these and the highest ones are.
-    Else, where heights differ widely and the highest patches are far from the rest, for all that a few images are left
-    out, there are two groups, which Otsu's criterion parts. Else only outliers are anomalous.
+    its largest deviation. Where some images' contrast is far, as many are as these, or as those of great height,
+    whichever is more; milder defects beside a very clear one may be missed. Else, where heights differ widely and the
+    highest patches are far from the rest, for all that a few images are left out, there are two groups, which Otsu's
+    criterion parts. Else only outliers are anomalous.
 
     Args:
         patch_scores: Shape ``(N, L)``.

@@ -104,6 +104,14 @@ def test_images_with_copies_do_not_stand_out(copies, noise):
         assert count_anomalous(patch_scores) <= 2
 
 
+@pytest.mark.parametrize("contrast", [4, 20, 60, 1000])
+@pytest.mark.parametrize("num_anomalous", [2, 8, 14])
+def test_defects_however_clear_make_no_copies_of_the_others(num_anomalous, contrast):
+    patch_scores = np.random.default_rng(0).uniform(0.9, 1.1, (20, 196))
+    patch_scores[-num_anomalous:, 40:70] *= contrast
+    assert flagged(patch_scores).nonzero()[0].tolist() == list(range(20 - num_anomalous, 20))
+
+
 @pytest.mark.parametrize("num_anomalous", [1, 2, 3])
 @pytest.mark.parametrize("odd", [1.0, 1.8])
 def test_few_images_of_far_contrast_are_the_outliers(num_anomalous, odd):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import lightning
@@ -66,8 +67,8 @@ def check_settings(arguments: argparse.Namespace) -> None:
     Raises:
         SystemExit: If the folder holds a training with other settings.
     """
-    settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed", "weights")}
-    settings["weights"] = settings["weights"] and str(settings["weights"].resolve())
+    settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed")}
+    settings["weights"] = arguments.weights and f"SHA-256 {sha256(arguments.weights.read_bytes()).hexdigest()}"
     path = arguments.folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     if differing := [f"--{name} {found.get(name)}" for name in settings if settings[name] != found.get(name)]:
