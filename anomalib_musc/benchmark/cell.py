@@ -21,7 +21,7 @@ from anomalib.pipelines.components import Job
 from anomalib.utils.logging import redirect_logs
 from lightning import seed_everything
 
-from anomalib_musc.benchmark.config import Cell, instantiate, instantiate_backbone
+from anomalib_musc.benchmark.config import Cell, identify_file, instantiate, instantiate_backbone
 from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
 from anomalib_musc.benchmark.resources import PeakMemory, describe, timed, versions
@@ -177,10 +177,7 @@ def _features(
     folder: Path, paths: Sequence[str], arguments: dict[str, Any], device: torch.device
 ) -> tuple[torch.Tensor, float]:
     """Return image features ``(N, D)``, from a file where they were extracted before, and the seconds that took."""
-    files = [(name, Path(name).stat().st_mtime_ns) for name in paths]
-    weights = arguments.get("pretrained")
-    if isinstance(weights, str) and Path(weights).is_file():
-        files.append((weights, Path(weights).stat().st_mtime_ns))
+    files = [identify_file(name) for name in (*paths, arguments.get("pretrained"))]
     identity = json.dumps([arguments, files], default=str)
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     if not path.is_file():

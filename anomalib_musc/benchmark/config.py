@@ -163,7 +163,7 @@ def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
     found, category = _names(full["data"], f"{where}.data")
     dataset = found if dataset is None else _text(dataset, f"{where}.data: name")
     given = {"accelerator": accelerator, "name": name, "seed": seed, "rscin": rscin, "engine": engine, **full}
-    weights = [_file(arguments.get("pretrained")) for arguments in (full["model"]["init_args"], rscin or {})]
+    weights = [identify_file(arguments.get("pretrained")) for arguments in (full["model"]["init_args"], rscin or {})]
     digest = hashlib.sha256(json.dumps([given, weights], sort_keys=True).encode()).hexdigest()[:8]
     # Not the dataset's name, which a download may change.
     slug = re.sub(r"[^\w.]+", "-", f"{category}-{name}-{seed}").strip("-").encode()[:80].decode(errors="ignore")
@@ -171,7 +171,7 @@ def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
     return Cell(f"{slug}-{digest}", name, dataset, category, seed, *rest)
 
 
-def _file(name: Any) -> tuple[str, int, int] | None:
+def identify_file(name: Any) -> tuple[str, int, int] | None:
     """Tell a file from what takes its place later; ``None`` for what is none."""
     if not isinstance(name, str) or not Path(name).is_file():
         return None
