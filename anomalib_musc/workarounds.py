@@ -137,5 +137,5 @@ def winclip_fault() -> str | None:
         return None
     return (
         "anomalib's WinClip is wrong with the installed open_clip, whose transformer takes images first. Install "
-        "'open_clip_torch<2.26.1', with which everything else runs, too, or take WinClip out of the configuration."
+        "'open_clip_torch<2.26.1', or take WinClip out of the configuration."
     )
