@@ -39,8 +39,8 @@ def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], leve
         pools: The scored pools.
         levels: Which of "image" and "pixel" to calibrate.
     """
-    scores = torch.cat([pool.scores for pool in pools]).double().cpu()
-    patch_scores = [pool.patch_scores.flatten(1).double().cpu().numpy() for pool in pools]
+    scores = torch.cat([pool.scores for pool in pools]).cpu().double()
+    patch_scores = [pool.patch_scores.flatten(1).cpu().double().numpy() for pool in pools]
     if "image" in levels:
         threshold = image_threshold(scores.numpy(), sum(map(count_anomalous, patch_scores)))
         _load(post_processor, "image", scores.min(), scores.max(), threshold)
@@ -92,7 +92,7 @@ def calibrate_on_bank(
 
 def _thresholds_of_pool(post_processor: PostProcessor, bank: ReferenceBank, scale: float) -> dict[str, float]:
     """Return the thresholds of a bank's images where some of them are anomalous, as those of a pool; else none."""
-    patch_scores = bank.own_patch_scores().flatten(1).double().cpu().numpy()
+    patch_scores = bank.own_patch_scores().flatten(1).cpu().double().numpy()
     num_anomalous = count_anomalous(patch_scores)
     if num_anomalous == 0:
         return {}
@@ -100,7 +100,7 @@ def _thresholds_of_pool(post_processor: PostProcessor, bank: ReferenceBank, scal
     if isinstance(post_processor, RsCINPostProcessor):  # in [0, 1], while an image's will be in units of the scale
         spread = (scores.max() - scores.min()).item()
         scores = post_processor.rescore(scores, bank.class_tokens) * (spread / scale)
-    values = scores.double().cpu().numpy()
+    values = scores.cpu().double().numpy()
     threshold = image_threshold(values, num_anomalous)
     return {"image": threshold, "pixel": pixel_threshold(patch_scores, values > threshold)}
 

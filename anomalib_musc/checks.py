@@ -34,13 +34,14 @@ def check_count(name: str, number: object, *, none: str | None = None) -> None:
         raise ValueError(msg)
 
 
-def few_images(num_images: int) -> str:
+def few_images(num_images: int, num_references: int = 0) -> str:
     """Return a warning that says how reliable so few images are, as measured in ``benchmarks/README.md``."""
+    images = "1 image" if num_images == 1 else f"{num_images} images"
     return (
-        f"A pool of {num_images} images is small: each is judged by {num_images - 1} others. Where 3 to 5 images held "
-        "one defect, it scored highest in 3 to 10 of 10 pools, by product, and was labelled anomalous in 0 to 9 of 10; "
-        "of 2 images hardly ever one is labelled. Trust the order of scores more than the labels, or add images of the "
-        "product."
+        f"A pool of {images} is small: each is judged by {num_images - 1 + num_references} others. Where 3 to 5 images "
+        "held one defect, it scored highest in 3 to 10 of 10 pools, by product, and was labelled anomalous in 0 to 9 "
+        "of 10; of 2 images hardly ever one is labelled. Trust the order of scores more than the labels, or add images "
+        "of the product."
     )
 
 

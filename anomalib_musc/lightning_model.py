@@ -27,7 +27,15 @@ from anomalib_musc.checks import check_count, check_writable, unreadable
 from anomalib_musc.exports import BankExport
 from anomalib_musc.functional import check_budget
 from anomalib_musc.metrics import PaperEvaluator
-from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
+from anomalib_musc.pool import (
+    Pool,
+    PoolSource,
+    as_list,
+    fingerprint,
+    image_names,
+    put_on_one_scale,
+    transform_leaves,
+)
 from anomalib_musc.pool_scorer import PoolScorer
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.prediction_writer import PredictionWriter
@@ -116,6 +124,11 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         visualizer: Visualizer | bool = True,
         prediction_writer: PredictionWriter | bool = True,
     ) -> None:
+        check_budget(memory_budget)
+        check_bank_arguments(mode, references, k_shot, bank_size)
+        if not isinstance(prediction_writer, (bool, PredictionWriter)):
+            msg = f"prediction_writer must be True, False or a PredictionWriter, got {prediction_writer!r}."
+            raise ValueError(msg)
         model = MuScModel(
             backbone,
             pretrained=pretrained,
@@ -126,11 +139,6 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
             precision=precision,
             num_subsets=num_subsets,
         )
-        check_budget(memory_budget)
-        check_bank_arguments(mode, references, k_shot, bank_size)
-        if not isinstance(prediction_writer, (bool, PredictionWriter)):
-            msg = f"prediction_writer must be True, False or a PredictionWriter, got {prediction_writer!r}."
-            raise ValueError(msg)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
         super().__init__(
@@ -151,10 +159,11 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         self._calibrated_for: list[float] = []  # the raw scores of the bank
         self._bank_of = TRAINING_IMAGES if references is None else FOLDER
         self._scored_in_validation = False
-        if isinstance(backbone, nn.Module):
-            # Lightning would pickle it into checkpoints, which could not be loaded safely: pass it again on loading.
-            for name in ("_hparams", "_hparams_initial"):
-                vars(self)[name].pop("backbone")
+        # Lightning would pickle objects into checkpoints, which could not be loaded safely: pass them again on loading.
+        given = {"backbone": backbone, "prediction_writer": prediction_writer}
+        for name in (name for name, value in given.items() if isinstance(value, (nn.Module, PredictionWriter))):
+            vars(self)["_hparams"].pop(name)
+            vars(self)["_hparams_initial"].pop(name)
 
     @property
     def learning_type(self) -> LearningType:
@@ -345,11 +354,13 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
             source.skip(self._pools[-1].skipped)
         self._scored_in_validation = self.trainer.validating
         self.skipped_images = {path: reason for pool in self._pools for path, reason in pool.skipped.items()}
+        bank = self.model.bank if self.mode == "reference" else None
         for pool in self._pools:
             pool.scores = pool.raw_scores
             if isinstance(self.post_processor, RsCINPostProcessor):
-                bank = self.model.bank if self.mode == "reference" else None
                 pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens, bank)
+        if isinstance(self.post_processor, RsCINPostProcessor) and bank is None:
+            put_on_one_scale(self._pools)
 
     def _prepare_bank(self) -> None:
         """Make the bank, or make it anew where its images are not those that it is to be made of now."""

@@ -113,7 +113,7 @@ class PoolScorer:
         judges = range(len(names), len(names) + (len(bank) if bank else 0))
         check_size(names, len(judges))
         if len(names) + len(judges) < FEW_IMAGES:
-            rank_zero_warn(few_images(len(names)))
+            rank_zero_warn(few_images(len(names), len(judges)))
         subsets = [[*subset, *judges] for subset in self._model.subsets(class_tokens)]
         total = self._model.num_comparisons(subsets, len(features.layers))
         budget = features.remaining_budget if self._device.type == "cpu" else self._memory_budget
@@ -128,6 +128,8 @@ class PoolScorer:
         """Extract reference images and keep them."""
         source = PoolSource(loader, float("inf"))
         check_readable(source.paths or [])
+        if source.paths and self._mode != "both":
+            check_interval(self._model.interval, min(size or len(source.paths), len(source.paths)) + 1)
         deep_images = DeepImages(source.all_paths)
         batches = self._features(source, 0, deep_images, "MuSc: extracting references")
         self._model.fill_bank(((maps, tokens) for _, maps, tokens in batches), size, is_alone=self._mode != "both")
@@ -199,7 +201,14 @@ class PoolScorer:
     def _deep_images(self, source: PoolSource) -> DeepImages:
         """The deep images of a source; a bank's have decided what is white, so that no score depends on the others."""
         white = self._model.bank.white.item() if self._mode != "mutual" else 0
-        return DeepImages(source.all_paths if source.paths is None else source.paths, white or None)
+        deep_images = DeepImages(source.all_paths if source.paths is None else source.paths, white or None)
+        if self._mode == "reference" and deep_images.white is not None and not white:
+            msg = (
+                "The images have more than 8 bits and the references have not, so nobody knows which value is white. "
+                "Take references of the same camera, or name the value: model.model.bank.white.fill_(4095)."
+            )
+            raise ValueError(msg)
+        return deep_images
 
     def _features(
         self,

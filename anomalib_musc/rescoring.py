@@ -13,6 +13,7 @@ from tqdm import tqdm
 from anomalib_musc.checks import check_readable
 from anomalib_musc.deep_images import DeepImages
 from anomalib_musc.functional import rscin
+from anomalib_musc.functional.rscin import check_windows
 from anomalib_musc.lightning_model import MuSc
 from anomalib_musc.torch_model import MuScModel
 
@@ -23,7 +24,9 @@ def rescore(
     predictions: Iterable[ImageBatch],
     backbone: str | nn.Module = "ViT-L-14-336",
     windows: Sequence[int] = (1, 2, 3),
-    **kwargs: Any,
+    pretrained: bool | str | Path = True,
+    image_size: int | tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """Re-score the images that any anomalib model has predicted with the images most like them.
 
@@ -34,13 +37,15 @@ def rescore(
         predictions: What ``Engine.predict`` returns, with ``image_path`` and ``pred_score``.
         backbone: Whose image features find the neighbours, as for :class:`~anomalib_musc.MuSc`.
         windows: Neighbourhood sizes k, the image itself included.
-        **kwargs: ``pretrained`` and ``image_size``, as for :class:`~anomalib_musc.MuSc`.
+        pretrained: As for :class:`~anomalib_musc.MuSc`.
+        image_size: Likewise.
+        device: Where the backbone runs.
 
     Returns:
         Scores in [0, 1], shape ``(N,)``, in the order of the predictions.
 
     Raises:
-        ValueError: If predictions lack paths or scores, or a file cannot be read.
+        ValueError: If predictions lack paths or finite scores, ``windows`` are not valid, or a file cannot be read.
 
     Example:
         >>> from anomalib.engine import Engine
@@ -48,6 +53,7 @@ def rescore(
         >>> predictions = Engine().predict(Patchcore(), ckpt_path="model.ckpt", data_path="bottles")  # doctest: +SKIP
         >>> scores = rescore(predictions, backbone="dinov2_vitb14")  # doctest: +SKIP
     """
+    check_windows(windows)
     paths: list[str] = []
     scores: list[torch.Tensor] = []
     for batch in predictions:
@@ -60,7 +66,11 @@ def rescore(
     if not paths:
         msg = "predictions are empty; RsCIN needs the scores of a pool of images."
         raise ValueError(msg)
-    return rscin(torch.cat(scores), image_features(paths, backbone, **kwargs), windows)
+    every_score = torch.cat(scores)
+    if not every_score.isfinite().all():
+        msg = f"predictions have {int((~every_score.isfinite()).sum())} scores that are not finite, such as NaN."
+        raise ValueError(msg)
+    return rscin(every_score, image_features(paths, backbone, pretrained, image_size, device), windows)
 
 
 @torch.no_grad()

@@ -13,22 +13,30 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Chosen on pools with 0 to 50 % defects of two real and two procedural products, see benchmarks/README.md.
-_SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add to it
-_FEWEST_OF_TWO = 8  # images, of which fewer are not parted into two groups
-_TAIL, _HIGHEST = 3.5, 0.1  # q999 / q90 of the patches, of two groups, without this share of images, the highest
-_FAR, _NEAR = 3.0, 1.6  # times the lower quartile from which an image is an outlier, or may be one
-_CONTRAST = 0.8  # from which an image is an outlier by contrast
-_FAR_BESIDE = 2.6  # times the lower quartile from which another one is beside it
-_MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
-_NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
-_ALL_PATCHES, _ANOMALOUS_PEAKS = 0.99, 0.25  # quantiles of all patches, or of the anomalous images' highest: likewise
+# All constants were chosen on pools with 0 to 50 % defects of two real and two procedural products, see
+# benchmarks/README.md. Rounding and copies:
+_FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal patches, such as a black background's
+_COPY = 2.5  # times the floor, below which all scores of an image that has a copy in the pool lie
+_ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
+# Two groups, by levels or by spread:
+_FEWEST_OF_TWO = 8  # images, of which fewer are not parted
+_FEWEST_HIGH, _MOST_HIGH = 0.2, 0.75  # shares of the pool that the higher group may have; by spread no fewest
+# Levels:
 _LEVELS = 0.6  # by how much the logarithms of the highest scores differ between two groups of images, on average
 _CLEAR, _CLEAR_OF_FEW = 2.4, 5.0  # times the deviation within two groups that they lie apart; and what few images add
-_FEWEST_HIGH, _MOST_HIGH = 0.2, 0.75  # shares of the pool that the higher of the two groups may have
-_FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal patches, such as a black background's
-_COPY = 0.05  # of the same, below which all scores of an image that has a copy in the pool lie
-_ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
+# Clear defects:
+_CONTRAST = 0.8  # beyond which an image has a clear defect
+_FAR_BESIDE = 2.6  # times the lower quartile of the heights, beyond which another one is beside it
+# A wide spread:
+_SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add
+_TAIL, _HIGHEST = 3.5, 0.1  # q999 / q90 of the patches, of two groups, without this share of images, the highest
+_POWER = -0.1  # of the heights, which Otsu's criterion parts: nearly their logarithms
+# Outliers:
+_FAR, _NEAR = 3.0, 1.6  # times the lower quartile of the heights, beyond which an image is an outlier, or may be one
+_MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
+# Pixels:
+_NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
+_ALL_PATCHES, _ANOMALOUS_PEAKS = 0.99, 0.25  # quantiles of all patches, or of the anomalous images' highest: likewise
 
 
 def _floor(patch_scores: Array) -> float:
@@ -38,7 +46,7 @@ def _floor(patch_scores: Array) -> float:
 
 def _has_copy(patch_scores: Array) -> NDArray[np.bool_]:
     """Return which images have a copy in the pool, or nearly so: they score low all over, and not the others."""
-    found: NDArray[np.bool_] = patch_scores.max(axis=1) <= _COPY / _FLOOR * _floor(patch_scores)
+    found: NDArray[np.bool_] = patch_scores.max(axis=1) <= _COPY * _floor(patch_scores)
     if found.all():
         return ~found
     medians = np.median(patch_scores, axis=1)
@@ -71,32 +79,58 @@ def deviations(patch_scores: Array) -> tuple[Array, NDArray[np.bool_]]:
 def count_anomalous(patch_scores: Array) -> int:
     """Estimate how many images of a pool are anomalous; never all of them.
 
-    Where the images' highest scores lie on two levels, those of the higher one are. Else the height of an image is
-    its largest deviation. Where some images' contrast is far, as many are as these, or as those of great height,
-    whichever is more; milder defects beside a very clear one may be missed. Else, where heights differ widely and the
-    highest patches are far from the rest, for all that a few images are left out, there are two groups, which Otsu's
-    criterion parts. Else only outliers are anomalous.
+    The first case that applies decides: two levels, clear defects, a wide spread; else there are only outliers.
 
     Args:
         patch_scores: Shape ``(N, L)``.
+
+    Example:
+        >>> patch_scores = np.random.default_rng(0).uniform(0.2, 0.3, (20, 50))
+        >>> patch_scores[:3, :2] = 0.9
+        >>> count_anomalous(patch_scores)
+        3
     """
-    if high := count_on_higher_level(patch_scores):
-        return high
+    if on_higher_level := count_on_higher_level(patch_scores):
+        return on_higher_level
     patches, differs = deviations(patch_scores)
     heights = patches.max(axis=1)
     unlike = heights[heights > _ALIKE]
     unlike = unlike if len(unlike) > _FEW_UNLIKE * len(heights) else heights
-    low, quarter, median, high = np.maximum(np.quantile(unlike, (0.1, 0.25, 0.5, 0.9)), _ALIKE)
-    most_near = int(_MOST_NEAR * len(heights))
-    count = max((heights > _FAR * quarter).sum(), min(most_near, (heights > _NEAR * quarter).sum()))
-    if num_contrasting := (contrasts(patch_scores) > _CONTRAST).sum():
-        count = max(num_contrasting, (heights > _FAR_BESIDE * quarter).sum())
-    elif len(heights) >= _FEWEST_OF_TWO and high - low > (_SPREAD + _SPREAD_OF_FEW / math.sqrt(len(heights))) * median:
-        rest = patches[np.argsort(heights)[: -math.ceil(_HIGHEST * len(heights))]]
-        if np.quantile(rest, 0.999) > _TAIL * np.quantile(rest[:, differs], 0.9):
-            upper = upper_group(-(np.maximum(unlike, median / 10) ** -0.1))
+    quarter = max(float(np.quantile(unlike, 0.25)), _ALIKE)
+    if num_clear := int((contrasts(patch_scores) > _CONTRAST).sum()):  # beside which milder ones may be missed
+        count = max(num_clear, int((heights > _FAR_BESIDE * quarter).sum()))
+    else:
+        count = count_outliers(heights, quarter)
+        if _is_wide(unlike, len(heights)) and _has_tail(patches, differs):
+            above_zero = np.maximum(unlike, max(float(np.median(unlike)), _ALIKE) / 10)
+            upper = upper_group(-(above_zero**_POWER))
             count = max(count, min(upper, int(_MOST_HIGH * len(heights))))
-    return int(min(count, len(heights) - 1))
+    return min(count, len(heights) - 1)
+
+
+def count_outliers(heights: Array, quarter: float) -> int:
+    """Return how many images stand out far, or nearly as far where they are few.
+
+    Args:
+        heights: Each image's largest deviation, shape ``(N,)``.
+        quarter: Their lower quartile.
+    """
+    most_near = int(_MOST_NEAR * len(heights))
+    return int(max((heights > _FAR * quarter).sum(), min(most_near, (heights > _NEAR * quarter).sum())))
+
+
+def _is_wide(heights: Array, num_images: int) -> bool:
+    """Return whether the images stand out by widely different amounts."""
+    low, median, high = np.maximum(np.quantile(heights, (0.1, 0.5, 0.9)), _ALIKE)
+    wide = _SPREAD + _SPREAD_OF_FEW / math.sqrt(num_images)
+    return num_images >= _FEWEST_OF_TWO and bool(high - low > wide * median)
+
+
+def _has_tail(patches: Array, differs: NDArray[np.bool_]) -> bool:
+    """Return whether the highest patches are far from the rest, for all that a few images are left out."""
+    ascending = np.argsort(patches.max(axis=1))
+    rest = patches[ascending[: -math.ceil(_HIGHEST * len(patches))]]
+    return bool(np.quantile(rest, 0.999) > _TAIL * np.quantile(rest[:, differs], 0.9))
 
 
 def contrasts(patch_scores: Array) -> Array:

@@ -86,8 +86,9 @@ class FolderVisualizer(ImageVisualizer):
     """Write one whole picture for every image, beneath ``images/`` as the images lie beneath their common folder.
 
     anomalib 2.7.0: ``ImageVisualizer`` names a picture by its image's folder and name alone, so that of ``a/x/1.png``
-    and ``b/x/1.png`` one is overwritten; it leaves half a picture behind when the disk is full; and it shows grey
-    images of 16 bits white, see :mod:`anomalib_musc.deep_images`; here their brightest value is.
+    and ``b/x/1.png`` one is overwritten; it leaves half a picture behind when the disk is full; it keeps to the folder
+    of its first run, where the next trainer has another; and it shows grey images of 16 bits white, see
+    :mod:`anomalib_musc.deep_images`; here their brightest value is.
     """
 
     _root: Path | None = None
@@ -113,8 +114,7 @@ class FolderVisualizer(ImageVisualizer):
     ) -> None:
         """Write the pictures of a batch."""
         del pl_module, outputs, batch_idx, dataloader_idx
-        if self.output_dir is None:
-            self.output_dir = Path(trainer.default_root_dir) / "images"
+        folder = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         item: Any
         for item in batch:
             path = Path(item.image_path)
@@ -123,7 +123,7 @@ class FolderVisualizer(ImageVisualizer):
                 item.image, item.image_path = (grey / grey.max().clamp_min(1e-9)).expand(3, -1, -1), None
             picture: Any = self.visualize(item)
             if picture is not None:
-                with whole_file(place_of(path, self._root, Path(self.output_dir))) as part:
+                with whole_file(place_of(path, self._root, folder)) as part:
                     picture.save(part)
 
 

@@ -20,14 +20,14 @@ from anomalib_musc import MuSc
 SIZES = (1, 4, 8, 14)
 
 
-def measure(root: str, category: str, backbone: str, random: bool, **arguments: Any) -> tuple[float, float]:
+def measure(given: argparse.Namespace, **arguments: Any) -> tuple[float, float]:
     """Return image and pixel AUROC in percent."""
     torch.manual_seed(0)
-    module, _, name = backbone.partition(":")
-    chosen: Any = getattr(importlib.import_module(module), name)() if name else backbone
-    weights = {"pretrained": False} if random else {}
+    module, _, name = given.backbone.partition(":")
+    chosen: Any = getattr(importlib.import_module(module), name)(given.weights) if name else given.backbone
+    weights = {"pretrained": False} if given.random else {}
     model = MuSc(chosen, **weights, visualizer=False, **arguments)
-    data = MVTecAD(root=root, category=category, num_workers=0)
+    data = MVTecAD(root=given.root, category=given.category, num_workers=0)
     with tempfile.TemporaryDirectory() as folder:
         (metrics,) = Engine(default_root_dir=folder, enable_progress_bar=False).test(model, datamodule=data)
     return 100 * metrics["image_AUROC"], 100 * metrics["pixel_AUROC"]
@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("root")
     parser.add_argument("category")
     parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
+    parser.add_argument("--weights", help="file that this class takes")
     parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     rows = {}
     print("| mode | image AUROC | pixel AUROC |\n|---|---|---|")
     for name, case in cases.items():
-        rows[name] = measure(arguments.root, arguments.category, arguments.backbone, arguments.random, **case)
+        rows[name] = measure(arguments, **case)
         print(f"| {name} | {rows[name][0]:.1f} | {rows[name][1]:.1f} |", flush=True)
     if arguments.json:
         known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}

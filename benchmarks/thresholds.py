@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decisions without labels: ``python benchmarks/thresholds.py ROOT CATEGORY [--backbone NAME or module:Class]``.
+"""Decisions without labels: ``python benchmarks/thresholds.py ROOT CATEGORY [--backbone NAME]``.
 
 Pools with 0 to 50 % defects are drawn from the test images of a product in MVTec AD's layout. F1 at the threshold that
 is found without labels is divided by the best F1 of any threshold, for images and for pixels. Then pools of 2 to 5
@@ -149,12 +149,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root")
     parser.add_argument("category")
-    parser.add_argument("--backbone", default="musc-tiny")
+    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
+    parser.add_argument("--weights", help="file that this class takes")
     parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     module, _, name = arguments.backbone.partition(":")
-    backbone = getattr(importlib.import_module(module), name)() if name else arguments.backbone
+    backbone = getattr(importlib.import_module(module), name)(arguments.weights) if name else arguments.backbone
     model, features = extract(arguments.root, arguments.category, backbone, not arguments.random)
     found = {"shares": shares(model, features), "small": small_pools(model, features)}
     print_table("defects", found["shares"])

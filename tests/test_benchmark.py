@@ -26,6 +26,7 @@ from anomalib_musc.benchmark.config import read_config
 from anomalib_musc.benchmark.published import published_dataset, published_rows
 from anomalib_musc.benchmark.records import METRICS, Predictions, Record, Store
 from anomalib_musc.benchmark.summary import MEAN, best_of, rows_of
+from anomalib_musc.cli import main
 from anomalib_musc.functional import rscin
 from anomalib_musc.ranking import aupro, pro_curve, rank
 from anomalib_musc.rescoring import image_features, rescore
@@ -177,7 +178,7 @@ def mixed(tmp_path_factory, mvtec_root) -> dict[str, object]:
     plain = {"class_path": "anomalib.post_processing.PostProcessor"}
     bank = {"mode": "reference", "k_shot": 3}
     models = [
-        {"name": "MuSc", "class_path": "MuSc", "init_args": TINY},
+        {"name": "MuSc", "class_path": "MuSc", "init_args": TINY, "rscin": TINY},
         {"name": "Deadly", "class_path": "deadly.Deadly", "init_args": TINY},
         {"name": "Plain | pipe", "class_path": "MuSc", "init_args": {**TINY, "post_processor": plain}, "rscin": TINY},
         {"name": "Bank", "class_path": "MuSc", "init_args": {**TINY, **bank}, "rscin": {"backbone": "nosuch"}},
@@ -228,6 +229,8 @@ class TestMixed:
 
     def test_image_features_are_extracted_once_for_a_category(self, mixed):
         assert len(list((mixed["out"] / "features").glob("*.npz"))) == 1
+        seconds = {mixed["records"][name]["rscin"]["seconds"] for name in ("MuSc", "Plain | pipe")}
+        assert len(seconds) == 1  # those of the one extraction
 
     def test_memory_is_that_of_a_cell_alone(self, mixed):
         peaks = [mixed["records"][name]["peak_host_bytes"] for name in ("MuSc", "Plain | pipe")]
@@ -282,6 +285,14 @@ WRONG = {
         "backbon",
     ),
     "unknown dataset": ({"benchmark": {"model": {"class_path": "MuSc"}, "data": {"class_path": "Nowhere"}}}, "Nowhere"),
+    "engine": (
+        {"benchmark": {"model": {"class_path": "MuSc", "engine": {"max_epoch": 3}}, "data": "DATA"}},
+        "max_epoch",
+    ),
+    "engine's device": (
+        {"benchmark": {"model": {"class_path": "MuSc", "engine": {"accelerator": "cpu"}}, "data": "DATA"}},
+        "accelerator, which no benchmark takes",
+    ),
     "no alternatives": ({"benchmark": {"model": {"grid": []}, "data": "DATA"}}, "empty grid"),
     "same names": (
         {
@@ -353,13 +364,20 @@ def test_a_wrong_configuration_is_one_error_that_names_the_place(content, named,
     assert "wrong.yaml" in str(caught.value)
 
 
-def test_a_wrong_configuration_leaves_nothing_behind(tmp_path):
+def refusal(config: Path, capsys, monkeypatch) -> str:
+    """Run the command in this process, as it ends before any cell; returns what it says."""
+    monkeypatch.chdir(config.parent)
+    monkeypatch.setattr(sys, "argv", ["anomalib-musc", "benchmark", "--config", config.name])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert [path.name for path in config.parent.iterdir()] == [config.name]
+    return capsys.readouterr().err
+
+
+def test_a_wrong_configuration_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
     (tmp_path / "broken.yaml").write_text("benchmark: [")
-    status, output = run("anomalib-musc", "benchmark", "--config", "broken.yaml", cwd=tmp_path)
-    assert status == 2
-    assert "broken.yaml cannot be read" in output
-    assert "Traceback" not in output
-    assert [path.name for path in tmp_path.iterdir()] == ["broken.yaml"]
+    assert "broken.yaml cannot be read" in refusal(tmp_path / "broken.yaml", capsys, monkeypatch)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -417,9 +435,16 @@ def test_a_download_changes_no_key(tmp_path):
     assert [(cell.dataset, cell.key) for cell in cells] == [("MVTec AD", cells[0].key)] * 3
 
 
-def test_a_cell_is_another_with_other_weights_in_the_same_file(tmp_path, mvtec_root):
+@pytest.mark.parametrize("of", ["a named backbone", "an own backbone", "RsCIN"])
+def test_a_cell_is_another_with_other_weights_in_the_same_file(of, tmp_path, mvtec_root):
     weights = tmp_path / "weights.safetensors"
-    model = {"class_path": "MuSc", "init_args": {"backbone": "test_vit", "pretrained": str(weights)}}
+    own = {"class_path": "benchmarks.same_features.MobileNet", "init_args": {"weights": str(weights)}}
+    named = {"backbone": "test_vit", "pretrained": str(weights)}
+    model = {
+        "a named backbone": {"class_path": "MuSc", "init_args": named},
+        "an own backbone": {"class_path": "MuSc", "init_args": {"backbone": own}},
+        "RsCIN": {"class_path": "Padim", "rscin": named},
+    }[of]
     keys = set()
     for content in ("some", "other", "other"):
         if not weights.is_file() or weights.read_text() != content:
@@ -573,6 +598,12 @@ class TestRescore:
             rescore([ImageBatch(**batch, image_path=[str(path)])], own_backbone)
         with pytest.raises(ValueError, match="empty"):
             rescore([], own_backbone)
+        whole = ImageBatch(**batch, image_path=[str(path)], pred_score=torch.tensor([float("nan")]))
+        with pytest.raises(ValueError, match="1 scores that are not finite"):
+            rescore([whole], own_backbone)
+        with pytest.raises(ValueError, match="windows"):
+            rescore([whole], own_backbone, windows=(0,))
+        assert own_backbone.num_images == 0
         (tmp_path / "no.png").write_text("text")
         bad = ImageBatch(**batch, image_path=[str(tmp_path / "no.png")], pred_score=torch.ones(1))
         with pytest.raises(ValueError, match=r"no\.png"):
@@ -638,12 +669,9 @@ save_file({key: value.contiguous() for key, value in state.items()}, home / "sna
 
 
 @pytest.mark.skipif(winclip_fault() is None, reason="this open_clip computes WinCLIP rightly")
-def test_winclip_is_refused_where_it_would_be_wrong(tmp_path, mvtec_root):
+def test_winclip_is_refused_where_it_would_be_wrong(tmp_path, mvtec_root, capsys, monkeypatch):
     config = write_config(tmp_path / "w.yaml", {"class_path": "WinClip"}, widget(mvtec_root))
-    status, output = run("anomalib-musc", "benchmark", "--config", config, cwd=tmp_path)
-    assert status != 0
-    assert "open_clip_torch<2.26.1" in output
-    assert [path.name for path in tmp_path.iterdir()] == ["w.yaml"]
+    assert "open_clip_torch<2.26.1" in refusal(config, capsys, monkeypatch)
 
 
 @pytest.mark.skipif(winclip_fault() is not None, reason="this open_clip computes WinCLIP wrongly, which is refused")

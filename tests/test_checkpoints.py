@@ -16,7 +16,7 @@ from test_cli import SMALL, anomalib
 from test_engine import assert_same, by_path, datamodule
 from test_reference import TINY
 
-from anomalib_musc import MuSc
+from anomalib_musc import MuSc, PredictionWriter
 from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.weights import weights_to_come
 
@@ -132,6 +132,17 @@ def test_an_own_backbone_is_passed_again(tmp_path, mvtec_root, make_engine):
         make_engine().export(model, ExportType.TORCH, export_root=tmp_path, ckpt_path=path)
     loaded = MuSc.load_from_checkpoint(path, backbone=OwnBackbone())
     assert make_engine().export(loaded, ExportType.TORCH, export_root=tmp_path).is_file()
+
+
+def test_a_writer_of_ones_own_is_passed_again(tmp_path, mvtec_root, folder, make_engine):
+    writer = PredictionWriter(output_dir=tmp_path / "out", heatmaps=["npy"])
+    model, engine = MuSc(**TINY, mode="reference", k_shot=2, prediction_writer=writer), make_engine()
+    engine.fit(model, datamodule=datamodule(mvtec_root))
+    here = by_path(engine.predict(model, data_path=folder))
+    loaded = MuSc.load_from_checkpoint(engine.best_model_path)
+    assert_same(by_path(make_engine().predict(loaded, data_path=folder)), here)
+    again = MuSc(**TINY, prediction_writer=writer)
+    assert_same(by_path(make_engine().predict(again, data_path=folder, ckpt_path=engine.best_model_path)), here)
 
 
 def test_the_command_line_needs_no_mode(tmp_path, checkpoint, folder):

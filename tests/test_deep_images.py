@@ -77,6 +77,18 @@ def test_a_bank_decides_what_is_white(tmp_path, make_engine):
         assert alone[path][0] < 1
 
 
+def test_deep_images_need_references_that_say_what_is_white(tmp_path, folder, make_engine):
+    write_deep(tmp_path / "line/x", range(10, 13), 2100)
+    model = MuSc(OwnBackbone(), mode="reference", references=folder, visualizer=False)
+    with pytest.raises(ValueError, match=r"more than 8 bits and the references have not.*bank\.white\.fill_"):
+        make_engine().predict(model, data_path=tmp_path / "line")
+    model.model.bank.white.fill_(4095)
+    scores = []
+    for data in (tmp_path / "line", tmp_path / "line/x/11.png"):
+        scores.append(by_path(make_engine().predict(model, data_path=data))[str(tmp_path / "line/x/11.png")][0])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
 def test_deep_images_are_found_whatever_the_sampler(tmp_path, make_engine):
     write_deep(tmp_path / "deep", range(6), 2**16 - 1)
     model = MuSc(OwnBackbone(), visualizer=False)

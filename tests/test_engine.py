@@ -256,30 +256,43 @@ def test_the_order_of_files_changes_nothing(folder, own_backbone, make_engine, r
     assert_same(by_path(make_engine().predict(MuSc(own_backbone), dataloaders=loader)), reference)
 
 
-def test_bf16_mixed_is_close_to_float32(mvtec_root, make_engine):
-    metrics = [
-        make_engine(precision=precision).test(MuSc("test_vit", pretrained=False), datamodule=datamodule(mvtec_root))[0]
+def test_bf16_mixed_is_close_to_float32(folder, make_engine):
+    plain = {"pretrained": False, "post_processor": PostProcessor(enable_normalization=False)}
+    whole, half = (
+        by_path(make_engine(precision=precision).predict(MuSc("test_vit", **plain), data_path=folder))
         for precision in ("32-true", "bf16-mixed")
-    ]
-    assert metrics[1].keys() == metrics[0].keys()
-    assert metrics[1]["pixel_AUROC"] == pytest.approx(metrics[0]["pixel_AUROC"], abs=0.02)
+    )
+    assert_same(half, whole, tolerance=0.02)
+    assert any(half[path][0] != whole[path][0] for path in whole)
 
 
 # --- what a Lightning user expects ---------------------------------------------------------------------------------
 
 
-def test_each_of_several_loaders_is_a_pool_of_its_own(tmp_path, folder, own_backbone, make_engine, reference):
+def test_each_of_several_loaders_is_a_pool_of_its_own(tmp_path, folder, own_backbone, make_engine):
     write_products(tmp_path / "others", range(40, 46))
     loaders = [predict_loader(folder, batch_size=4), predict_loader(tmp_path / "others", batch_size=4)]
     recorder = Recorder()
-    model = MuSc(own_backbone, post_processor=RsCINPostProcessor(enable_normalization=False))
-    make_engine(callbacks=[recorder]).test(model, dataloaders=loaders)
-    alone = MuSc(OwnBackbone(), post_processor=RsCINPostProcessor(enable_normalization=False))
-    expected = by_path(make_engine().predict(alone, data_path=folder))
+    make_engine(callbacks=[recorder]).test(MuSc(own_backbone, post_processor=False), dataloaders=loaders)
+    expected = by_path(make_engine().predict(MuSc(OwnBackbone(), post_processor=False), data_path=folder))
     seen = by_path(recorder.batches)
-    assert len(seen) == len(reference) + 6
+    assert len(seen) == len(expected) + 6
     assert_same({path: seen[path] for path in expected}, expected)
     assert own_backbone.num_images == 18
+
+
+def test_several_pools_are_on_one_scale(tmp_path, folder, own_backbone, make_engine):
+    write_products(tmp_path / "good", range(40, 52))
+    recorder = Recorder()
+    loaders = [predict_loader(folder), predict_loader(tmp_path / "good")]
+    model = MuSc(own_backbone, post_processor=RsCINPostProcessor(windows=(1,)))
+    make_engine(callbacks=[recorder]).test(model, dataloaders=loaders)
+    labels = {
+        path: label
+        for batch in recorder.batches
+        for path, label in zip(batch.image_path, batch.pred_label, strict=True)
+    }
+    assert {path for path, label in labels.items() if label} == {path for path in labels if "/scratch/" in path}
 
 
 def test_limit_test_batches_makes_the_pool(mvtec_root, own_backbone, make_engine):
@@ -294,6 +307,7 @@ def test_a_limit_on_shuffled_images_still_finds_every_image(folder, own_backbone
     loader = predict_loader(folder, batch_size=2, shuffle=True)
     predictions = make_engine(limit_predict_batches=3).predict(MuSc(own_backbone), dataloaders=loader)
     assert len(by_path(predictions)) == 6
+    assert own_backbone.num_images == 12  # the whole loader is the pool
 
 
 def test_fast_dev_run(mvtec_root, folder, own_backbone, make_engine):

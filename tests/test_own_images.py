@@ -49,6 +49,7 @@ def write_every_format(folder: Path) -> dict[str, Path]:
         "other/deeper/rgb.jpg": Image.fromarray(product(4)[0]),
         "alpha.png": Image.fromarray(product(5)[0]).convert("RGBA"),
         "palette.png": Image.fromarray(product(6)[0]).quantize(64),
+        "rgb.webp": Image.fromarray(product(11)[0]),
         "bitmap.bmp": Image.fromarray(product(7)[0]),
         "tagged.tiff": Image.fromarray(product(8)[0]).resize((90, 50)),
         "sixteen.png": Image.fromarray(deep),
@@ -62,16 +63,6 @@ def write_every_format(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in pictures}
 
 
-def test_the_readmes_threshold_by_hand(tmp_path, folder):
-    done = anomalib(
-        *["predict", "--model", "MuSc", "--data", folder, *SMALL],
-        *["--model.post_processor", "anomalib_musc.RsCINPostProcessor", "--model.post_processor.image_threshold", "2"],
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stderr
-    assert {row["label"] for row in read_table(tmp_path).values()} == {"normal"}
-
-
 def test_one_command_for_any_folder(tmp_path):
     files = write_every_format(tmp_path / "meine Bilder")
     done = anomalib("predict", "--model", "MuSc", "--data", tmp_path / "meine Bilder", *SMALL, cwd=tmp_path)
@@ -81,7 +72,8 @@ def test_one_command_for_any_folder(tmp_path):
         rows = {row["path"]: row for row in csv.DictReader(file)}
     assert rows.keys() == {str(path) for path in files.values()}
     assert all(0 <= float(row["score"]) <= 1 for row in rows.values())
-    assert {row["label"] for row in rows.values()} <= {"normal", "anomalous"}
+    for row in rows.values():
+        assert row["label"] == ("anomalous" if float(row["score"]) > 0.5 else "normal")
     assert str(table) in done.stdout + done.stderr
     pictures = [path for path in (table.parent / "images/meine Bilder").rglob("*") if path.is_file()]
     names = [path.relative_to(table.parent / "images/meine Bilder").as_posix() for path in pictures]
@@ -120,6 +112,19 @@ def test_small_pools_are_scored_with_a_warning(num_images, tmp_path, own_backbon
     for score, anomaly_map in predictions.values():
         assert 0 <= score <= 1
         assert torch.isfinite(anomaly_map).all()
+
+
+def test_six_images_are_no_small_pool(folder, own_backbone, make_engine, recwarn):
+    make_engine(limit_predict_batches=6).predict(MuSc(own_backbone), data_path=folder)
+    assert not [warning for warning in recwarn if "is small" in str(warning.message)]
+
+
+def test_references_judge_few_images_besides(tmp_path, own_backbone, make_engine):
+    write_products(tmp_path / "one", range(1))
+    write_products(tmp_path / "references", range(60, 63))
+    model = MuSc(own_backbone, mode="both", references=tmp_path / "references")
+    with pytest.warns(UserWarning, match=r"A pool of 1 image is small: each is judged by 3 others"):
+        make_engine().predict(model, data_path=tmp_path / "one")
 
 
 def test_identical_images_are_all_normal(tmp_path, own_backbone, make_engine):
@@ -163,6 +168,14 @@ def test_a_writer_given_to_engine_is_kept(tmp_path, folder, own_backbone, make_e
     make_engine(callbacks=[writer]).predict(MuSc(own_backbone), data_path=folder)
     assert {row["label"] for row in read_table(tmp_path).values()} <= {"normal", "anomalous"}
     assert len(list((tmp_path / "mine/heatmaps").rglob("*.npy"))) == 12
+
+
+def test_every_run_has_its_pictures_beside_its_table(tmp_path, folder, own_backbone):
+    model = MuSc(own_backbone)
+    for name in ("first", "second"):
+        Engine(default_root_dir=tmp_path / name, enable_progress_bar=False).predict(model, data_path=folder)
+        (table,) = (tmp_path / name).rglob("predictions.csv")
+        assert len(list((table.parent / "images").rglob("*.png"))) == 12
 
 
 class NamedWriter(PredictionWriter):
@@ -284,16 +297,6 @@ def test_heatmaps_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path,
         assert len(make_engine().predict(model, data_path=tmp_path / "pile")) == 12
 
 
-def test_one_file_is_predicted_without_a_walk_through_its_folder(folder, tmp_path, make_engine):
-    (tmp_path / "line/private").mkdir(parents=True)
-    image = shutil.copy(next(folder.rglob("*.png")), tmp_path / "line/1.png")
-    model = MuSc(OwnBackbone(), mode="reference", references=folder)
-    (tmp_path / "line/private").chmod(0)
-    make_engine().predict(model, data_path=image)
-    (tmp_path / "line/private").chmod(0o755)
-    assert read_table(tmp_path).keys() == {"1.png"}
-
-
 def test_a_limit_counts_the_files_that_are_left(tmp_path, own_backbone, make_engine):
     paths = write_products(tmp_path / "pile", range(13))
     for path in paths[:3] + paths[5:6]:
@@ -384,13 +387,16 @@ from anomalib.engine import Engine
 from anomalib_musc import MuSc
 from conftest import OwnBackbone
 {before}
-Engine(default_root_dir={out!r}, enable_progress_bar=False).predict(MuSc(OwnBackbone()), data_path={data!r})
+model = MuSc(OwnBackbone(), **{arguments!r})
+Engine(default_root_dir={out!r}, enable_progress_bar=False).predict(model, data_path={data!r})
 """
 
 
-def predict_in_a_process(data: Path, out: Path, before: str = "") -> subprocess.CompletedProcess[str]:
+def predict_in_a_process(data: Path, out: Path, before: str, **arguments: str) -> subprocess.CompletedProcess[str]:
     """Predict a folder in a process that first runs some code."""
-    code = PREDICT.format(tests=str(Path(__file__).parent), before=before, out=str(out), data=str(data))
+    code = PREDICT.format(
+        tests=str(Path(__file__).parent), before=before, out=str(out), data=str(data), arguments=arguments
+    )
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
@@ -420,6 +426,15 @@ class TestRights:
             (root / "out").mkdir()
             (root / "out").chmod(0o777)
             yield root
+
+    def test_one_file_is_predicted_without_a_walk_through_its_folder(self, pile):
+        (image,) = write_products(pile / "line", range(1))
+        (pile / "line/private").mkdir(mode=0)
+        references = {"mode": "reference", "references": str(pile / "pile")}
+        done = predict_in_a_process(image, pile / "out", before=self.stranger, **references)
+        assert done.returncode == 0, done.stderr
+        assert read_table(pile / "out").keys() == {image.name}
+        assert "private" not in done.stderr
 
     def test_files_and_folders_without_permission_are_skipped(self, pile):
         (shut,) = write_products(pile / "pile/shut", range(1))

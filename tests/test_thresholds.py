@@ -3,6 +3,7 @@
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from anomalib_musc.thresholds import (
     pixel_threshold,
     upper_group,
 )
+from benchmarks.same_features import MobileNet
 
 
 def pool(
@@ -243,7 +245,7 @@ def test_a_folder_is_decided_without_labels(tmp_path, pile, own_backbone, make_e
     }
 
 
-@pytest.mark.parametrize("post_processor", [PostProcessor, MEBinPostProcessor])
+@pytest.mark.parametrize("post_processor", [PostProcessor, partial(MEBinPostProcessor, sample_rate=32)])
 def test_anomalibs_post_processors_get_thresholds_too(post_processor, tmp_path, pile, own_backbone, make_engine):
     model = MuSc(own_backbone, post_processor=post_processor())
     make_engine().predict(model, data_path=pile)
@@ -399,9 +401,7 @@ def test_the_writer_serves_other_models(tmp_path, mvtec_root, folder):
 
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="../shared is not here")
 def test_real_photographs_are_decided_without_labels(tmp_path):
-    from test_real_data import MobileNet
-
-    model = MuSc(MobileNet(), visualizer=False)
+    model = MuSc(MobileNet(SHARED / "weights/mobilenetv2_100_imagenet.safetensors"), visualizer=False)
     batches = Engine(default_root_dir=tmp_path, enable_progress_bar=False).predict(
         model, data_path=SHARED / "data/cookies/cookie/test"
     )
@@ -449,8 +449,3 @@ def test_everything_may_be_anomalous_by_hand(pile, tmp_path, own_backbone, make_
     post_processor = RsCINPostProcessor(image_threshold=-1.0, pixel_threshold=0.05)
     make_engine().predict(MuSc(own_backbone, post_processor=post_processor), data_path=pile)
     assert set(labels(tmp_path).values()) == {"anomalous"}
-
-
-def test_only_abnormal_images_with_labels(folders, own_backbone, make_engine):
-    data = Folder(name="x", root=folders, normal_dir="good", abnormal_dir="bad", test_split_mode="none", num_workers=0)
-    assert make_engine().predict(MuSc(own_backbone), datamodule=data)

@@ -106,9 +106,23 @@ def test_one_image_alone_is_refused(images):
         MuScModel(OwnBackbone())(images[:1])
 
 
-def test_the_backbone_is_frozen():
-    model = MuScModel(nn.Sequential(OwnBackbone()), image_size=SIDE).train()
+class Normalised(OwnBackbone):
+    """A backbone with a layer that learns from every batch, unless it is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        return super().forward(self.norm(images))
+
+
+def test_the_backbone_is_frozen(images):
+    model = MuScModel(Normalised()).train()
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    together, alone = (torch.cat([model.extract(part)[1] for part in images.split(size)]) for size in (len(images), 1))
+    torch.testing.assert_close(together, alone)
+    assert model.backbone.norm.num_batches_tracked == 0
 
 
 def test_preparation_is_taken_from_the_backbone():

@@ -21,7 +21,7 @@ from anomalib.pipelines.components import Job
 from anomalib.utils.logging import redirect_logs
 from lightning import seed_everything
 
-from anomalib_musc.benchmark.config import Cell, identify_file, instantiate, instantiate_backbone
+from anomalib_musc.benchmark.config import Cell, identify_files, instantiate, instantiate_backbone
 from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
 from anomalib_musc.benchmark.resources import PeakMemory, describe, timed, versions
@@ -177,8 +177,7 @@ def _features(
     folder: Path, paths: Sequence[str], arguments: dict[str, Any], device: torch.device
 ) -> tuple[torch.Tensor, float]:
     """Return image features ``(N, D)``, from a file where they were extracted before, and the seconds that took."""
-    files = [identify_file(name) for name in (*paths, arguments.get("pretrained"))]
-    identity = json.dumps([arguments, files], default=str)
+    identity = json.dumps([arguments, identify_files([paths, arguments])], default=str)
     path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.npz"
     if not path.is_file():
         seconds: dict[str, float] = {}

@@ -27,6 +27,7 @@ It is anomalib's own format, in which ``grid`` lists alternatives, with a name f
 """
 
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from anomalib.models import AnomalibModule
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from torch import nn
 
@@ -53,6 +55,7 @@ _KEYS = {"title", "output", "accelerator", "benchmark"}
 _CELL_KEYS = {"seed", "model", "data"}
 _MODEL_KEYS = {"name", "class_path", "init_args", "rscin", "engine"}
 _DATA_KEYS = {"name", "class_path", "init_args"}
+_SET_BY_CELL = {"accelerator", "devices", "default_root_dir", "callbacks"}
 _RSCIN_KEYS = {"backbone", "pretrained", "image_size", "windows"}
 
 
@@ -154,7 +157,7 @@ def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
     name = _model_name(model, where)
     rscin, engine = model.pop("rscin", None), model.pop("engine", {})
     rscin = None if rscin is None else _rscin(rscin, f"{where}.model: rscin of {name}")
-    engine = _arguments(engine, f"{where}.model: engine of {name}")
+    engine = _engine(engine, f"{where}.model: engine of {name}")
     dataset = data.pop("name", None)
     # The recorder measures, and nobody looks at a thousand pictures.
     model["init_args"] = {**model["init_args"], "evaluator": False, "visualizer": False}
@@ -163,20 +166,24 @@ def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
     found, category = _names(full["data"], f"{where}.data")
     dataset = found if dataset is None else _text(dataset, f"{where}.data: name")
     given = {"accelerator": accelerator, "name": name, "seed": seed, "rscin": rscin, "engine": engine, **full}
-    weights = [identify_file(arguments.get("pretrained")) for arguments in (full["model"]["init_args"], rscin or {})]
-    digest = hashlib.sha256(json.dumps([given, weights], sort_keys=True).encode()).hexdigest()[:8]
+    files = identify_files([full["model"], rscin])
+    digest = hashlib.sha256(json.dumps([given, files], sort_keys=True).encode()).hexdigest()[:8]
     # Not the dataset's name, which a download may change.
     slug = re.sub(r"[^\w.]+", "-", f"{category}-{name}-{seed}").strip("-").encode()[:80].decode(errors="ignore")
     rest = (accelerator, full["model"], full["data"], rscin, engine)
     return Cell(f"{slug}-{digest}", name, dataset, category, seed, *rest)
 
 
-def identify_file(name: Any) -> tuple[str, int, int] | None:
-    """Tell a file from what takes its place later; ``None`` for what is none."""
-    if not isinstance(name, str) or not Path(name).is_file():
-        return None
-    status = Path(name).stat()
-    return name, status.st_size, status.st_mtime_ns
+def identify_files(value: Any) -> list[tuple[str, int, int]]:
+    """Return path, size and time of every file that is named anywhere in a value, by which a changed one is noticed."""
+    if isinstance(value, dict):
+        return identify_files(list(value.values()))
+    if isinstance(value, (list, tuple)):
+        return [file for inner in value for file in identify_files(inner)]
+    if not isinstance(value, str) or not Path(value).is_file():
+        return []
+    status = Path(value).stat()
+    return [(value, status.st_size, status.st_mtime_ns)]
 
 
 def _model_name(model: dict[str, Any], where: str) -> str:
@@ -200,6 +207,16 @@ def _rscin(given: dict[str, Any], where: str) -> dict[str, Any]:
         msg = f"{where}: {error}"
         raise ValueError(msg) from error
     return rscin
+
+
+def _engine(given: Any, where: str) -> dict[str, Any]:
+    """Check the names of Engine's arguments."""
+    engine = _arguments(given, where)
+    known = set(inspect.signature(Trainer).parameters) - _SET_BY_CELL
+    if wrong := sorted(engine.keys() - known):
+        msg = f"{where} has {', '.join(wrong)}, which no benchmark takes; it may have {', '.join(sorted(known))}."
+        raise ValueError(msg)
+    return engine
 
 
 def _names(data: dict[str, Any], where: str) -> tuple[str, str]:
