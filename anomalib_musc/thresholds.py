@@ -36,7 +36,7 @@ _FAR, _NEAR = 3.0, 1.6  # times the lower quartile of the heights, beyond which 
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 # Pixels:
 _NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
-_ALL_PATCHES, _ANOMALOUS_PEAKS = 0.99, 0.25  # quantiles of all patches, or of the anomalous images' highest: likewise
+_PATCHES, _PEAKS = 0.97, 0.25  # quantiles of the anomalous images' patches, or of their highest ones: likewise
 
 
 def _floor(patch_scores: Array) -> float:
@@ -209,7 +209,7 @@ def image_threshold(scores: Array, num_anomalous: int) -> float:
 def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> float:
     """Return a threshold that three of four normal images stay below everywhere, and few patches exceed.
 
-    Few are 1 % of all, or so many that three of four anomalous images have one.
+    Few are 3 % of the anomalous images' patches, or so many that three of four of these images have one.
 
     Args:
         patch_scores: Shape ``(N, L)``.
@@ -220,5 +220,5 @@ def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> flo
         return float(peaks.max())
     normal_peaks = peaks[~is_anomalous]
     reached = np.quantile(normal_peaks, _NORMAL_PEAKS) if len(normal_peaks) else 0.0
-    few = min(np.quantile(patch_scores, _ALL_PATCHES), np.quantile(peaks[is_anomalous], _ANOMALOUS_PEAKS))
+    few = min(np.quantile(patch_scores[is_anomalous], _PATCHES), np.quantile(peaks[is_anomalous], _PEAKS))
     return float(max(reached, few))

@@ -141,6 +141,15 @@ def test_pixels():
     assert above.mean() <= 0.011
 
 
+def test_few_defects_give_few_pixels():
+    patch_scores = pool(60, 3, contrast=8)
+    patch_scores[:12, ::3] *= 2  # some good images are rough, with more than 1 % of all patches
+    is_anomalous = np.arange(63) >= 60
+    above = patch_scores > pixel_threshold(patch_scores, is_anomalous)
+    assert above[60:].any(axis=1).all()
+    assert not above[:60].any()
+
+
 def test_most_anomalous_images_have_a_region_however_many_they_are():
     patch_scores = pool(30, 25)
     patch_scores[30:35].reshape(5, 14, 14)[:, :6, :6] *= (
