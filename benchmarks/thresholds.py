@@ -2,8 +2,9 @@
 """Decisions without labels: ``python benchmarks/thresholds.py ROOT CATEGORY [--backbone NAME]``.
 
 Pools with 0 to 50 % defects are drawn from the test images of a product in MVTec AD's layout. F1 at the threshold that
-is found without labels is divided by the best F1 of any threshold, for images and for pixels. Then pools of 2 to 5
-images, one of them anomalous: how often it has the highest score, and how often it is labelled.
+is found without labels is divided by the best F1 of any threshold, for images and for pixels. Then pools of 2 to 8
+images, one of them anomalous: how often it has the highest score, and how often it is labelled; and good images only:
+how many of them are labelled.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_thr
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 DRAWS = 8
-SMALL, SMALL_DRAWS = (2, 3, 4, 5), 60
+SMALL, SMALL_DRAWS = (2, 3, 4, 5, 6, 8), 60
 
 
 def extract(root: str, category: str, backbone: Any, pretrained: bool) -> tuple[MuScModel, dict[str, Any]]:
@@ -121,18 +122,21 @@ def shares(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[str, fl
 
 
 def small_pools(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return how often the one anomalous image of few has the highest score, and how often it is labelled."""
+    """Return how often one anomalous image of few is highest and is labelled, and how many of only good ones are."""
     normal, anomalous = np.flatnonzero(~features["labels"]), np.flatnonzero(features["labels"])
     rows = {}
     for count in SMALL:
-        highest, labelled = [], []
+        highest, labelled, false_alarms = [], [], []
         for seed in range(SMALL_DRAWS):
             generator = np.random.default_rng(seed)
             chosen = [*generator.choice(normal, count - 1, replace=False), generator.choice(anomalous)]
             pool = score(model, features, np.array(chosen))
             highest.append(pool.scores[-1] > pool.scores[:-1].max())
             labelled.append(pool.flagged[-1])
-        rows[str(count)] = {"highest": float(np.mean(highest)), "labelled": float(np.mean(labelled))}
+            good = score(model, features, generator.choice(normal, count, replace=False))
+            false_alarms.append(good.flagged.mean())
+        found = {"highest": highest, "labelled": labelled, "of good images": false_alarms}
+        rows[str(count)] = {name: float(np.mean(values)) for name, values in found.items()}
     return rows
 
 
