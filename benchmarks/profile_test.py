@@ -25,7 +25,7 @@ PARTS = {
     "backbone": ("[MuSc]extract",),
     "mutual scoring": ("[MuSc]score",),
     "metrics": ("PaperEvaluator",),
-    "pictures": ("ImageVisualizer",),
+    "pictures": ("Visualizer",),
     "images read by the framework's loops": ("test_next", "val_next"),
     "images read for the pool": ("[MuSc]read_images",),
 }

@@ -2,7 +2,6 @@
 """What a cell takes, and on what: time, memory, device, versions."""
 
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -59,6 +58,10 @@ def _resident(field: str) -> int:
     for line in _lines(_STATUS):
         if line.startswith(field):
             return int(line.split()[1]) * 1024
+    try:
+        import resource
+    except ImportError:  # Windows, where nobody says
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
