@@ -2,5 +2,11 @@
 """Models side by side: one pipeline, the same images and metrics for all, and a report.
 
 ``anomalib-musc benchmark --config FILE`` runs it; :mod:`anomalib_musc.benchmark.config` describes the file. Arrows run
-one way: records <- published, summary <- config, tables, report; config, recorder <- cell; all of them <- pipeline.
+one way, each module importing only from lines above its own::
+
+    records, resources, charts
+    published, summary, recorder
+    config, tables, gallery
+    cell, report
+    pipeline
 """
