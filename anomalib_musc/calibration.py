@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Normalisation and thresholds of a post-processor where no labels have given them: from a pool, or from a bank."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,19 +16,61 @@ from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
 from anomalib_musc.torch_model import MuScModel
 
+LEVELS = frozenset({"image", "pixel"})
 
-def uncalibrated(post_processor: PostProcessor) -> set[str]:
-    """Return for which of "image" and "pixel" no validation labels or masks have said what is anomalous."""
+
+class Calibration:
+    """What a post-processor knows without labels, and on what it was found.
+
+    Components other than anomalib's ``PostProcessor`` have nothing to calibrate.
+
+    Attributes:
+        without_labels: Which of "image" and "pixel" no labels or masks have given.
+    """
+
+    def __init__(self) -> None:
+        self.without_labels: frozenset[str] = frozenset()
+        self._bank_scores: list[float] = []
+
+    def forget(self, post_processor: Any, levels: Collection[str] = LEVELS) -> None:
+        """Make levels uncalibrated."""
+        self.without_labels -= frozenset(levels)
+        if isinstance(post_processor, PostProcessor):
+            unknown = torch.tensor(float("nan"))
+            names = [name for level in levels for name in (f"{level}_min", f"{level}_max", f"_{level}_threshold")]
+            post_processor.load_state_dict(dict.fromkeys(names, unknown), strict=False)
+
+    def find_on_pools(self, post_processor: Any, pools: Sequence[Pool]) -> None:
+        """Find what labels have not given, each time anew, as the pools may be others than before."""
+        if isinstance(post_processor, PostProcessor):
+            self.without_labels |= _uncalibrated(post_processor)
+            calibrate_on_pool(post_processor, pools, self.without_labels)
+
+    def find_on_bank(self, post_processor: Any, model: MuScModel, *, may_hold_defects: bool) -> None:
+        """Find what labels have not given, and anew what was found on another bank."""
+        if isinstance(post_processor, PostProcessor):
+            scores, levels = model.bank.raw_scores.tolist(), _uncalibrated(post_processor)
+            if scores != self._bank_scores:
+                levels |= self.without_labels
+            self._bank_scores = scores
+            self.without_labels |= levels
+            calibrate_on_bank(post_processor, model, levels, may_hold_defects=may_hold_defects)
+
+    def to_checkpoint(self) -> dict[str, list[Any]]:
+        """Return plain data for a checkpoint."""
+        return {"calibrated_on_pool": sorted(self.without_labels), "calibrated_for": self._bank_scores}
+
+    def load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over what :meth:`to_checkpoint` gave."""
+        self.without_labels = frozenset(checkpoint.get("calibrated_on_pool", ()))
+        self._bank_scores = checkpoint.get("calibrated_for", [])
+
+
+def _uncalibrated(post_processor: PostProcessor) -> frozenset[str]:
+    """Return for which levels no validation labels or masks have said what is anomalous."""
     state = post_processor.state_dict()
     name = "_{}_threshold" if post_processor.enable_thresholding else "{}_min"
-    return {level for level in ("image", "pixel") if bool(state[name.format(level)].isnan())}
-
-
-def forget_calibration(post_processor: PostProcessor, levels: Iterable[str]) -> None:
-    """Make "image" or "pixel" uncalibrated."""
-    unknown = torch.tensor(float("nan"))
-    names = [name for level in levels for name in (f"{level}_min", f"{level}_max", f"_{level}_threshold")]
-    post_processor.load_state_dict(dict.fromkeys(names, unknown), strict=False)
+    return frozenset(level for level in LEVELS if bool(state[name.format(level)].isnan()))
 
 
 def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]) -> None:

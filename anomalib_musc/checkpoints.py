@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from anomalib_musc.backbones.weights import weights_to_come
+from anomalib_musc.calibration import Calibration
 from anomalib_musc.torch_model import MuScModel
 
 
@@ -21,8 +22,7 @@ class BankCheckpoint(LightningModule):
     k_shot: int | None
     bank_size: int | None
     _bank_of: str
-    _calibrated_without_labels: list[str]
-    _calibrated_for: list[float]
+    _calibration: Calibration
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -40,8 +40,7 @@ class BankCheckpoint(LightningModule):
         checkpoint["mode"] = self.mode
         checkpoint["references"] = self._bank_arguments()
         checkpoint["bank_of"] = self._bank_of
-        checkpoint["calibrated_on_pool"] = self._calibrated_without_labels
-        checkpoint["calibrated_for"] = self._calibrated_for
+        checkpoint.update(self._calibration.to_checkpoint())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over who judges, and where the bank and the thresholds came from.
@@ -55,8 +54,7 @@ class BankCheckpoint(LightningModule):
         warn_of_kept_bank(checkpoint, self._bank_arguments())
         super().on_load_checkpoint(checkpoint)
         self._bank_of = checkpoint.get("bank_of", self._bank_of)
-        self._calibrated_without_labels = checkpoint.get("calibrated_on_pool", [])
-        self._calibrated_for = checkpoint.get("calibrated_for", [])
+        self._calibration.load_checkpoint(checkpoint)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the pools: an export needs none, and a dataloader may not be one that can be pickled."""

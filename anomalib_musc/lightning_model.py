@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """MuSc in anomalib: the pool is scored before the loop, then every step hands out its batch's share."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +11,6 @@ from anomalib import LearningType
 from anomalib.data import ImageBatch, PredictDataset
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
-from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,7 +20,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_musc.bank import most_normal
-from anomalib_musc.calibration import calibrate_on_bank, calibrate_on_pool, forget_calibration, uncalibrated
+from anomalib_musc.calibration import Calibration
 from anomalib_musc.checkpoints import BankCheckpoint
 from anomalib_musc.checks import check_count, check_writable, unreadable
 from anomalib_musc.exports import BankExport
@@ -155,8 +154,7 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         self.skipped_images: dict[Path, str] = {}
         self._sources: list[PoolSource] = []
         self._pools: list[Pool] = []
-        self._calibrated_without_labels: list[str] = []
-        self._calibrated_for: list[float] = []  # the raw scores of the bank
+        self._calibration = Calibration()
         self._bank_of = TRAINING_IMAGES if references is None else FOLDER
         self._scored_in_validation = False
         # Lightning would pickle objects into checkpoints, which could not be loaded safely: pass them again on loading.
@@ -227,7 +225,7 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
 
     def on_validation_start(self) -> None:
         """Score the validation pools."""
-        self._forget_calibration(self._calibrated_without_labels)
+        self._calibration.forget(self.post_processor, self._calibration.without_labels)
         self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
 
     def on_validation_epoch_end(self) -> None:
@@ -320,7 +318,7 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         self._scorer.fill_bank(DataLoader(dataset, collate_fn=dataset.collate_fn), None)
         self._pools, self._bank_of = [], POOL
         self.take_mode("reference")
-        self._forget_calibration(("image", "pixel"))
+        self._calibration.forget(self.post_processor)
         self.calibrate()
 
     def _share(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -381,7 +379,7 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         is_another = len(bank) > 0
         self._scorer.fill_bank(found.loader, self.bank_size)
         if is_another:
-            self._forget_calibration(("image", "pixel"))
+            self._calibration.forget(self.post_processor)
         self.to(device)
         bank.origin, self._bank_of = found.origin, found.kind
 
@@ -400,24 +398,11 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
 
     def calibrate(self) -> None:
         """Find the thresholds that no labels have given: of the bank where it judges alone, else of the pools."""
-        if not isinstance(self.post_processor, PostProcessor):
-            return
-        levels = uncalibrated(self.post_processor)
         if self.mode == "reference":
-            scores, may_hold_defects = self.model.bank.raw_scores.tolist(), self._bank_of == FOLDER
-            if scores != self._calibrated_for:
-                levels |= set(self._calibrated_without_labels)
-            self._calibrated_for = scores
-            calibrate_on_bank(self.post_processor, self.model, levels, may_hold_defects=may_hold_defects)
+            may_hold_defects = self._bank_of == FOLDER
+            self._calibration.find_on_bank(self.post_processor, self.model, may_hold_defects=may_hold_defects)
         else:
-            levels |= set(self._calibrated_without_labels)  # the pools may be others than before
-            calibrate_on_pool(self.post_processor, self._pools, levels)
-        self._calibrated_without_labels = sorted({*levels, *self._calibrated_without_labels})
-
-    def _forget_calibration(self, levels: Iterable[str]) -> None:
-        if isinstance(self.post_processor, PostProcessor):
-            forget_calibration(self.post_processor, levels)
-        self._calibrated_without_labels = [level for level in self._calibrated_without_labels if level not in levels]
+            self._calibration.find_on_pools(self.post_processor, self._pools)
 
 
 class _RestoreOnException(Callback):
