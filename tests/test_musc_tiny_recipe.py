@@ -177,19 +177,23 @@ def test_training_goes_on_where_it_was_killed(tmp_path, train):
         train(killed, "--seed", "2")
 
 
-def test_a_second_training_begins_with_weights_and_is_averaged_with_them(tmp_path, train):
-    first = MuscTiny()
-    first.norm.bias.data += 1
-    save_file({name: value.half().contiguous() for name, value in first.state_dict().items()}, tmp_path / "first")
-    train(tmp_path / "second", "--weights", str(tmp_path / "first"), "--epochs", "1")
-    began = load_file(tmp_path / "first")
-    ended = torch.load(tmp_path / "second/last.ckpt", weights_only=False)["state_dict"]
-    for name, mean in load_file(tmp_path / "second/musc_tiny.safetensors").items():
-        expected = (began[name].float() + ended[f"network.{name}"]) / 2
-        torch.testing.assert_close(mean.float(), expected, atol=1e-3, rtol=1e-3)
-        assert (ended[f"network.{name}"] - began[name].float()).abs().max() < 0.1  # else it had begun with others
+def test_a_third_training_begins_with_the_mean_of_earlier_ones_and_is_averaged_with_them(tmp_path, train):
+    earlier = []
+    for name, shift in (("first", 1), ("second", 3)):
+        network = MuscTiny()
+        network.norm.bias.data += shift
+        earlier.append({name: value.half().contiguous() for name, value in network.state_dict().items()})
+        save_file(earlier[-1], tmp_path / name)
+    train(tmp_path / "third", "--weights", str(tmp_path / "first"), str(tmp_path / "second"), "--epochs", "1")
+    ended = torch.load(tmp_path / "third/last.ckpt", weights_only=False)["state_dict"]
+    last, means = (load_file(tmp_path / f"third/{name}.safetensors") for name in ("last", "musc_tiny"))
+    for name, mean in means.items():
+        first, second = (weights[name].float() for weights in earlier)
+        torch.testing.assert_close(last[name].float(), ended[f"network.{name}"], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(mean.float(), (first + second + last[name].float()) / 3, atol=2e-3, rtol=2e-3)
+        assert (last[name].float() - (first + second) / 2).abs().max() < 0.1  # else it had begun with others
     with pytest.raises(SystemExit, match="holds a training with --weights"):
-        train(tmp_path / "second", "--epochs", "1")
+        train(tmp_path / "third", "--epochs", "1")
 
 
 def test_two_processes_learn_what_one_does(tmp_path, train):

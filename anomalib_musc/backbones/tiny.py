@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.backbones.base import Backbone, quarter_ends, resolve_image_size, resolve_layers
+from anomalib_musc.backbones.base import Backbone, resolve_image_size, resolve_layers
 from anomalib_musc.backbones.weights import WeightsMismatchError, are_to_come, read_state_dict
 
 NAME = "musc-tiny"
 WEIGHTS = Path(__file__).with_name("musc_tiny.safetensors")
+_LAYERS = (0, 1, 2, 5)  # of four, the best on drawn products
 PATCH_SIZE = (16, 16)
 IMAGE_SIZE = (224, 224)
 
@@ -164,14 +165,14 @@ def create_tiny_backbone(
         tag: ``None``: there is one set of weights.
         weights: ``True`` for those of the package, a file, or ``False`` for random ones.
         image_size: Height and width; ``None`` for 224 x 224.
-        layers: Blocks from 0 to 5; ``None`` for 1, 2, 3 and 5.
+        layers: Blocks from 0 to 5; ``None`` for 0, 1, 2 and 5.
     """
     if tag is not None:
         msg = f"pretrained: {tag!r} is no known weights tag of {name!r}, which has one set: pass True, a file or False"
         raise ValueError(msg)
     network = MuscTiny()
     size = resolve_image_size(image_size, IMAGE_SIZE, PATCH_SIZE)
-    chosen = resolve_layers(layers, quarter_ends(len(network.blocks)), len(network.blocks))
+    chosen = resolve_layers(layers, _LAYERS, len(network.blocks))
     path = WEIGHTS if weights is True else weights
     if isinstance(path, Path) and not are_to_come():
         try:

@@ -4,19 +4,20 @@
     python examples/musc_tiny/train.py runs/musc_tiny --processes 2
 
 The folder receives the materials, a checkpoint after every epoch, from which the same command goes on, logs, and at the
-end ``musc_tiny.safetensors``. A second training may begin with the weights of the first. Two processes keep two cores
-busy; one, as on a GPU, learns the same. Run it with ``--help`` for what can be set.
+end ``last.safetensors``, and in ``musc_tiny.safetensors`` their mean with those of earlier trainings, if it began with
+some. Two processes keep two cores busy; one, as on a GPU, learns the same. ``--help`` says what can be set.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from pools import PIECE, UNSEEN, draw_materials, open_materials
@@ -55,7 +56,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=within(1), default=100, help="of an epoch; each sees 64 images of 8 pools")
     parser.add_argument("--materials", type=within(3), default=2000, help=f"each takes {MEGABYTES:.1f} MB on disk")
     parser.add_argument("--seed", type=within(0, UNSEEN - 1), default=0)
-    parser.add_argument("--weights", type=file, help="to begin with; the mean of these and the last ones is written")
+    parser.add_argument(
+        "--weights", type=file, nargs="+", default=[], help="of earlier trainings; it begins with their mean"
+    )
     parser.add_argument("--processes", type=within(1, STREAMS), default=1, help="that train together")
     parser.add_argument("--workers", type=within(0), default=0, help="that draw batches for each of them")
     return parser.parse_args()
@@ -68,7 +71,7 @@ def check_settings(arguments: argparse.Namespace) -> None:
         SystemExit: If the folder holds a training with other settings.
     """
     settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed")}
-    settings["weights"] = arguments.weights and f"SHA-256 {sha256(arguments.weights.read_bytes()).hexdigest()}"
+    settings["weights"] = [f"SHA-256 {sha256(path.read_bytes()).hexdigest()}" for path in arguments.weights]
     path = arguments.folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     if differing := [f"--{name} {found.get(name)}" for name in settings if settings[name] != found.get(name)]:
@@ -77,12 +80,14 @@ def check_settings(arguments: argparse.Namespace) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def export(training: Training, path: Path, weights: Path | None) -> None:
-    """Write the network's weights as float16; their mean with those that it began with, if it did."""
-    last = {name: value.detach().cpu().float() for name, value in training.network.state_dict().items()}
-    first = load_file(weights) if weights else last
-    state = {name: ((first[name].float() + value) / 2).half().contiguous() for name, value in last.items()}
-    save_file(state, path, metadata={"format": "pt"})
+def mean_of(weights: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Return the mean of several networks' weights."""
+    return {name: torch.stack([each[name].cpu().float() for each in weights]).mean(dim=0) for name in weights[0]}
+
+
+def export(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write weights as float16."""
+    save_file({name: value.half().contiguous() for name, value in weights.items()}, path, metadata={"format": "pt"})
     path.chmod(0o644)
 
 
@@ -99,8 +104,9 @@ def main() -> None:
         steps=arguments.steps,
         workers=arguments.workers,
     )
-    if arguments.weights:
-        training.network.load_state_dict(load_file(arguments.weights))
+    earlier = [load_file(path) for path in arguments.weights]
+    if earlier:
+        training.network.load_state_dict(mean_of(earlier))
     trainer = lightning.Trainer(
         default_root_dir=arguments.folder,
         max_epochs=arguments.epochs,
@@ -120,7 +126,9 @@ def main() -> None:
     device = trainer.strategy.root_device
     trainer.fit(training, ckpt_path=last if last.is_file() else None)
     if trainer.is_global_zero:
-        export(training, arguments.folder / "musc_tiny.safetensors", arguments.weights)
+        last = mean_of([training.network.state_dict()])
+        export(last, arguments.folder / "last.safetensors")
+        export(mean_of([*earlier, last]), arguments.folder / "musc_tiny.safetensors")
         print(f"{training.seconds:.0f} s of training on {device}, processes: {arguments.processes}")
 
 
