@@ -74,24 +74,39 @@ def _uncalibrated(post_processor: PostProcessor) -> frozenset[str]:
 
 
 def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]) -> None:
-    """Normalise and threshold without labels: by the range of the pools, which share one scale, and by their scores.
+    """Normalise and threshold without labels, by what the pools say of themselves.
+
+    Where there are several, the image scores of each are moved so that its own threshold is that of all: they may be of
+    different products, and the oddest image of a good pool is no defect.
 
     Args:
         post_processor: anomalib's or ours.
         pools: The scored pools.
         levels: Which of "image" and "pixel" to calibrate.
     """
-    scores = torch.cat([pool.scores for pool in pools]).cpu().double()
     patch_scores = [pool.patch_scores.flatten(1).cpu().double().numpy() for pool in pools]
     if "image" in levels:
-        threshold = image_threshold(scores.numpy(), sum(map(count_anomalous, patch_scores)))
-        _load(post_processor, "image", scores.min(), scores.max(), threshold)
+        threshold = _agree([(pool, count_anomalous(values)) for pool, values in zip(pools, patch_scores, strict=True)])
+        every_score = torch.cat([pool.scores for pool in pools])
+        _load(post_processor, "image", every_score.min(), every_score.max(), threshold)
+    scores = torch.cat([pool.scores for pool in pools]).cpu()
     if "pixel" in levels:
         is_anomalous = scores > post_processor.image_threshold.cpu()
         every_patch = np.concatenate(patch_scores)
         highest = max(pool.raw_scores.max().item() for pool in pools)  # of the maps, whose rounding is another
         threshold = pixel_threshold(every_patch, is_anomalous.numpy()) if is_anomalous.any() else highest
         _load(post_processor, "pixel", every_patch.min(), highest, threshold)
+
+
+def _agree(pools: Sequence[tuple[Pool, int]]) -> float:
+    """Move the scores of pools, of which so many images are anomalous, to one threshold; return it."""
+    distinct = {id(pool): (pool, count) for pool, count in pools}.values()
+    thresholds = [image_threshold(pool.scores.cpu().double().numpy(), count) for pool, count in distinct]
+    highest = max(thresholds)
+    for (pool, _), threshold in zip(distinct, thresholds, strict=True):
+        if threshold != highest:
+            pool.scores = pool.scores - threshold + highest
+    return highest
 
 
 def calibrate_on_bank(

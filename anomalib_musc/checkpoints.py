@@ -36,6 +36,11 @@ class BankCheckpoint(LightningModule):
         parameters = checkpoint["hyper_parameters"]
         if isinstance(parameters.get("pretrained"), str):  # maybe a file, without which its size is not known
             checkpoint["hyper_parameters"] = {**parameters, "image_size": self.model.image_size}
+        if "backbone" in parameters:  # a name, whose default another version may change
+            checkpoint["hyper_parameters"] = {
+                **checkpoint["hyper_parameters"],
+                "layers": list(self.model.backbone.layers),  # type: ignore[arg-type]
+            }
         checkpoint["network"] = describe(self.model, self.hparams.get("backbone"))
         checkpoint["mode"] = self.mode
         checkpoint["references"] = self._bank_arguments()

@@ -40,14 +40,15 @@ class DeepImages:
         white: The value that is white, where other images have decided it; ``None`` to find it.
 
     Attributes:
+        paths: Those of the images that are deep.
         white: That value, ``None`` where no image is deep.
     """
 
     def __init__(self, paths: Sequence[Path], white: float | None = None) -> None:
-        self._deep = {str(path) for path in paths if is_deep(path)}
+        self.paths = {str(path) for path in paths if is_deep(path)}
         self.white = white
-        if self._deep and white is None:
-            brightest = max(read_deep(Path(path)).max().item() for path in sorted(self._deep))
+        if self.paths and white is None:
+            brightest = max(read_deep(Path(path)).max().item() for path in sorted(self.paths))
             self.white = 1.0 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
 
     def read(self, path: Path) -> torch.Tensor:
@@ -58,7 +59,7 @@ class DeepImages:
         """Return the images ``(B, 3, H, W)`` of a batch, in [0, 1], the deep ones among them read again."""
         images: torch.Tensor = batch.image  # type: ignore[assignment]  # every batch that is read has images
         for index, path in enumerate(batch.image_path or []):
-            if self.white is not None and path in self._deep:
+            if self.white is not None and path in self.paths:
                 grey = (read_deep(Path(path)) / self.white).clamp(0, 1)
                 images = images.clone()
                 images[index] = resize(grey, list(images.shape[-2:]), InterpolationMode.BICUBIC, antialias=True)

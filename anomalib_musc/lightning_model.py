@@ -32,7 +32,6 @@ from anomalib_musc.pool import (
     as_list,
     fingerprint,
     image_names,
-    put_on_one_scale,
     transform_leaves,
 )
 from anomalib_musc.pool_scorer import PoolScorer
@@ -66,7 +65,8 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
             :class:`~anomalib_musc.MuScModel`.
         pretrained: Weights of a named backbone: ``True`` (its default), a tag, a local file, or ``False`` (random).
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
-        layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters.
+        layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters
+            (of ``musc-tiny`` 0, 1, 2 and 5).
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged; a bound below 1 is a
             fraction, of 1 or more a count.
@@ -357,8 +357,6 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
             pool.scores = pool.raw_scores
             if isinstance(self.post_processor, RsCINPostProcessor):
                 pool.scores = self.post_processor.rescore(pool.raw_scores, pool.class_tokens, bank)
-        if isinstance(self.post_processor, RsCINPostProcessor) and bank is None:
-            put_on_one_scale(self._pools)
 
     def _prepare_bank(self) -> None:
         """Make the bank, or make it anew where its images are not those that it is to be made of now."""

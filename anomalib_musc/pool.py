@@ -58,20 +58,6 @@ class Pool:
             raise RuntimeError(msg) from None
 
 
-def put_on_one_scale(pools: Sequence[Pool]) -> None:
-    """Bring scores in [0, 1], each pool's by the range of its own raw scores, to the range of all pools' raw scores.
-
-    So the oddest image of a good pool is no defect beside a pool that has some. One pool stays as it is.
-    """
-    if len(pools) < 2:
-        return
-    every = torch.cat([pool.raw_scores for pool in pools])
-    lowest, spread = every.min(), every.max() - every.min()
-    for pool in pools:
-        low, high = pool.raw_scores.min(), pool.raw_scores.max()
-        pool.scores = (low - lowest + pool.scores * (high - low)) / torch.where(spread > 0, spread, 1.0)
-
-
 class PoolSource:
     """A dataloader as the source of a pool.
 

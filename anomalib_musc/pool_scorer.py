@@ -132,8 +132,9 @@ class PoolScorer:
             check_interval(self._model.interval, min(size or len(source.paths), len(source.paths)) + 1)
         deep_images = DeepImages(source.all_paths)
         batches = self._features(source, 0, deep_images, "MuSc: extracting references")
+        white = self._model.bank.white.item()  # which a user may have named
         self._model.fill_bank(((maps, tokens) for _, maps, tokens in batches), size, is_alone=self._mode != "both")
-        self._model.bank.white.fill_(deep_images.white or 0)
+        self._model.bank.white.fill_(deep_images.white or white)
 
     def _skip_faults(self, source: PoolSource, find: Callable[[Path], str | None]) -> dict[Path, str]:
         """Leave broken files out where that is possible and enough remain; else raise a ValueError that names them."""
@@ -202,10 +203,10 @@ class PoolScorer:
         """The deep images of a source; a bank's have decided what is white, so that no score depends on the others."""
         white = self._model.bank.white.item() if self._mode != "mutual" else 0
         deep_images = DeepImages(source.all_paths if source.paths is None else source.paths, white or None)
-        if self._mode == "reference" and deep_images.white is not None and not white:
+        if self._mode == "reference" and not white and deep_images.white not in (None, 1.0):  # fractions are known
             msg = (
-                "The images have more than 8 bits and the references have not, so nobody knows which value is white. "
-                "Take references of the same camera, or name the value: model.model.bank.white.fill_(4095)."
+                f"{min(deep_images.paths)} has more than 8 bits and the references have not: nobody knows which value "
+                "is white. Take references of the same camera, or name the value: model.model.bank.white.fill_(4095)."
             )
             raise ValueError(msg)
         return deep_images

@@ -36,7 +36,7 @@ _FAR, _NEAR = 3.0, 1.6  # times the lower quartile of the heights, beyond which 
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 # Pixels:
 _NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
-_PATCHES, _PEAKS = 0.97, 0.25  # quantiles of the anomalous images' patches, or of their highest ones: likewise
+_PEAKS, _OF_PEAKS = 0.25, 0.8  # quantile of the anomalous images' highest patches, and share of their median: likewise
 
 
 def _floor(patch_scores: Array) -> float:
@@ -207,9 +207,9 @@ def image_threshold(scores: Array, num_anomalous: int) -> float:
 
 
 def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> float:
-    """Return a threshold that three of four normal images stay below everywhere, and few patches exceed.
+    """Return a threshold that three of four normal images stay below everywhere, near what anomalous images reach.
 
-    Few are 3 % of the anomalous images' patches, or so many that three of four of these images have one.
+    Near is four fifths of what half of the anomalous images reach somewhere, or what three of four do, if that is less.
 
     Args:
         patch_scores: Shape ``(N, L)``.
@@ -220,5 +220,5 @@ def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> flo
         return float(peaks.max())
     normal_peaks = peaks[~is_anomalous]
     reached = np.quantile(normal_peaks, _NORMAL_PEAKS) if len(normal_peaks) else 0.0
-    few = min(np.quantile(patch_scores[is_anomalous], _PATCHES), np.quantile(peaks[is_anomalous], _PEAKS))
-    return float(max(reached, few))
+    three_of_four, half = np.quantile(peaks[is_anomalous], (_PEAKS, 0.5))
+    return float(max(reached, min(three_of_four, _OF_PEAKS * half)))

@@ -69,7 +69,8 @@ class MuScModel(nn.Module):
             its images are prepared.
         pretrained: Weights of a named backbone: ``True`` (its default), a tag, a local file, or ``False`` (random).
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
-        layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters.
+        layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters
+            (of ``musc-tiny`` 0, 1, 2 and 5).
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.

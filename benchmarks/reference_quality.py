@@ -24,7 +24,9 @@ def measure(given: argparse.Namespace, **arguments: Any) -> tuple[float, float]:
     """Return image and pixel AUROC in percent."""
     torch.manual_seed(0)
     module, _, name = given.backbone.partition(":")
-    chosen: Any = getattr(importlib.import_module(module), name)(given.weights) if name else given.backbone
+    chosen: Any = (
+        getattr(importlib.import_module(module), name)(*filter(None, [given.weights])) if name else given.backbone
+    )
     weights = {"pretrained": False} if given.random else {}
     model = MuSc(chosen, **weights, visualizer=False, **arguments)
     data = MVTecAD(root=given.root, category=given.category, num_workers=0)

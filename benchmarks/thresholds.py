@@ -125,7 +125,7 @@ def small_pools(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[st
     """Return how often one anomalous image of few is highest and is labelled, and how many of only good ones are."""
     normal, anomalous = np.flatnonzero(~features["labels"]), np.flatnonzero(features["labels"])
     rows = {}
-    for count in SMALL:
+    for count in (count for count in SMALL if count <= len(normal)):
         highest, labelled, false_alarms = [], [], []
         for seed in range(SMALL_DRAWS):
             generator = np.random.default_rng(seed)
@@ -159,7 +159,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     module, _, name = arguments.backbone.partition(":")
-    backbone = getattr(importlib.import_module(module), name)(arguments.weights) if name else arguments.backbone
+    backbone = (
+        getattr(importlib.import_module(module), name)(*filter(None, [arguments.weights]))
+        if name
+        else arguments.backbone
+    )
     model, features = extract(arguments.root, arguments.category, backbone, not arguments.random)
     found = {"shares": shares(model, features), "small": small_pools(model, features)}
     print_table("defects", found["shares"])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a bank: what they bring, what they refuse, and what they do not need."""
 
+import shutil
 import subprocess
 import sys
 
@@ -139,10 +140,13 @@ def test_a_writer_of_ones_own_is_passed_again(tmp_path, mvtec_root, folder, make
     model, engine = MuSc(**TINY, mode="reference", k_shot=2, prediction_writer=writer), make_engine()
     engine.fit(model, datamodule=datamodule(mvtec_root))
     here = by_path(engine.predict(model, data_path=folder))
+    shutil.rmtree(tmp_path / "out")
     loaded = MuSc.load_from_checkpoint(engine.best_model_path)
     assert_same(by_path(make_engine().predict(loaded, data_path=folder)), here)
+    assert not (tmp_path / "out").exists()
     again = MuSc(**TINY, prediction_writer=writer)
     assert_same(by_path(make_engine().predict(again, data_path=folder, ckpt_path=engine.best_model_path)), here)
+    assert len(list((tmp_path / "out/heatmaps").rglob("*.npy"))) == 12
 
 
 def test_the_command_line_needs_no_mode(tmp_path, checkpoint, folder):

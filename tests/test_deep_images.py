@@ -79,9 +79,11 @@ def test_a_bank_decides_what_is_white(tmp_path, make_engine):
 
 def test_deep_images_need_references_that_say_what_is_white(tmp_path, folder, make_engine):
     write_deep(tmp_path / "line/x", range(10, 13), 2100)
-    model = MuSc(OwnBackbone(), mode="reference", references=folder, visualizer=False)
-    with pytest.raises(ValueError, match=r"more than 8 bits and the references have not.*bank\.white\.fill_"):
+    arguments = {"mode": "reference", "references": folder, "visualizer": False}
+    model = MuSc(OwnBackbone(), **arguments)
+    with pytest.raises(ValueError, match=r"10\.png has more than 8 bits and the ref.*bank\.white\.fill_"):
         make_engine().predict(model, data_path=tmp_path / "line")
+    model = MuSc(OwnBackbone(), **arguments)
     model.model.bank.white.fill_(4095)
     scores = []
     for data in (tmp_path / "line", tmp_path / "line/x/11.png"):

@@ -281,10 +281,14 @@ def test_each_of_several_loaders_is_a_pool_of_its_own(tmp_path, folder, own_back
     assert own_backbone.num_images == 18
 
 
-def test_several_pools_are_on_one_scale(tmp_path, folder, own_backbone, make_engine):
-    write_products(tmp_path / "good", range(40, 52))
+@pytest.mark.parametrize("again", [False, True])
+def test_each_of_several_pools_decides_for_itself(again, tmp_path, folder, own_backbone, make_engine):
+    (tmp_path / "rough").mkdir()
+    for seed in range(40, 52):  # good images of another product, whose patches are less alike than any of the first
+        image = product(seed)[0].astype(float) + np.random.default_rng(seed).normal(0, 60, (SIDE, SIDE, 1))
+        cv2.imwrite(str(tmp_path / f"rough/{seed}.png"), image.clip(0, 255).astype(np.uint8))
     recorder = Recorder()
-    loaders = [predict_loader(folder), predict_loader(tmp_path / "good")]
+    loaders = [predict_loader(folder), predict_loader(tmp_path / "rough"), *[predict_loader(folder)] * again]
     model = MuSc(own_backbone, post_processor=RsCINPostProcessor(windows=(1,)))
     make_engine(callbacks=[recorder]).test(model, dataloaders=loaders)
     labels = {

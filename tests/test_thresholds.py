@@ -137,7 +137,7 @@ def test_pixels():
     is_anomalous = np.arange(40) >= 30
     above = patch_scores > pixel_threshold(patch_scores, is_anomalous)
     assert above[:30].any(axis=1).mean() <= 0.25
-    assert above[30:].any(axis=1).mean() >= 0.9
+    assert above[30:].any(axis=1).mean() >= 0.7
     assert above.mean() <= 0.011
 
 
@@ -148,6 +148,16 @@ def test_few_defects_give_few_pixels():
     above = patch_scores > pixel_threshold(patch_scores, is_anomalous)
     assert above[60:].any(axis=1).all()
     assert not above[:60].any()
+
+
+def test_large_defects_are_marked_whole():
+    rng = np.random.default_rng(0)
+    patch_scores = np.exp(rng.normal(0, 0.05, (60, 196)))
+    patch_scores[55:].reshape(5, 14, 14)[:, 2:9, 3:10] *= 4  # a quarter of five images
+    is_anomalous = np.arange(60) >= 55
+    above = patch_scores > pixel_threshold(patch_scores, is_anomalous)
+    assert above[55:].reshape(5, 14, 14)[:, 2:9, 3:10].mean() > 0.75
+    assert above.sum() < 5 * 49 + 30
 
 
 def test_most_anomalous_images_have_a_region_however_many_they_are():

@@ -29,6 +29,7 @@ It is anomalib's own format, in which ``grid`` lists alternatives, with a name f
 import hashlib
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
     found, category = _names(full["data"], f"{where}.data")
     dataset = found if dataset is None else _text(dataset, f"{where}.data: name")
     given = {"accelerator": accelerator, "name": name, "seed": seed, "rscin": rscin, "engine": engine, **full}
-    files = identify_files([full["model"], rscin])
+    files = identify_files([full, rscin, engine])
     digest = hashlib.sha256(json.dumps([given, files], sort_keys=True).encode()).hexdigest()[:8]
     # Not the dataset's name, which a download may change.
     slug = re.sub(r"[^\w.]+", "-", f"{category}-{name}-{seed}").strip("-").encode()[:80].decode(errors="ignore")
@@ -180,7 +181,7 @@ def identify_files(value: Any) -> list[tuple[str, int, int]]:
         return identify_files(list(value.values()))
     if isinstance(value, (list, tuple)):
         return [file for inner in value for file in identify_files(inner)]
-    if not isinstance(value, str) or not Path(value).is_file():
+    if not isinstance(value, str) or not os.path.isfile(value):  # noqa: PTH113  # Path's raises where a text is long
         return []
     status = Path(value).stat()
     return [(value, status.st_size, status.st_mtime_ns)]

@@ -71,7 +71,7 @@ def check_settings(arguments: argparse.Namespace) -> None:
         SystemExit: If the folder holds a training with other settings.
     """
     settings = {name: getattr(arguments, name) for name in ("epochs", "steps", "materials", "seed")}
-    settings["weights"] = [f"SHA-256 {sha256(path.read_bytes()).hexdigest()}" for path in arguments.weights]
+    settings["weights"] = sorted(f"SHA-256 {sha256(path.read_bytes()).hexdigest()}" for path in arguments.weights)
     path = arguments.folder / "settings.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
     if differing := [f"--{name} {found.get(name)}" for name in settings if settings[name] != found.get(name)]:
