@@ -26,14 +26,7 @@ from anomalib_musc.checks import check_count, check_writable, unreadable
 from anomalib_musc.exports import BankExport
 from anomalib_musc.functional import check_budget
 from anomalib_musc.metrics import PaperEvaluator
-from anomalib_musc.pool import (
-    Pool,
-    PoolSource,
-    as_list,
-    fingerprint,
-    image_names,
-    transform_leaves,
-)
+from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
 from anomalib_musc.pool_scorer import PoolScorer
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.prediction_writer import PredictionWriter
