@@ -72,6 +72,11 @@ def test_a_checkpoint_of_another_network_is_refused(other, checkpoint):
         MuSc.load_from_checkpoint(checkpoint, **other)
 
 
+def test_the_checkpoint_knows_its_layers(checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)["hyper_parameters"]["layers"]
+    assert saved == list(MuSc(**TINY).model.backbone.layers)  # whatever the default is when it is loaded
+
+
 def test_the_checkpoint_says_who_judges(checkpoint, folder, make_engine):
     expected = by_path(make_engine().predict(MuSc.load_from_checkpoint(checkpoint), data_path=folder))
     model = MuSc(**TINY)
