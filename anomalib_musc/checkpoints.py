@@ -33,14 +33,11 @@ class BankCheckpoint(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say what network this is, who judges, and which thresholds no labels have given, as others need others."""
         super().on_save_checkpoint(checkpoint)
-        parameters = checkpoint["hyper_parameters"]
+        parameters = checkpoint["hyper_parameters"] = dict(checkpoint["hyper_parameters"])
         if isinstance(parameters.get("pretrained"), str):  # maybe a file, without which its size is not known
-            checkpoint["hyper_parameters"] = {**parameters, "image_size": self.model.image_size}
-        if "backbone" in parameters:  # a name, whose default another version may change
-            checkpoint["hyper_parameters"] = {
-                **checkpoint["hyper_parameters"],
-                "layers": list(self.model.backbone.layers),  # type: ignore[arg-type]
-            }
+            parameters["image_size"] = self.model.image_size
+        if {"backbone", "layers"} <= parameters.keys():  # a name, whose default another version may change
+            parameters["layers"] = list(self.model.backbone.layers)  # type: ignore[arg-type]
         checkpoint["network"] = describe(self.model, self.hparams.get("backbone"))
         checkpoint["mode"] = self.mode
         checkpoint["references"] = self._bank_arguments()
