@@ -87,9 +87,9 @@ def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], leve
     patch_scores = [pool.patch_scores.flatten(1).cpu().double().numpy() for pool in pools]
     if "image" in levels:
         threshold = _agree([(pool, count_anomalous(values)) for pool, values in zip(pools, patch_scores, strict=True)])
-        every_score = torch.cat([pool.scores for pool in pools])
-        _load(post_processor, "image", every_score.min(), every_score.max(), threshold)
     scores = torch.cat([pool.scores for pool in pools]).cpu()
+    if "image" in levels:
+        _load(post_processor, "image", scores.min(), scores.max(), threshold)
     if "pixel" in levels:
         is_anomalous = scores > post_processor.image_threshold.cpu()
         every_patch = np.concatenate(patch_scores)

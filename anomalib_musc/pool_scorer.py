@@ -129,7 +129,7 @@ class PoolScorer:
         source = PoolSource(loader, float("inf"))
         check_readable(source.paths or [])
         if source.paths and self._mode != "both":
-            check_interval(self._model.interval, min(size or len(source.paths), len(source.paths)) + 1)
+            self._model.check_bank_size(len(source.paths), size)
         deep_images = DeepImages(source.all_paths)
         batches = self._features(source, 0, deep_images, "MuSc: extracting references")
         white = self._model.bank.white.item()  # which a user may have named

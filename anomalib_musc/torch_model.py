@@ -188,7 +188,7 @@ class MuScModel(nn.Module):
             raise ValueError(msg)
         num_images = sum(len(class_tokens) for _, class_tokens in extracted)
         if is_alone:
-            check_interval(self.interval, min(size or num_images, num_images) + 1)
+            self.check_bank_size(num_images, size)
         layers = [torch.cat(maps) for maps in zip(*(feature_maps for feature_maps, _ in extracted), strict=True)]
         tokens = torch.cat([class_tokens for _, class_tokens in extracted])
         raw_scores, patch_scores = self._scores_of_each_other(layers)
@@ -197,6 +197,10 @@ class MuScModel(nn.Module):
             layers, tokens = [maps[kept] for maps in layers], tokens[kept]
             raw_scores, patch_scores = self._scores_of_each_other(layers)
         self.bank.fill(layers, tokens, raw_scores, patch_scores)
+
+    def check_bank_size(self, num_images: int, size: int | None) -> None:
+        """Raise a ValueError where the interval does not suit a bank of ``size`` of the images that judges alone."""
+        check_interval(self.interval, min(size or num_images, num_images) + 1)
 
     def _scores_of_each_other(self, feature_maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the raw scores ``(N,)`` and patch scores ``(N, h, w)`` of a pool; 0 for an image that is alone."""

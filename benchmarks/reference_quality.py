@@ -5,7 +5,6 @@ Image and pixel AUROC on the test images of a product in MVTec AD's layout.
 """
 
 import argparse
-import importlib
 import json
 import tempfile
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from same_features import choose_backbone
 
 from anomalib_musc import MuSc
 
@@ -23,12 +23,8 @@ SIZES = (1, 4, 8, 14)
 def measure(given: argparse.Namespace, **arguments: Any) -> tuple[float, float]:
     """Return image and pixel AUROC in percent."""
     torch.manual_seed(0)
-    module, _, name = given.backbone.partition(":")
-    chosen: Any = (
-        getattr(importlib.import_module(module), name)(*filter(None, [given.weights])) if name else given.backbone
-    )
-    weights = {"pretrained": False} if given.random else {}
-    model = MuSc(chosen, **weights, visualizer=False, **arguments)
+    weights: dict[str, Any] = {"pretrained": False} if given.random else {}
+    model = MuSc(choose_backbone(given.backbone, given.weights), **weights, visualizer=False, **arguments)
     data = MVTecAD(root=given.root, category=given.category, num_workers=0)
     with tempfile.TemporaryDirectory() as folder:
         (metrics,) = Engine(default_root_dir=folder, enable_progress_bar=False).test(model, datamodule=data)

@@ -4,6 +4,7 @@
 ``PYTHONPATH=benchmarks anomalib-musc benchmark --config benchmarks/same_features.yaml``
 """
 
+import importlib
 from pathlib import Path
 
 import timm
@@ -36,6 +37,15 @@ class MobileNet(nn.Module):
         final, stages = self.network.forward_intermediates(images)
         pooled = self.network.forward_head(final, pre_logits=True)
         return stages[2:4], nn.functional.normalize(pooled, dim=-1)
+
+
+def choose_backbone(name: str, weights: str | None) -> str | nn.Module:
+    """Return a backbone's name, or a network of ``module:class``, which takes a file of weights if one is given."""
+    module, _, class_name = name.partition(":")
+    if not class_name:
+        return name
+    network: nn.Module = getattr(importlib.import_module(module), class_name)(*filter(None, [weights]))
+    return network
 
 
 class _Extractor(nn.Module):

@@ -8,7 +8,6 @@ how many of them are labelled.
 """
 
 import argparse
-import importlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from anomalib.data import MVTecAD
+from same_features import choose_backbone
 
 from anomalib_musc import MuSc, MuScModel
 from anomalib_musc.functional import rscin
@@ -158,19 +158,14 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    module, _, name = arguments.backbone.partition(":")
-    backbone = (
-        getattr(importlib.import_module(module), name)(*filter(None, [arguments.weights]))
-        if name
-        else arguments.backbone
-    )
+    backbone = choose_backbone(arguments.backbone, arguments.weights)
     model, features = extract(arguments.root, arguments.category, backbone, not arguments.random)
     found = {"shares": shares(model, features), "small": small_pools(model, features)}
     print_table("defects", found["shares"])
     print_table("images", found["small"])
     if arguments.json:
         known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        network = ("random " if arguments.random else "") + (name or arguments.backbone)
+        network = ("random " if arguments.random else "") + arguments.backbone.split(":")[-1]
         known[f"{arguments.category}, {network}"] = {"draws": DRAWS, "small draws": SMALL_DRAWS, **found}
         arguments.json.write_text(json.dumps(known, indent=2) + "\n")
 

@@ -126,9 +126,9 @@ def main() -> None:
     device = trainer.strategy.root_device
     trainer.fit(training, ckpt_path=last if last.is_file() else None)
     if trainer.is_global_zero:
-        last = mean_of([training.network.state_dict()])
-        export(last, arguments.folder / "last.safetensors")
-        export(mean_of([*earlier, last]), arguments.folder / "musc_tiny.safetensors")
+        ended = mean_of([training.network.state_dict()])
+        export(ended, arguments.folder / "last.safetensors")
+        export(mean_of([*earlier, ended]), arguments.folder / "musc_tiny.safetensors")
         print(f"{training.seconds:.0f} s of training on {device}, processes: {arguments.processes}")
 
 
