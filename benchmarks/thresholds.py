@@ -18,7 +18,7 @@ from anomalib.data import MVTecAD
 from same_features import choose_backbone
 
 from anomalib_musc import MuSc, MuScModel
-from anomalib_musc.functional import rscin
+from anomalib_musc.functional import lnamd, rscin
 from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -27,7 +27,7 @@ SMALL, SMALL_DRAWS = (2, 3, 4, 5, 6, 8), 60
 
 
 def extract(root: str, category: str, backbone: Any, pretrained: bool) -> tuple[MuScModel, dict[str, Any]]:
-    """Return the model, and features, labels and masks ``(N, H, W)`` of the test images."""
+    """Return the model, and distances, class tokens, labels and masks ``(N, H, W)`` of the test images."""
     torch.manual_seed(0)
     named = {"pretrained": pretrained} if isinstance(backbone, str) else {}
     model = MuSc(backbone, visualizer=False, **named)
@@ -41,12 +41,21 @@ def extract(root: str, category: str, backbone: Any, pretrained: bool) -> tuple[
         labels.append(bool(batch.gt_label))
         masks.append(torch.nn.functional.interpolate(batch.gt_mask[None].float(), model.model.image_size)[0, 0] > 0)
     layers = [torch.cat(layer) for layer in zip(*maps, strict=True)]
+    degrees = model.model.aggregation_degrees
     return model.model, {
-        "layers": layers,
+        "grid": layers[0].shape[-2:],
+        "distances": torch.stack([distances(lnamd(layer, degree)) for layer in layers for degree in degrees]),
         "tokens": torch.cat(tokens),
         "labels": np.array(labels),
         "masks": torch.stack(masks),
     }
+
+
+def distances(features: torch.Tensor) -> torch.Tensor:
+    """Return the distance of every patch ``(N, L, C)`` to the nearest patch of every image: ``(N, L, N)``."""
+    of_all = features.flatten(0, 1).T
+    likeness = [(patches @ of_all).unflatten(1, features.shape[:2]).amax(dim=2) for patches in features]
+    return (2 - 2 * torch.stack(likeness)).clamp_min(0).sqrt()
 
 
 def draw(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
@@ -87,9 +96,12 @@ class Scored(NamedTuple):
 
 
 def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Scored:
-    """Let the chosen images judge each other."""
-    chosen = torch.from_numpy(indices)
-    patch_scores = model.score([layer[chosen] for layer in features["layers"]])
+    """Let the chosen images judge each other, as the model would, by the distances of all."""
+    chosen, count = torch.from_numpy(indices), len(indices) - 1
+    of_chosen = features["distances"][:, chosen][..., chosen]
+    of_chosen.diagonal(dim1=1, dim2=3).fill_(torch.inf)
+    nearest = of_chosen.topk(max(int(model.interval[1] * count), 1), largest=False).values
+    patch_scores = nearest.mean(dim=(0, 3)).unflatten(1, features["grid"])
     anomaly_maps = model.anomaly_maps(patch_scores)[:, 0]
     scores = rscin(anomaly_maps.amax(dim=(1, 2)), features["tokens"][chosen])
     return Scored(scores.double().numpy(), anomaly_maps.numpy(), patch_scores.flatten(1).double().numpy())

@@ -63,11 +63,13 @@ def test_a_pool_of_good_images_is_left_alone(num_images, image_spread):
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
 def test_clear_defects_are_found(share):
+    num_anomalous, shares = round(40 * share), []
+    truth = np.arange(40) >= 40 - num_anomalous
     for seed in range(10):
-        num_anomalous = round(40 * share)
         patch_scores = pool(40 - num_anomalous, num_anomalous, seed)
-        truth = np.arange(40) >= 40 - num_anomalous
-        assert f1(truth, flagged(patch_scores)) >= 0.9 * best_f1(truth, patch_scores.max(axis=1))
+        shares.append(f1(truth, flagged(patch_scores)) / best_f1(truth, patch_scores.max(axis=1)))
+    assert np.mean(shares) >= 0.95
+    assert min(shares) >= 0.8
 
 
 @pytest.mark.parametrize("num_images", [2, 3, 4, 5, 12])
@@ -176,6 +178,28 @@ def test_image_threshold_lies_between():
     for count in range(4):
         assert (scores > image_threshold(scores, count)).sum() == count
     assert (np.array([0.5, 0.5, 0.1]) > image_threshold(np.array([0.5, 0.5, 0.1]), 1)).sum() == 0
+
+
+def gap_after(num_above: int, width: float) -> np.ndarray:
+    """Scores of 40 images in even steps, but for one gap so many steps wide below the highest ones."""
+    steps = np.ones(39)
+    steps[num_above - 1] = width
+    return 100 - np.concatenate([[0.0], np.cumsum(steps)])
+
+
+@pytest.mark.parametrize(
+    ("num_above", "width", "expected"),
+    [(8, 3.5, 8), (16, 3.5, 16), (8, 2.5, 12), (7, 50, 12), (17, 50, 12)],
+)
+def test_a_far_wider_gap_near_the_count_parts_the_images(num_above, width, expected):
+    scores = gap_after(num_above, width)
+    assert (scores > image_threshold(scores, 12)).sum() == expected
+    assert (7 * scores - 3 > image_threshold(7 * scores - 3, 12)).sum() == expected
+
+
+def test_few_outliers_are_as_many_as_were_counted():
+    scores = gap_after(3, 50)
+    assert (scores > image_threshold(scores, 2)).sum() == 2
 
 
 def two_levels(num_normal: int, num_anomalous: int, difference: float, seed: int = 0) -> np.ndarray:

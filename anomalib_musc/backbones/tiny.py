@@ -17,7 +17,7 @@ NAME = "musc-tiny"
 WEIGHTS = Path(__file__).with_name("musc_tiny.safetensors")
 _LAYERS = (0, 1, 2, 5)  # of four, the best on drawn products
 PATCH_SIZE = (16, 16)
-IMAGE_SIZE = (224, 224)
+IMAGE_SIZE = (320, 320)  # drawn products gain up to here, and little beyond
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -164,7 +164,7 @@ def create_tiny_backbone(
         name: ``"musc-tiny"``.
         tag: ``None``: there is one set of weights.
         weights: ``True`` for those of the package, a file, or ``False`` for random ones.
-        image_size: Height and width; ``None`` for 224 x 224.
+        image_size: Height and width; ``None`` for 320 x 320.
         layers: Blocks from 0 to 5; ``None`` for 0, 1, 2 and 5.
     """
     if tag is not None:

@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from anomalib_musc import MuScModel
-from anomalib_musc.backbones.tiny import MuscTiny
+from anomalib_musc.backbones.tiny import IMAGE_SIZE, MuscTiny
 from anomalib_musc.functional import rscin
 
 PRODUCTS, IMAGES, DEFECTIVE = 16, 24, 8
@@ -73,7 +73,7 @@ def dataset_products(root: Path, size: int) -> Iterator[Labelled]:
         yield Labelled(category.name, stacked, torch.from_numpy(np.stack(masks)))
 
 
-def models(weights: str, size: int = 224) -> list[MuScModel]:
+def models(weights: str, size: int = IMAGE_SIZE[0]) -> list[MuScModel]:
     """The model with weights of a file or of the package, or several with random ones."""
     if weights != "random":
         return [MuScModel("musc-tiny", pretrained=weights == "package" or weights, image_size=size, precision="fast")]
@@ -105,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("weights", nargs="+", help="files, 'package' for the package's, 'random' for five networks")
     parser.add_argument("--datasets", type=Path, nargs="*", default=[], help="roots of datasets in MVTec AD's layout")
-    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("--image-size", type=int, default=IMAGE_SIZE[0])
     arguments = parser.parse_args()
     size = arguments.image_size
     try:
