@@ -39,7 +39,7 @@ def few_images(num_images: int, num_references: int = 0) -> str:
     images = "1 image" if num_images == 1 else f"{num_images} images"
     return (
         f"A pool of {images} is small: each is judged by {num_images - 1 + num_references} others. Where 3 to 5 images "
-        "held one defect, it scored highest in 2 to 10 of 10 pools, by product, and was labelled anomalous in 0 to 10 "
+        "held one defect, it scored highest in 4 to 10 of 10 pools, by product, and was labelled anomalous in 0 to 10 "
         "of 10; of 2 images seldom one is labelled. Trust the order of scores more than the labels, or add images "
         "of the product."
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second of small backbones at 224 x 224: ``python benchmarks/backbone_speed.py [--json FILE]``."""
+"""Images per second of small backbones: ``python benchmarks/backbone_speed.py [--json FILE]``."""
 
 import argparse
 import json
@@ -14,14 +14,15 @@ from mutual_scoring import processor
 from anomalib_musc.backbones import create_backbone
 
 NAMES = ("musc-tiny", "vit_tiny_patch16_224", "vit_small_patch14_dinov2.lvd142m", "mobilenetv2_100")
-SIDE, REPEATS = 224, 9
+CASES = [*((name, 224) for name in NAMES), ("musc-tiny", 320)]
+REPEATS = 9
 BATCHES = (1, 16)
 
 
-def seconds(name: str, batch: int) -> float:
-    """Median time of one image in batches of this size."""
-    backbone = create_backbone(name, pretrained=False, image_size=SIDE)
-    images = torch.rand(batch, 3, SIDE, SIDE)
+def seconds(name: str, side: int, batch: int) -> float:
+    """Median time of one square image in batches of this size."""
+    backbone = create_backbone(name, pretrained=False, image_size=side)
+    images = torch.rand(batch, 3, side, side)
     times = []
     for _ in range(REPEATS + 2):
         began = time.perf_counter()
@@ -39,7 +40,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    report["images_per_second"] = rows = {name: [1 / seconds(name, batch) for batch in BATCHES] for name in NAMES}
+    report["images_per_second"] = rows = {
+        f"{name}, {side} x {side}": [1 / seconds(name, side, batch) for batch in BATCHES] for name, side in CASES
+    }
     print(f"{report['device']}, {report['threads']} threads, torch {torch.__version__}\n")
     print("| backbone | images per second, one at a time | in batches of 16 |\n|---|---|---|")
     for name, rates in rows.items():

@@ -21,7 +21,7 @@ from validation import Labelled, dataset_products, judge, models
 
 from anomalib_musc import MuSc
 from anomalib_musc.backbones import WeightsMismatchError, create_backbone
-from anomalib_musc.backbones.tiny import WEIGHTS
+from anomalib_musc.backbones.tiny import IMAGE_SIZE, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -131,9 +131,9 @@ def test_learned_features_find_what_random_ones_miss():
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
-@pytest.mark.parametrize(("root", "image", "pixel"), [("cookies", 0.93, 0.93), ("magnetic_tile", 0.72, 0.735)])
+@pytest.mark.parametrize(("root", "image", "pixel"), [("cookies", 0.91, 0.94), ("magnetic_tile", 0.755, 0.69)])
 def test_photographs(root, image, pixel):
-    (pool,) = dataset_products(SHARED / "data" / root, 224)
+    (pool,) = dataset_products(SHARED / "data" / root, IMAGE_SIZE[0])
     (learned,) = (judge(model, pool) for model in models("package"))
     assert learned[1] > image
     assert learned[2] > pixel
