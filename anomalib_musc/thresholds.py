@@ -215,6 +215,7 @@ def image_threshold(scores: Array, num_anomalous: int) -> float:
     above = num_anomalous - 1
     if num_anomalous > _MOST_NEAR * len(scores):
         first, last = above - num_anomalous // _ABOUT, above + num_anomalous // _ABOUT
+        last = max(above, min(last, int(_MOST_HIGH * len(scores)) - 1))
         widest = first + int(gaps[first : last + 1].argmax())
         above = widest if gaps[widest] > _WIDER * gaps[above] else above
     return float((descending[above] + descending[above + 1]) / 2)

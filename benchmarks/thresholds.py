@@ -108,13 +108,18 @@ def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Sc
 
 
 def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, float]:
-    """Return the share of good images that are flagged, and F1 over the best F1 of images and of pixels."""
+    """Return the share of good images that are flagged, and F1 over the best F1 of images and of pixels.
+
+    For images that is also what a threshold would reach that knows how many are anomalous.
+    """
     flagged = pool.flagged
     result = {"false alarms": float(flagged[~labels].mean())}
     if labels.any():
         values = pool.anomaly_maps.ravel()
         found = values > pixel_threshold(pool.patch_scores, flagged)
-        result["image"] = f1(labels, flagged) / best_f1(labels, pool.scores)
+        best = best_f1(labels, pool.scores)
+        result["image"] = f1(labels, flagged) / best
+        result["image, count known"] = f1(labels, pool.scores >= np.sort(pool.scores)[-labels.sum()]) / best
         result["pixel"] = f1(masks.ravel(), found) / best_f1(masks.ravel(), values)
         has_region = found.reshape(len(labels), -1).any(axis=1)
         result["with a region"] = float(has_region[flagged].mean()) if flagged.any() else 0.0

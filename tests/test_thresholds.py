@@ -197,6 +197,13 @@ def test_a_far_wider_gap_near_the_count_parts_the_images(num_above, width, expec
     assert (7 * scores - 3 > image_threshold(7 * scores - 3, 12)).sum() == expected
 
 
+def test_a_gap_makes_no_more_than_three_quarters_anomalous():
+    scores = gap_after(31, 50)
+    assert (scores > image_threshold(scores, 27)).sum() == 27
+    scores = gap_after(30, 50)
+    assert (scores > image_threshold(scores, 27)).sum() == 30
+
+
 def test_few_outliers_are_as_many_as_were_counted():
     scores = gap_after(3, 50)
     assert (scores > image_threshold(scores, 2)).sum() == 2
