@@ -34,9 +34,8 @@ class BankCheckpoint(LightningModule):
         """Say what network this is, who judges, and which thresholds no labels have given, as others need others."""
         super().on_save_checkpoint(checkpoint)
         parameters = checkpoint["hyper_parameters"] = dict(checkpoint["hyper_parameters"])
-        if isinstance(parameters.get("pretrained"), str):  # maybe a file, without which its size is not known
+        if {"backbone", "layers"} <= parameters.keys():  # a name, whose defaults a file or another version may change
             parameters["image_size"] = self.model.image_size
-        if {"backbone", "layers"} <= parameters.keys():  # a name, whose default another version may change
             parameters["layers"] = list(self.model.backbone.layers)  # type: ignore[arg-type]
         checkpoint["network"] = describe(self.model, self.hparams.get("backbone"))
         checkpoint["mode"] = self.mode

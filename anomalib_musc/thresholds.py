@@ -28,14 +28,15 @@ _CLEAR, _CLEAR_OF_FEW = 2.4, 5.0  # times the deviation within two groups that t
 _CONTRAST = 0.8  # beyond which an image has a clear defect
 _FAR_BESIDE = 2.6  # times the lower quartile of the heights, beyond which another one is beside it
 # A wide spread:
-_SPREAD, _SPREAD_OF_FEW = 0.7, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add
+_SPREAD, _SPREAD_OF_FEW = 0.8, 2.0  # of the heights, (q90 - q10) / median, of two groups; and what few images add
 _TAIL, _HIGHEST = 3.5, 0.1  # q999 / q90 of the patches, of two groups, without this share of images, the highest
 _POWER = -0.1  # of the heights, which Otsu's criterion parts: nearly their logarithms
 # Outliers:
-_FAR, _NEAR = 3.0, 1.6  # times the lower quartile of the heights, beyond which an image is an outlier, or may be one
+_FAR, _NEAR = 3.2, 1.6  # times the lower quartile of the heights, beyond which an image is an outlier, or may be one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 # Images:
-_ABOUT, _WIDER = 3, 3.0  # a third fewer or more than were counted are parted by a gap that is so many times wider
+_NEARBY = 3  # of those counted, the part that may be fewer or more: a third
+_WIDER = 3.0  # times wider than the gap at the count is the one that overrules it
 # Pixels:
 _NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
 _PEAKS, _OF_PEAKS = 0.25, 0.8  # quantile of the anomalous images' highest patches, and share of their median: likewise
@@ -199,8 +200,9 @@ def upper_group(values: Array) -> int:
 def image_threshold(scores: Array, num_anomalous: int) -> float:
     """Return the threshold that about so many of the scores ``(N,)`` exceed; none exceeds it for 0.
 
-    How many images stand out is an estimate: where a far wider gap parts up to a third fewer or more from the rest, the
-    threshold lies there. A few outliers are as many as were counted. Of equal scores all or none exceed it.
+    The number is an estimate: it lies in the widest gap between the scores that leaves at most a third fewer or more
+    above, and at most three quarters of all, if that is more than three times as wide as the gap at the number itself.
+    A number of at most 5 % of the pool is kept. Of equal scores all or none exceed it.
 
     Example:
         >>> image_threshold(np.array([0.1, 0.5, 0.9]), 1)
@@ -212,13 +214,13 @@ def image_threshold(scores: Array, num_anomalous: int) -> float:
     if num_anomalous == 0:
         return float(descending[0])
     gaps = descending[:-1] - descending[1:]
-    above = num_anomalous - 1
+    last = num_anomalous - 1  # of those above
     if num_anomalous > _MOST_NEAR * len(scores):
-        first, last = above - num_anomalous // _ABOUT, above + num_anomalous // _ABOUT
-        last = max(above, min(last, int(_MOST_HIGH * len(scores)) - 1))
-        widest = first + int(gaps[first : last + 1].argmax())
-        above = widest if gaps[widest] > _WIDER * gaps[above] else above
-    return float((descending[above] + descending[above + 1]) / 2)
+        fewest = num_anomalous - num_anomalous // _NEARBY
+        most = min(num_anomalous + num_anomalous // _NEARBY, int(_MOST_HIGH * len(scores)))
+        widest = fewest - 1 + int(gaps[fewest - 1 : max(most, num_anomalous)].argmax())
+        last = widest if gaps[widest] > _WIDER * gaps[last] else last
+    return float((descending[last] + descending[last + 1]) / 2)
 
 
 def pixel_threshold(patch_scores: Array, is_anomalous: NDArray[np.bool_]) -> float:

@@ -22,7 +22,7 @@ from anomalib_musc.functional import lnamd, rscin
 from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-DRAWS = 8
+DRAWS = 40
 SMALL, SMALL_DRAWS = (2, 3, 4, 5, 6, 8), 60
 
 
@@ -96,7 +96,7 @@ class Scored(NamedTuple):
 
 
 def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Scored:
-    """Let the chosen images judge each other, as the model would, by the distances of all."""
+    """Let the chosen images judge each other by the distances of all, as the model would: the nearest 30 %."""
     chosen, count = torch.from_numpy(indices), len(indices) - 1
     of_chosen = features["distances"][:, chosen][..., chosen]
     of_chosen.diagonal(dim1=1, dim2=3).fill_(torch.inf)
@@ -112,16 +112,15 @@ def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, fl
 
     For images that is also what a threshold would reach that knows how many are anomalous.
     """
-    flagged = pool.flagged
-    result = {"false alarms": float(flagged[~labels].mean())}
+    flagged, values = pool.flagged, pool.anomaly_maps.ravel()
+    found = values > pixel_threshold(pool.patch_scores, flagged)
+    has_region = found.reshape(len(labels), -1).any(axis=1)
+    result = {"false alarms": float(flagged[~labels].mean()), "good with a region": float(has_region[~labels].mean())}
     if labels.any():
-        values = pool.anomaly_maps.ravel()
-        found = values > pixel_threshold(pool.patch_scores, flagged)
         best = best_f1(labels, pool.scores)
         result["image"] = f1(labels, flagged) / best
         result["image, count known"] = f1(labels, pool.scores >= np.sort(pool.scores)[-labels.sum()]) / best
         result["pixel"] = f1(masks.ravel(), found) / best_f1(masks.ravel(), values)
-        has_region = found.reshape(len(labels), -1).any(axis=1)
         result["with a region"] = float(has_region[flagged].mean()) if flagged.any() else 0.0
     return result
 

@@ -12,6 +12,7 @@ from anomalib import LearningType
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from conftest import OwnBackbone
+from lightning import Trainer
 from safetensors.torch import save_file
 from test_cli import SMALL, anomalib
 from test_engine import assert_same, by_path, datamodule
@@ -75,6 +76,14 @@ def test_a_checkpoint_of_another_network_is_refused(other, checkpoint):
 def test_the_checkpoint_knows_its_layers(checkpoint):
     saved = torch.load(checkpoint, weights_only=True)["hyper_parameters"]["layers"]
     assert saved == list(MuSc(**TINY).model.backbone.layers)  # whatever the default is when it is loaded
+
+
+def test_the_checkpoint_knows_the_size_of_a_network_whose_default_may_change(tmp_path):
+    model, trainer = MuSc("musc-tiny", visualizer=False), Trainer(logger=False, accelerator="cpu")
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    saved = torch.load(tmp_path / "model.ckpt", weights_only=True)["hyper_parameters"]
+    assert tuple(saved["image_size"]) == model.model.image_size
 
 
 def test_the_checkpoint_says_who_judges(checkpoint, folder, make_engine):

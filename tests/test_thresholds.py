@@ -69,7 +69,7 @@ def test_clear_defects_are_found(share):
         patch_scores = pool(40 - num_anomalous, num_anomalous, seed)
         shares.append(f1(truth, flagged(patch_scores)) / best_f1(truth, patch_scores.max(axis=1)))
     assert np.mean(shares) >= 0.95
-    assert min(shares) >= 0.8
+    assert min(shares) >= 0.8  # of an exact count, a wide gap among the defects takes some
 
 
 @pytest.mark.parametrize("num_images", [2, 3, 4, 5, 12])
@@ -180,6 +180,16 @@ def test_image_threshold_lies_between():
     assert (np.array([0.5, 0.5, 0.1]) > image_threshold(np.array([0.5, 0.5, 0.1]), 1)).sum() == 0
 
 
+@pytest.mark.parametrize(("width", "least", "most"), [(0.75, 0, 1), (0.85, 6, 18)])
+def test_only_a_wide_spread_parts_the_images(width, least, most):
+    """Of 24 images whose worst places stand out by evenly different amounts."""
+    spread = 0.5 * (width + 2 / np.sqrt(24))  # from the tenth to the ninetieth percent, around a median of 0.5
+    logarithms = np.random.default_rng(0).normal(0, 0.02, (24, 196))
+    for index, height in enumerate(np.linspace(0.5 - 0.625 * spread, 0.5 + 0.625 * spread, 24)):
+        logarithms[index].reshape(14, 14)[index % 11 : index % 11 + 3, index // 2 : index // 2 + 3] = height
+    assert least <= count_anomalous(np.exp(logarithms)) <= most
+
+
 def gap_after(num_above: int, width: float) -> np.ndarray:
     """Scores of 40 images in even steps, but for one gap so many steps wide below the highest ones."""
     steps = np.ones(39)
@@ -191,7 +201,7 @@ def gap_after(num_above: int, width: float) -> np.ndarray:
     ("num_above", "width", "expected"),
     [(8, 3.5, 8), (16, 3.5, 16), (8, 2.5, 12), (7, 50, 12), (17, 50, 12)],
 )
-def test_a_far_wider_gap_near_the_count_parts_the_images(num_above, width, expected):
+def test_the_widest_gap_near_the_count_parts_the_images(num_above, width, expected):
     scores = gap_after(num_above, width)
     assert (scores > image_threshold(scores, 12)).sum() == expected
     assert (7 * scores - 3 > image_threshold(7 * scores - 3, 12)).sum() == expected

@@ -17,7 +17,7 @@ NAME = "musc-tiny"
 WEIGHTS = Path(__file__).with_name("musc_tiny.safetensors")
 _LAYERS = (0, 1, 2, 5)  # of four, the best on drawn products
 PATCH_SIZE = (16, 16)
-IMAGE_SIZE = (320, 320)  # drawn products gain up to here, and little beyond
+IMAGE_SIZE = (320, 320)  # drawn products gain a little more beyond, for many more patches
 
 
 class ChannelNorm(nn.LayerNorm):
