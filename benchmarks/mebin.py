@@ -6,9 +6,6 @@ F1 of the masks over the best F1 of one threshold for all images, for all test i
 batch. Its connected components are counted by OpenCV: kornia's, which it uses, take 1000 steps for each count.
 """
 
-import argparse
-import json
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,7 +14,7 @@ import numpy as np
 import torch
 from anomalib.post_processing.mebin import mebin_binarize
 from same_features import choose_backbone
-from thresholds import Scored, best_f1, draw, extract, f1, score
+from thresholds import Scored, add_to_json, best_f1, draw, extract, f1, product_parser, score
 
 from anomalib_musc.thresholds import pixel_threshold
 
@@ -46,26 +43,16 @@ def measure(pool: Scored, masks: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table, and add it to a JSON file of several products."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("root")
-    parser.add_argument("category")
-    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
-    parser.add_argument("--weights", help="file that this class takes")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    model, features = extract(
-        arguments.root, arguments.category, choose_backbone(arguments.backbone, arguments.weights), True
-    )
+    """Print a table, and add it to a JSON file."""
+    arguments = product_parser((__doc__ or "").splitlines()[0]).parse_args()
+    backbone = choose_backbone(arguments.backbone, arguments.weights)
+    model, features = extract(arguments.root, arguments.category, backbone, True)
     labels, masks, rows = features["labels"], features["masks"].numpy(), dict[str, Any]()
     for name, share in POOLS.items():
         indices = np.arange(len(labels)) if share is None else draw(labels, share, 0)
         rows[name] = measure(score(model, features, indices), masks[indices])
         print(f"{name}: " + ", ".join(f"{method} {value:.0%}" for method, value in rows[name].items()), flush=True)
-    if arguments.json:
-        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        known[f"{arguments.category}, {arguments.backbone.split(':')[-1]}"] = rows
-        arguments.json.write_text(json.dumps(known, indent=2) + "\n")
+    add_to_json(arguments.json, f"{arguments.category}, {arguments.backbone.split(':')[-1]}", rows)
 
 
 if __name__ == "__main__":

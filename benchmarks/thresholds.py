@@ -164,26 +164,37 @@ def print_table(first: str, rows: dict[str, dict[str, float]]) -> None:
         print(f"| {name} | {' | '.join(f'{row[key]:.0%}' if key in row else '' for key in columns)} |")
 
 
-def main() -> None:
-    """Print tables, and add them to a JSON file of several products."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def product_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser of a product, a backbone and a JSON file."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("root")
     parser.add_argument("category")
     parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
     parser.add_argument("--weights", help="file that this class takes")
-    parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     parser.add_argument("--json", type=Path)
+    return parser
+
+
+def add_to_json(path: Path | None, name: str, found: dict[str, Any]) -> None:
+    """Add what was found to a file of several products, if there is to be one."""
+    if path:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**known, name: found}, indent=2) + "\n")
+
+
+def main() -> None:
+    """Print tables, and add them to a JSON file."""
+    parser = product_parser((__doc__ or "").splitlines()[0])
+    parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     arguments = parser.parse_args()
     backbone = choose_backbone(arguments.backbone, arguments.weights)
     model, features = extract(arguments.root, arguments.category, backbone, not arguments.random)
     found = {"shares": shares(model, features), "small": small_pools(model, features)}
     print_table("defects", found["shares"])
     print_table("images", found["small"])
-    if arguments.json:
-        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        network = ("random " if arguments.random else "") + arguments.backbone.split(":")[-1]
-        known[f"{arguments.category}, {network}"] = {"draws": DRAWS, "small draws": SMALL_DRAWS, **found}
-        arguments.json.write_text(json.dumps(known, indent=2) + "\n")
+    network = ("random " if arguments.random else "") + arguments.backbone.split(":")[-1]
+    name = f"{arguments.category}, {network}"
+    add_to_json(arguments.json, name, {"draws": DRAWS, "small draws": SMALL_DRAWS, **found})
 
 
 if __name__ == "__main__":
