@@ -22,6 +22,8 @@ _FAR, _NEAR = 3.2, 1.6  # times the lower quartile of the heights, beyond which 
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 # Two groups:
 _FEWEST_OF_TWO, _MOST_HIGH = 8, 0.75  # images, of which fewer are not parted, and share of the higher group at most
+_APART, _APART_OF_FEW = 0.8, 1.0  # share of the tops' variance that lies between two groups, and what few images add
+_FEWEST_APART = 0.2  # share of the pool that the higher one of such groups has at least
 _TOP = 0.99  # quantile of an image's patches that tells its group
 _USUAL = 0.4  # quantile of the images that gives what is usual
 _TOPS, _TOPS_OF_FEW, _FEW = 1.35, 2.2, 20  # spread of the tops beyond which there are two groups, and with fewer images
@@ -110,10 +112,10 @@ def count_outliers(heights: Array, contrast: Array) -> int:
 def are_two_groups(logarithms: Array, heights: Array) -> bool:
     """Return whether images differ by more than good ones do: in their tops, or in how far they stand out.
 
-    An image's top is its 0.99 quantile. Between images, from the tenth to the ninetieth percent, tops differ about as
-    much as within an image the highest patch is above nine tenths of the others; with and without each image's median
-    taken out first, or several shots of one thing would be a group. The deviation of the heights is less than half of
-    what the highest patch is above the image's median. What an image has within itself tells how rough its product is.
+    An image's top is its 0.99 quantile. Between good images, from the tenth to the ninetieth percent, tops differ about
+    as much as within an image the highest patch is above nine tenths of the others, and they do not fall apart. Either
+    counts with and without each image's median taken out first, or several shots of one thing would be a group. The
+    deviation of the heights is less than half of what the highest patch is above the image's median.
 
     Args:
         logarithms: Those of the patch scores, shape ``(N, L)``, without images that have a copy in the pool.
@@ -123,10 +125,11 @@ def are_two_groups(logarithms: Array, heights: Array) -> bool:
     if count < _FEWEST_OF_TWO:
         return False
     middles, nine_tenths, tops, peaks = np.quantile(logarithms, (0.5, 0.9, _TOP, 1.0), axis=1)
-    of_tops = min(_span(tops), _span(tops - middles)) / _usual(peaks - nine_tenths)
-    of_heights = heights.std() / _usual(peaks - middles)
+    both = tops, tops - middles
     return bool(
-        of_tops > (_TOPS if count >= _FEW else _TOPS_OF_FEW) or of_heights > _HEIGHTS + _HEIGHTS_OF_FEW / count
+        min(map(_span, both)) > (_TOPS if count >= _FEW else _TOPS_OF_FEW) * _usual(peaks - nine_tenths)
+        or heights.std() > (_HEIGHTS + _HEIGHTS_OF_FEW / count) * _usual(peaks - middles)
+        or min(map(_separability, both)) > _APART + _APART_OF_FEW / count
     )
 
 
@@ -139,6 +142,16 @@ def _span(values: Array) -> float:
 def _usual(values: Array) -> float:
     """Return what is usual for good images, of which there may be less than half."""
     return max(float(np.quantile(values, _USUAL)), _ALIKE)
+
+
+def _separability(values: Array) -> float:
+    """Return the share of the variance that lies between Otsu's two groups; 0 where the upper one is small."""
+    count = upper_group(values)
+    if count < _FEWEST_APART * len(values) or not (total := values.var()):
+        return 0.0
+    lower, upper = np.split(np.sort(values), [len(values) - count])
+    within = (len(lower) * lower.var() + len(upper) * upper.var()) / len(values)
+    return float(1 - within / total)
 
 
 def contrasts(patch_scores: Array) -> Array:

@@ -20,7 +20,6 @@ from anomalib_musc import MuSc, PredictionWriter, RsCINPostProcessor
 from anomalib_musc.thresholds import (
     contrasts,
     count_anomalous,
-    count_on_higher_level,
     image_threshold,
     pixel_threshold,
     upper_group,
@@ -69,7 +68,7 @@ def test_clear_defects_are_found(share):
         patch_scores = pool(40 - num_anomalous, num_anomalous, seed)
         shares.append(f1(truth, flagged(patch_scores)) / best_f1(truth, patch_scores.max(axis=1)))
     assert np.mean(shares) >= 0.95
-    assert min(shares) >= 0.8  # of an exact count, a wide gap among the defects takes some
+    assert min(shares) >= 0.85
 
 
 @pytest.mark.parametrize("num_images", [2, 3, 4, 5, 12])
@@ -180,43 +179,28 @@ def test_image_threshold_lies_between():
     assert (np.array([0.5, 0.5, 0.1]) > image_threshold(np.array([0.5, 0.5, 0.1]), 1)).sum() == 0
 
 
-@pytest.mark.parametrize(("width", "least", "most"), [(0.75, 0, 1), (0.85, 6, 18)])
-def test_only_a_wide_spread_parts_the_images(width, least, most):
-    """Of 24 images whose worst places stand out by evenly different amounts."""
-    spread = 0.5 * (width + 2 / np.sqrt(24))  # from the tenth to the ninetieth percent, around a median of 0.5
-    logarithms = np.random.default_rng(0).normal(0, 0.02, (24, 196))
-    for index, height in enumerate(np.linspace(0.5 - 0.625 * spread, 0.5 + 0.625 * spread, 24)):
-        logarithms[index].reshape(14, 14)[index % 11 : index % 11 + 3, index // 2 : index // 2 + 3] = height
-    assert least <= count_anomalous(np.exp(logarithms)) <= most
+def evenly(width: float, where: slice, num_images: int = 40) -> np.ndarray:
+    """Patch scores (N, 196) of which some are high, by 1 in the median image and evenly more or less in the others."""
+    logarithms = np.random.default_rng(0).normal(0, 0.08, (num_images, 196))
+    logarithms[:, where] += np.linspace(1 - width, 1 + width, num_images)[:, None]
+    return np.exp(logarithms)
 
 
-def gap_after(num_above: int, width: float) -> np.ndarray:
-    """Scores of 40 images in even steps, but for one gap so many steps wide below the highest ones."""
-    steps = np.ones(39)
-    steps[num_above - 1] = width
-    return 100 - np.concatenate([[0.0], np.cumsum(steps)])
+@pytest.mark.parametrize(("width", "num_images", "parted"), [(0.6, 40, False), (0.75, 40, True), (0.75, 16, False)])
+def test_a_wide_spread_of_the_tops_parts_the_images(width, num_images, parted):
+    """At a place that is rough in all images: none stands out as far as another one's roughness."""
+    count = count_anomalous(evenly(width, slice(6), num_images))
+    assert 0.25 * num_images < count < 0.75 * num_images if parted else count < 0.2 * num_images
 
 
-@pytest.mark.parametrize(
-    ("num_above", "width", "expected"),
-    [(8, 3.5, 8), (16, 3.5, 16), (8, 2.5, 12), (7, 50, 12), (17, 50, 12)],
-)
-def test_the_widest_gap_near_the_count_parts_the_images(num_above, width, expected):
-    scores = gap_after(num_above, width)
-    assert (scores > image_threshold(scores, 12)).sum() == expected
-    assert (7 * scores - 3 > image_threshold(7 * scores - 3, 12)).sum() == expected
-
-
-def test_a_gap_makes_no_more_than_three_quarters_anomalous():
-    scores = gap_after(31, 50)
-    assert (scores > image_threshold(scores, 27)).sum() == 27
-    scores = gap_after(30, 50)
-    assert (scores > image_threshold(scores, 27)).sum() == 30
-
-
-def test_few_outliers_are_as_many_as_were_counted():
-    scores = gap_after(3, 50)
-    assert (scores > image_threshold(scores, 2)).sum() == 2
+@pytest.mark.parametrize(("width", "num_images", "parted"), [(0.6, 40, False), (0.75, 40, True), (0.6, 10, False)])
+def test_a_wide_spread_of_the_heights_parts_the_images(width, num_images, parted):
+    """Of one patch each, which the 0.99 quantile does not see, at a place of its own."""
+    patch_scores = evenly(width, slice(1), num_images)
+    for index, image in enumerate(patch_scores):
+        image[[0, index]] = image[[index, 0]]
+    count = count_anomalous(patch_scores)
+    assert 0.25 * num_images < count < 0.75 * num_images if parted else count <= 0.05 * num_images
 
 
 def two_levels(num_normal: int, num_anomalous: int, difference: float, seed: int = 0) -> np.ndarray:
@@ -234,43 +218,40 @@ def two_levels(num_normal: int, num_anomalous: int, difference: float, seed: int
 @pytest.mark.parametrize("seed", range(5))
 def test_two_levels_of_scores_are_two_groups(num_anomalous, seed):
     patch_scores = two_levels(40 - num_anomalous, num_anomalous, 0.8, seed)
-    assert count_on_higher_level(patch_scores) == count_anomalous(patch_scores) == num_anomalous
+    assert count_anomalous(patch_scores) == num_anomalous
     assert flagged(patch_scores)[-num_anomalous:].all()
 
 
 @pytest.mark.parametrize(
     "patch_scores",
     [
-        two_levels(24, 16, 0.5),  # levels too near
-        two_levels(33, 7, 0.8),  # too few on the higher one
-        two_levels(9, 31, 0.8),  # too many
+        two_levels(40, 0, 0.8),
+        two_levels(24, 16, 0.3),  # levels too near
+        two_levels(35, 5, 0.8),  # too few on the higher one
         two_levels(4, 3, 0.8),  # too few images
     ],
 )
 def test_what_are_not_two_levels(patch_scores):
-    assert count_on_higher_level(patch_scores) == 0
+    assert count_anomalous(patch_scores) <= 0.05 * len(patch_scores)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_one_broad_level_is_not_cut(seed):
-    patch_scores = np.ones((60, 196))
-    patch_scores[:, 0] = np.exp(np.random.default_rng(seed).normal(2.0, 0.5, 60))
-    assert count_on_higher_level(patch_scores) == 0
+def test_no_more_than_three_quarters_are_a_group():
+    assert count_anomalous(two_levels(9, 31, 0.8)) == 30
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03, 0.1])
-@pytest.mark.parametrize("copies", [2, 12, 20, 30, 38])
+@pytest.mark.parametrize("copies", [2, 12, 20, 29, 38])
 def test_copies_are_no_lower_level(copies, noise):
     """Several shots of one thing score low all over."""
     patch_scores = pool(40, 0)
     patch_scores[:copies] *= max(noise, 1e-7)
-    assert count_on_higher_level(patch_scores) == 0
+    assert count_anomalous(patch_scores) <= 0.05 * len(patch_scores)
 
 
 def test_copies_do_not_hide_the_levels_of_the_others():
     patch_scores = two_levels(24, 16, 0.8)
     patch_scores[:2] = 1e-7
-    assert count_on_higher_level(patch_scores) == count_anomalous(patch_scores) == 16
+    assert count_anomalous(patch_scores) == 16
 
 
 def test_upper_group_is_otsus():
