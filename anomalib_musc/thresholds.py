@@ -26,7 +26,8 @@ _APART, _APART_OF_FEW = 0.8, 1.0  # share of the tops' variance that lies betwee
 _FEWEST_APART = 0.2  # share of the pool that the higher one of such groups has at least
 _TOP = 0.99  # quantile of an image's patches that tells its group
 _USUAL = 0.4  # quantile of the images that gives what is usual
-_TOPS, _TOPS_OF_FEW, _FEW = 1.35, 2.2, 20  # spread of the tops beyond which there are two groups, and with fewer images
+_TOPS, _TOPS_OF_FEW = 1.35, 2.2  # spread of the tops beyond which there are two groups, and with few images or patches
+_FEW_IMAGES, _FEW_PATCHES = 20, 100  # fewer are few
 _HEIGHTS, _HEIGHTS_OF_FEW = 0.4, 1.6  # that of the heights, and what the number of images is to divide and to add
 _POWER = -0.5  # of the tops' scores, which Otsu's criterion parts
 # Pixels:
@@ -95,7 +96,7 @@ def count_anomalous(patch_scores: Array) -> int:
 
 
 def count_outliers(heights: Array, contrast: Array) -> int:
-    """Return how many images stand out far or have a far contrast; where none does, how many of few stand out.
+    """Return how many images stand out far or have a far contrast; where none does, how many nearly do, of few.
 
     Args:
         heights: Each image's largest deviation, shape ``(N,)``.
@@ -121,13 +122,14 @@ def are_two_groups(logarithms: Array, heights: Array) -> bool:
         logarithms: Those of the patch scores, shape ``(N, L)``, without images that have a copy in the pool.
         heights: Each image's largest deviation, shape ``(N,)``.
     """
-    count = len(heights)
+    count, num_patches = logarithms.shape
     if count < _FEWEST_OF_TWO:
         return False
+    widest = _TOPS if count >= _FEW_IMAGES and num_patches >= _FEW_PATCHES else _TOPS_OF_FEW
     middles, nine_tenths, tops, peaks = np.quantile(logarithms, (0.5, 0.9, _TOP, 1.0), axis=1)
     both = tops, tops - middles
     return bool(
-        min(map(_span, both)) > (_TOPS if count >= _FEW else _TOPS_OF_FEW) * _usual(peaks - nine_tenths)
+        min(map(_span, both)) > widest * _usual(peaks - nine_tenths)
         or heights.std() > (_HEIGHTS + _HEIGHTS_OF_FEW / count) * _usual(peaks - middles)
         or min(map(_separability, both)) > _APART + _APART_OF_FEW / count
     )

@@ -40,14 +40,18 @@ def extract(root: str, category: str, backbone: Any, pretrained: bool) -> tuple[
         tokens.append(class_tokens)
         labels.append(bool(batch.gt_label))
         masks.append(torch.nn.functional.interpolate(batch.gt_mask[None].float(), model.model.image_size)[0, 0] > 0)
+    features = all_distances(model.model, maps, tokens)
+    return model.model, {**features, "labels": np.array(labels), "masks": torch.stack(masks)}
+
+
+def all_distances(model: MuScModel, maps: list[Any], tokens: list[torch.Tensor]) -> dict[str, Any]:
+    """Return what pools of these images are scored by: distances, class tokens and the shape of the maps."""
     layers = [torch.cat(layer) for layer in zip(*maps, strict=True)]
-    degrees = model.model.aggregation_degrees
-    return model.model, {
+    degrees = model.aggregation_degrees
+    return {
         "grid": layers[0].shape[-2:],
         "distances": torch.stack([distances(lnamd(layer, degree)) for layer in layers for degree in degrees]),
         "tokens": torch.cat(tokens),
-        "labels": np.array(labels),
-        "masks": torch.stack(masks),
     }
 
 
@@ -169,10 +173,15 @@ def product_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("root")
     parser.add_argument("category")
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a backbone and a JSON file."""
     parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
     parser.add_argument("--weights", help="file that this class takes")
     parser.add_argument("--json", type=Path)
-    return parser
 
 
 def add_to_json(path: Path | None, name: str, found: dict[str, Any]) -> None:

@@ -60,6 +60,12 @@ def test_a_pool_of_good_images_is_left_alone(num_images, image_spread):
     assert max(shares) <= 0.05
 
 
+@pytest.mark.parametrize("num_patches", [25, 49, 64])
+def test_a_pool_of_few_patches_is_left_alone(num_patches):
+    shares = [flagged(pool(40, 0, seed)[:, :num_patches]).mean() for seed in range(20)]
+    assert max(shares) <= 0.05
+
+
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
 def test_clear_defects_are_found(share):
     num_anomalous, shares = round(40 * share), []
@@ -233,6 +239,12 @@ def test_two_levels_of_scores_are_two_groups(num_anomalous, seed):
 )
 def test_what_are_not_two_levels(patch_scores):
     assert count_anomalous(patch_scores) <= 0.05 * len(patch_scores)
+
+
+def test_a_black_background_does_not_hide_two_groups():
+    patch_scores = np.full((40, 588), 1e-9)
+    patch_scores[:, 200:396] = pool(28, 12)
+    assert abs(count_anomalous(patch_scores) - 12) <= 2
 
 
 def test_no_more_than_three_quarters_are_a_group():
