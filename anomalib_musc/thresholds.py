@@ -22,14 +22,14 @@ _FAR, _NEAR = 3.2, 1.6  # times the lower quartile of the heights, beyond which 
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 # Two groups:
 _FEWEST_OF_TWO, _MOST_HIGH = 8, 0.75  # images, of which fewer are not parted, and share of the higher group at most
-_APART, _APART_OF_FEW = 0.8, 1.0  # share of the tops' variance that lies between two groups, and what few images add
-_FEWEST_APART = 0.2  # share of the pool that the higher one of such groups has at least
-_TOP = 0.99  # quantile of an image's patches that tells its group
+_TOP = 0.99  # quantile of an image's patches
 _USUAL = 0.4  # quantile of the images that gives what is usual
 _TOPS, _TOPS_OF_FEW = 1.35, 2.2  # spread of the tops beyond which there are two groups, and with few images or patches
 _FEW_IMAGES, _FEW_PATCHES = 20, 100  # fewer are few
-_HEIGHTS, _HEIGHTS_OF_FEW = 0.4, 1.6  # that of the heights, and what the number of images is to divide and to add
-_POWER = -0.5  # of the tops' scores, which Otsu's criterion parts
+_HEIGHTS, _HEIGHTS_OF_FEW = 0.4, 1.6  # deviation of the heights, likewise, and what is added over the number of images
+_APART, _APART_OF_FEW = 0.8, 1.0  # share of the tops' variance that lies between the groups, likewise
+_FEWEST_APART = 0.2  # share of the pool that the higher one of such groups has at least
+_POWER = -0.25  # of the product of top and peak, which Otsu's criterion parts
 # Pixels:
 _NORMAL_PEAKS = 0.75  # quantile of the normal images' highest patches that an anomalous pixel exceeds
 _PEAKS, _OF_PEAKS = 0.25, 0.8  # quantile of the anomalous images' highest patches, and share of their median: likewise
@@ -84,13 +84,13 @@ def count_anomalous(patch_scores: Array) -> int:
         >>> count_anomalous(patch_scores)
         3
     """
-    heights = deviations(patch_scores).max(axis=1)
-    count = count_outliers(heights, contrasts(patch_scores))
+    heights, contrast = deviations(patch_scores).max(axis=1), contrasts(patch_scores)
+    count = count_outliers(heights, contrast)
     unlike = ~_has_copy(patch_scores)
     logarithms = np.log(np.maximum(patch_scores[unlike], _floor(patch_scores)))
-    if are_two_groups(logarithms, heights[unlike]):
-        tops = np.quantile(logarithms, _TOP, axis=1)
-        upper = upper_group(-np.exp(_POWER * tops))
+    if are_two_groups(logarithms, heights[unlike & (contrast <= _CONTRAST)]):
+        tops, peaks = np.quantile(logarithms, (_TOP, 1.0), axis=1)
+        upper = upper_group(-np.exp(_POWER * (tops + peaks)))
         count = max(count, min(upper, int(_MOST_HIGH * len(heights))))
     return min(count, len(heights) - 1)
 
@@ -120,19 +120,21 @@ def are_two_groups(logarithms: Array, heights: Array) -> bool:
 
     Args:
         logarithms: Those of the patch scores, shape ``(N, L)``, without images that have a copy in the pool.
-        heights: Each image's largest deviation, shape ``(N,)``.
+        heights: The largest deviation of each of these images but those with a clear defect, which are outliers.
     """
     count, num_patches = logarithms.shape
     if count < _FEWEST_OF_TWO:
         return False
-    widest = _TOPS if count >= _FEW_IMAGES and num_patches >= _FEW_PATCHES else _TOPS_OF_FEW
     middles, nine_tenths, tops, peaks = np.quantile(logarithms, (0.5, 0.9, _TOP, 1.0), axis=1)
     both = tops, tops - middles
-    return bool(
-        min(map(_span, both)) > widest * _usual(peaks - nine_tenths)
-        or heights.std() > (_HEIGHTS + _HEIGHTS_OF_FEW / count) * _usual(peaks - middles)
-        or min(map(_separability, both)) > _APART + _APART_OF_FEW / count
-    )
+    widest = _TOPS if count >= _FEW_IMAGES and num_patches >= _FEW_PATCHES else _TOPS_OF_FEW
+    if min(map(_span, both)) > widest * _usual(peaks - nine_tenths):
+        return True
+    if len(heights) >= _FEWEST_OF_TWO and heights.std() > (_HEIGHTS + _HEIGHTS_OF_FEW / count) * _usual(
+        peaks - middles
+    ):
+        return True
+    return min(map(_separability, both)) > _APART + _APART_OF_FEW / count
 
 
 def _span(values: Array) -> float:
@@ -147,13 +149,13 @@ def _usual(values: Array) -> float:
 
 
 def _separability(values: Array) -> float:
-    """Return the share of the variance that lies between Otsu's two groups; 0 where the upper one is small."""
+    """Return the share of the variance that lies between Otsu's two groups; 0 where the upper one, or any, is small."""
     count = upper_group(values)
-    if count < _FEWEST_APART * len(values) or not (total := values.var()):
+    if count < _FEWEST_APART * len(values) or np.ptp(values) < _ALIKE:
         return 0.0
     lower, upper = np.split(np.sort(values), [len(values) - count])
     within = (len(lower) * lower.var() + len(upper) * upper.var()) / len(values)
-    return float(1 - within / total)
+    return float(1 - within / values.var())
 
 
 def contrasts(patch_scores: Array) -> Array:
