@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# All constants were chosen on pools with 0 to 60 % defects of two real and two procedural products, and of sixty that
-# were drawn as those of musc-tiny's training are; see benchmarks/README.md. Rounding and copies:
+# All constants were chosen on pools with 0 to 60 % defects of two real, two procedural and some forty drawn products,
+# see benchmarks/README.md. Rounding and copies:
 _FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal patches, such as a black background's
 _COPY = 2.5  # times the floor, below which all scores of an image that has a copy in the pool lie
 _ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
@@ -116,7 +116,8 @@ def are_two_groups(logarithms: Array, heights: Array) -> bool:
     An image's top is its 0.99 quantile. Between good images, from the tenth to the ninetieth percent, tops differ about
     as much as within an image the highest patch is above nine tenths of the others, and they do not fall apart. Either
     counts with and without each image's median taken out first, or several shots of one thing would be a group. The
-    deviation of the heights is less than half of what the highest patch is above the image's median.
+    standard deviation of the heights is less than half (with few images, 0.6) of what the highest patch is above the
+    image's median.
 
     Args:
         logarithms: Those of the patch scores, shape ``(N, L)``, without images that have a copy in the pool.

@@ -63,11 +63,15 @@ def measure(pool: Scored, labels: np.ndarray) -> dict[str, float]:
 
 
 def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Return the means for each share, over the pools that have a defect where it takes one."""
+    """Return the means for each share, over the pools that have a defect where it takes one, and the worst pool."""
     rows = {}
     for share, of_share in results.items():
         keys = dict.fromkeys(key for result in of_share for key in result)
-        rows[share] = {key: float(np.mean([result[key] for result in of_share if key in result])) for key in keys}
+        row = {key: float(np.mean([result[key] for result in of_share if key in result])) for key in keys}
+        false_alarms = [result["false alarms"] for result in of_share]
+        row["most false alarms"] = max(false_alarms)
+        row["pools with over 5 %"] = float(np.mean(np.array(false_alarms) > 0.05))
+        rows[share] = row
     return rows
 
 

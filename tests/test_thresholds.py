@@ -20,6 +20,7 @@ from anomalib_musc import MuSc, PredictionWriter, RsCINPostProcessor
 from anomalib_musc.thresholds import (
     contrasts,
     count_anomalous,
+    count_outliers,
     image_threshold,
     pixel_threshold,
     upper_group,
@@ -28,7 +29,12 @@ from benchmarks.same_features import MobileNet
 
 
 def pool(
-    num_normal: int, num_anomalous: int, seed: int = 0, contrast: float = 3.0, image_spread: float = 0.1
+    num_normal: int,
+    num_anomalous: int,
+    seed: int = 0,
+    contrast: float = 3.0,
+    image_spread: float = 0.1,
+    size: int = 3,
 ) -> np.ndarray:
     """Patch scores (N, 196) of textures that differ by place and by image; the last images have a blob each."""
     rng = np.random.default_rng(seed)
@@ -36,7 +42,7 @@ def pool(
     logarithms = places + images[:, None] + rng.normal(0, 0.12, (len(images), 196))
     for index in range(num_normal, len(images)):
         y, x = rng.integers(0, 11, 2)
-        logarithms[index].reshape(14, 14)[y : y + 3, x : x + 3] += np.log(contrast)
+        logarithms[index].reshape(14, 14)[y : y + size, x : x + size] += np.log(contrast)
     return np.exp(logarithms)
 
 
@@ -77,6 +83,15 @@ def test_clear_defects_are_found(share):
     assert min(shares) >= 0.85
 
 
+@pytest.mark.parametrize("contrast", [6, 15])
+@pytest.mark.parametrize("num_anomalous", [1, 4, 10])
+def test_small_clear_defects_do_not_part_the_others(num_anomalous, contrast):
+    """One patch of 196, which the 0.99 quantile does not see."""
+    truth = np.arange(40) >= 40 - num_anomalous
+    shares = [f1(truth, flagged(pool(40 - num_anomalous, num_anomalous, seed, contrast, size=1))) for seed in range(10)]
+    assert np.mean(shares) >= 0.9
+
+
 @pytest.mark.parametrize("num_images", [2, 3, 4, 5, 12])
 @pytest.mark.parametrize("num_anomalous", [0, 1, "all"])
 def test_never_everything(num_images, num_anomalous):
@@ -95,6 +110,12 @@ def test_order_and_scale_change_nothing():
 def test_equal_images_are_normal(patch_scores):
     assert not flagged(patch_scores).any()
     assert pixel_threshold(patch_scores, np.zeros(len(patch_scores), bool)) == patch_scores.max()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_copies_of_one_image_are_normal(seed):
+    patch_scores = np.repeat(pool(1, 0, seed), 34, axis=0)
+    assert count_anomalous(patch_scores) == count_anomalous(7.3 * patch_scores) == 0
 
 
 def test_one_odd_image_among_copies():
@@ -119,6 +140,17 @@ def test_defects_however_clear_make_no_copies_of_the_others(num_anomalous, contr
     patch_scores = np.random.default_rng(0).uniform(0.9, 1.1, (20, 196))
     patch_scores[-num_anomalous:, 40:70] *= contrast
     assert flagged(patch_scores).nonzero()[0].tolist() == list(range(20 - num_anomalous, 20))
+
+
+@pytest.mark.parametrize(
+    ("num_near", "num_far", "num_clear", "expected"),
+    [(0, 0, 0, 0), (1, 0, 0, 1), (5, 0, 0, 2), (5, 3, 0, 3), (5, 0, 4, 4), (5, 3, 4, 7), (5, 1, 0, 1)],
+)
+def test_outliers(num_near, num_far, num_clear, expected):
+    """Of images that nearly stand out, 5 % of 40 at most, and none beside those that do or have a clear defect."""
+    heights, contrast = np.full(40, 0.3), np.zeros(40)
+    heights[:num_near], heights[10 : 10 + num_far], contrast[20 : 20 + num_clear] = 0.6, 1.0, 0.9
+    assert count_outliers(heights, contrast) == expected
 
 
 @pytest.mark.parametrize("num_anomalous", [1, 2, 3])
@@ -192,11 +224,20 @@ def evenly(width: float, where: slice, num_images: int = 40) -> np.ndarray:
     return np.exp(logarithms)
 
 
-@pytest.mark.parametrize(("width", "num_images", "parted"), [(0.6, 40, False), (0.75, 40, True), (0.75, 16, False)])
-def test_a_wide_spread_of_the_tops_parts_the_images(width, num_images, parted):
-    """At a place that is rough in all images: none stands out as far as another one's roughness."""
-    count = count_anomalous(evenly(width, slice(6), num_images))
+@pytest.mark.parametrize(
+    ("width", "num_high", "num_images", "parted"),
+    [(0.6, 6, 40, False), (0.7, 6, 40, True), (0.9, 6, 24, True), (0.75, 6, 16, False), (0.3, 30, 40, True)],
+)
+def test_a_wide_spread_of_the_tops_parts_the_images(width, num_high, num_images, parted):
+    """At a place that is rough in all images; of a large one, the roughness is what it has within itself."""
+    count = count_anomalous(evenly(width, slice(num_high), num_images))
     assert 0.25 * num_images < count < 0.75 * num_images if parted else count < 0.2 * num_images
+
+
+def test_images_that_differ_in_all_but_their_tops_are_not_parted():
+    patch_scores = evenly(0.0, slice(6))
+    patch_scores[:, 60:] *= np.exp(np.random.default_rng(1).permutation(np.linspace(-2, 0, 40)))[:, None]
+    assert count_anomalous(patch_scores) < 8
 
 
 @pytest.mark.parametrize(("width", "num_images", "parted"), [(0.6, 40, False), (0.75, 40, True), (0.6, 10, False)])
