@@ -79,11 +79,21 @@ def f1(truth: np.ndarray, predicted: np.ndarray) -> float:
     return float(2 * (truth & predicted).sum() / max(1, truth.sum() + predicted.sum()))
 
 
+def f1_of_highest(truth: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return F1 of the highest one, two, ... of all values."""
+    hits = np.cumsum(truth[np.argsort(-values, kind="stable")])
+    return 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
+
+
 def best_f1(truth: np.ndarray, values: np.ndarray) -> float:
     """Return the best F1 of any threshold."""
-    order = np.argsort(-values, kind="stable")
-    hits = np.cumsum(truth[order])
-    return float((2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])).max())
+    return float(f1_of_highest(truth, values).max())
+
+
+def of_each_count(truth: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return F1 of the highest one, two, ... of all values over the best F1; zeros where nothing is true."""
+    of_highest = f1_of_highest(truth, values)
+    return of_highest / max(of_highest.max(), 1e-9)
 
 
 class Scored(NamedTuple):
@@ -130,12 +140,22 @@ def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, fl
 
 
 def shares(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Return what was measured for each share of defects."""
+    """Return what was measured for each share of defects.
+
+    "Best count" is what would be reached by the number of images that is best for all pools of this share, found with
+    their labels.
+    """
     labels, masks, rows = features["labels"], features["masks"].numpy(), {}
     for share in (*SHARES, None):
         pools = [np.arange(len(labels))] if share is None else [draw(labels, share, seed) for seed in range(DRAWS)]
-        results = [measure(score(model, features, pool), labels[pool], masks[pool]) for pool in pools]
+        results, of_counts = [], []
+        for pool in pools:
+            scored = score(model, features, pool)
+            results.append(measure(scored, labels[pool], masks[pool]))
+            of_counts.append(of_each_count(labels[pool], scored.scores))
         row = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+        if "image" in row:
+            row["image, best count"] = float(np.mean(of_counts, axis=0).max())
         row["most false alarms"] = max(result["false alarms"] for result in results)
         rows["all images" if share is None else f"{share:.0%}"] = row
     return rows
