@@ -17,7 +17,7 @@ _FLOOR = 0.02  # of the scores' 0.99 quantile; less is rounding between equal pa
 _COPY = 2.5  # times the floor, below which all scores of an image that has a copy in the pool lie
 _ALIKE, _FEW_UNLIKE = 0.02, 0.25  # height below which an image has a copy in the pool, and share that may lack one
 # Outliers:
-_CONTRAST = 0.8  # beyond which an image is an outlier
+_CONTRAST = 0.8  # beyond which an image has a clear defect and is an outlier
 _FAR, _NEAR = 3.2, 1.6  # times the lower quartile of the heights, beyond which an image is an outlier, or may be one
 _MOST_NEAR = 0.05  # share of the pool that may be flagged as "may be one"
 # Two groups:
@@ -128,14 +128,13 @@ def are_two_groups(logarithms: Array, heights: Array) -> bool:
         return False
     middles, nine_tenths, tops, peaks = np.quantile(logarithms, (0.5, 0.9, _TOP, 1.0), axis=1)
     both = tops, tops - middles
-    widest = _TOPS if count >= _FEW_IMAGES and num_patches >= _FEW_PATCHES else _TOPS_OF_FEW
-    if min(map(_span, both)) > widest * _usual(peaks - nine_tenths):
-        return True
-    if len(heights) >= _FEWEST_OF_TWO and heights.std() > (_HEIGHTS + _HEIGHTS_OF_FEW / count) * _usual(
-        peaks - middles
-    ):
-        return True
-    return min(map(_separability, both)) > _APART + _APART_OF_FEW / count
+    widest_tops = _TOPS if count >= _FEW_IMAGES and num_patches >= _FEW_PATCHES else _TOPS_OF_FEW
+    widest_heights = _HEIGHTS + _HEIGHTS_OF_FEW / count
+    return bool(
+        min(map(_span, both)) > widest_tops * _usual(peaks - nine_tenths)
+        or (len(heights) >= _FEWEST_OF_TWO and heights.std() > widest_heights * _usual(peaks - middles))
+        or min(map(_separability, both)) > _APART + _APART_OF_FEW / count
+    )
 
 
 def _span(values: Array) -> float:
@@ -192,7 +191,7 @@ def upper_group(values: Array) -> int:
 
 
 def image_threshold(scores: Array, num_anomalous: int) -> float:
-    """Return the threshold that so many of the scores ``(N,)`` exceed; of equal scores all or none exceed it.
+    """Return the threshold that so many of the scores ``(N,)`` exceed; of equal ones all or none do, for 0 none.
 
     Example:
         >>> image_threshold(np.array([0.1, 0.5, 0.9]), 1)
