@@ -67,11 +67,6 @@ def write_products(folder: Path, seeds: range, *, masks: Path | None = None, mas
     return paths
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files, or one process would run them alone at the end."""
-    items.sort(key=lambda item: item.path.name not in {"test_real_data.py", "test_zoo.py"})
-
-
 @pytest.fixture(scope="session")
 def mvtec_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MVTec AD layout, category ``widget``: 4 images for training, 8 good and 4 broken ones for testing."""
