@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from anomalib_musc.lightning_model import MuSc
+    from anomalib_musc.output.prediction_writer import PredictionWriter
+    from anomalib_musc.pool.rescoring import rescore
     from anomalib_musc.post_processor import RsCINPostProcessor
-    from anomalib_musc.prediction_writer import PredictionWriter
-    from anomalib_musc.rescoring import rescore
     from anomalib_musc.torch_model import MuScModel
 
 __all__ = ["MuSc", "MuScModel", "PredictionWriter", "RsCINPostProcessor", "rescore"]
@@ -19,9 +19,9 @@ __all__ = ["MuSc", "MuScModel", "PredictionWriter", "RsCINPostProcessor", "resco
 _HOMES = {
     "MuSc": "lightning_model",
     "MuScModel": "torch_model",
-    "PredictionWriter": "prediction_writer",
+    "PredictionWriter": "output.prediction_writer",
     "RsCINPostProcessor": "post_processor",
-    "rescore": "rescoring",
+    "rescore": "pool.rescoring",
 }
 
 

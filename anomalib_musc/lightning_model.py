@@ -19,18 +19,19 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
-from anomalib_musc.bank import most_normal
-from anomalib_musc.calibration import Calibration
-from anomalib_musc.checkpoints import BankCheckpoint
-from anomalib_musc.checks import check_count, check_writable, unreadable
-from anomalib_musc.exports import BankExport
+from anomalib_musc.compat.checkpoints import BankCheckpoint
+from anomalib_musc.compat.exports import BankExport
+from anomalib_musc.compat.workarounds import MultiLoaderPreProcessor, NoValidationData
+from anomalib_musc.decision.calibration import Calibration
 from anomalib_musc.functional import check_budget
-from anomalib_musc.metrics import PaperEvaluator
-from anomalib_musc.pool import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
-from anomalib_musc.pool_scorer import PoolScorer
-from anomalib_musc.post_processor import RsCINPostProcessor
-from anomalib_musc.prediction_writer import PredictionWriter
-from anomalib_musc.references import (
+from anomalib_musc.functional.arguments import check_count
+from anomalib_musc.memory_bank.bank import most_normal
+from anomalib_musc.metrics.evaluator import PaperEvaluator
+from anomalib_musc.output.files import check_writable
+from anomalib_musc.output.prediction_writer import PredictionWriter
+from anomalib_musc.output.visualizer import FolderVisualizer
+from anomalib_musc.pool.checks import unreadable
+from anomalib_musc.pool.references import (
     FOLDER,
     POOL,
     TRAINING_IMAGES,
@@ -38,8 +39,10 @@ from anomalib_musc.references import (
     find_references,
     no_references,
 )
+from anomalib_musc.pool.scorer import PoolScorer
+from anomalib_musc.pool.source import Pool, PoolSource, as_list, fingerprint, image_names, transform_leaves
+from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.torch_model import MuScModel
-from anomalib_musc.workarounds import FolderVisualizer, MultiLoaderPreProcessor, NoValidationData
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

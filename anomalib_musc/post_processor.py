@@ -9,9 +9,9 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.post_processing import PostProcessor
 
-from anomalib_musc.bank import ReferenceBank
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.rscin import check_windows
+from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.torch_model import PoolPrediction, ReferencePrediction
 
 
@@ -25,7 +25,7 @@ class RsCINPostProcessor(PostProcessor):
         windows: Neighbourhood sizes k, the image itself included: ``(1, 2, 3)`` for MVTec AD and BTAD,
             ``(1, 8, 9)`` for VisA.
         image_threshold: Image score above which an image is anomalous, before normalisation. ``None``: found on
-            validation labels by anomalib, or without labels by :mod:`anomalib_musc.thresholds`.
+            validation labels by anomalib, or without labels by :mod:`anomalib_musc.decision.thresholds`.
         pixel_threshold: Likewise for the values of anomaly maps, from 0 to 2.
         **kwargs: Arguments of anomalib's ``PostProcessor``: normalisation, thresholding and sensitivities.
 

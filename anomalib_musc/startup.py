@@ -37,7 +37,7 @@ class _ReportingLoader:
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         if module.__name__ == _COMMANDS:
-            _import("anomalib_musc.mixed_benchmark")
+            _import("anomalib_musc.compat.mixed_benchmark")
             return
         _loaded.add(module.__name__)
         if _loaded.issuperset(trigger for trigger in _TRIGGERS if trigger in sys.modules):

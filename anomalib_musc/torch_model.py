@@ -12,10 +12,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.base import resolve_image_size
-from anomalib_musc.bank import ReferenceBank, most_normal
-from anomalib_musc.checks import check_count
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
+from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.functional.layer_scoring import least_memory
+from anomalib_musc.memory_bank.bank import ReferenceBank, most_normal
 
 _SIGNS = 20
 MIN_SUBSET = 5  # below it, a fraction of 0.3 of the others is no image

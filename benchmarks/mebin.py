@@ -16,7 +16,7 @@ from anomalib.post_processing.mebin import mebin_binarize
 from same_features import choose_backbone
 from thresholds import Scored, add_to_json, best_f1, draw, extract, f1, product_parser, score
 
-from anomalib_musc.thresholds import pixel_threshold
+from anomalib_musc.decision.thresholds import pixel_threshold
 
 POOLS = {"all images": None, "10%": 0.1, "30%": 0.3, "0%": 0.0}
 

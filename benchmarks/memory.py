@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from mutual_scoring import processor, resident
 
+from anomalib_musc.distances.storage import budget_in_bytes
 from anomalib_musc.functional import layer_scores
-from anomalib_musc.functional.memory import budget_in_bytes
 
 CHANNELS, SIDE = 192, 14
 GROWTH = (250, 500, 1000, 2000)  # images, with the default budget

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_musc.distances.products import EightBitProduct
 from anomalib_musc.functional import Precision, layer_scores, mutual_scores
-from anomalib_musc.functional.products import EightBitProduct
 
 SIZES = ((16, 1369, 1024), (64, 256, 768), (32, 1024, 384))  # images, patches, channels
 DEGREES = (1, 3, 5)

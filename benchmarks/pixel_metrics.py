@@ -22,7 +22,7 @@ from anomalib.data import ImageBatch
 from anomalib.metrics import AnomalibMetric, BinaryPrecisionRecallCurve
 from torch.nn.functional import interpolate
 
-from anomalib_musc.metrics import PaperEvaluator
+from anomalib_musc.metrics.evaluator import PaperEvaluator
 
 NAMES = ("AUROC", "F1Max", "AveragePrecision", "AUPRO")
 BATCH_SIZE = 32

@@ -22,7 +22,7 @@ from mutual_scoring import processor
 from torch import nn
 
 from anomalib_musc import MuSc
-from anomalib_musc.bank import ReferenceBank
+from anomalib_musc.memory_bank.bank import ReferenceBank
 
 BACKBONE, SIDE = "vit_small_patch14_dinov2", 224
 BANKS = (4, 16, 64)

@@ -18,8 +18,8 @@ from anomalib.data import MVTecAD
 from same_features import choose_backbone
 
 from anomalib_musc import MuSc, MuScModel
+from anomalib_musc.decision.thresholds import count_anomalous, image_threshold, pixel_threshold
 from anomalib_musc.functional import lnamd, rscin
-from anomalib_musc.thresholds import count_anomalous, image_threshold, pixel_threshold
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 DRAWS = 40

@@ -53,6 +53,10 @@ def product(seed: int, *, defect: bool = False) -> tuple[np.ndarray, np.ndarray]
     return image.clip(0, 255).astype(np.uint8), mask
 
 
+def grey(seed: int, *, defect: bool = False) -> np.ndarray:
+    return cv2.cvtColor(product(seed, defect=defect)[0], cv2.COLOR_RGB2GRAY)
+
+
 def write_products(folder: Path, seeds: range, *, masks: Path | None = None, mask_name: str = "{}.png") -> list[Path]:
     """Write one picture a seed; broken ones if ``masks`` says where their masks go."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,11 @@ import torch
 from anomalib import LearningType
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
+from commands import SMALL, TINY, anomalib
 from conftest import OwnBackbone
 from lightning import Trainer
+from runs import assert_same, by_path, datamodule
 from safetensors.torch import save_file
-from test_cli import SMALL, anomalib
-from test_engine import assert_same, by_path, datamodule
-from test_reference import TINY
 
 from anomalib_musc import MuSc, PredictionWriter
 from anomalib_musc.backbones import create_backbone

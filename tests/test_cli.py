@@ -1,39 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """anomalib's own command line, in processes of its own, as a user types it."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from anomalib.cli import AnomalibCLI
+from commands import SMALL, anomalib, metric
 
 from anomalib_musc import MuSc
 from anomalib_musc.backbones import ALIASES
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
 CONFIGS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (ROOT / "configs").rglob("*.yaml")
     if path.parent.name != "benchmark"  # which anomalib-musc reads
 )
-
-
-def anomalib(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``anomalib ...`` with the installed entry point."""
-    command = [str(Path(sys.executable).with_name("anomalib")), *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "200", **environment}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
-
-
-def metric(output: str, name: str) -> float:
-    """Read a metric off the table that Lightning prints."""
-    found = re.search(rf"{name}\W+([0-9.]+)", output)
-    assert found, output
-    return float(found.group(1))
 
 
 def test_the_literal_command(tmp_path, mvtec_root):

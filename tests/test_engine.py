@@ -9,52 +9,15 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from anomalib.data import BTech, Folder, ImageBatch, ImageItem, MVTecAD, PredictDataset, Visa
+from anomalib.data import BTech, Folder, ImageBatch, PredictDataset, Visa
 from anomalib.engine import Engine
 from anomalib.post_processing import MEBinPostProcessor, PostProcessor
 from conftest import SIDE, OwnBackbone, product, write_products
-from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from torch.utils.data import DataLoader, Dataset
+from runs import PathlessDataset, Predictions, Recorder, assert_same, by_path, datamodule, predict_loader
+from torch.utils.data import DataLoader
 
 from anomalib_musc import MuSc, RsCINPostProcessor
-
-Predictions = dict[str, tuple[float, torch.Tensor]]
-
-
-class Recorder(Callback):
-    """Keep every batch that leaves a step, as it is when all callbacks have seen it."""
-
-    def __init__(self) -> None:
-        self.batches = []
-
-    def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):  # noqa: ARG002
-        self.batches.append(outputs)
-
-
-def datamodule(root: Path, **kwargs) -> MVTecAD:
-    return MVTecAD(root=root, category="widget", **{"num_workers": 0, **kwargs})
-
-
-def by_path(batches: list[ImageBatch]) -> Predictions:
-    """Image score and anomaly map of every image."""
-    return {
-        path: (score.item(), anomaly_map)
-        for batch in batches
-        for path, score, anomaly_map in zip(batch.image_path, batch.pred_score, batch.anomaly_map, strict=True)
-    }
-
-
-def assert_same(ours: Predictions, theirs: Predictions, tolerance: float = 5e-5) -> None:
-    assert ours.keys() == theirs.keys()
-    for path, (score, anomaly_map) in ours.items():
-        assert score == pytest.approx(theirs[path][0], abs=tolerance), path
-        torch.testing.assert_close(anomaly_map, theirs[path][1], atol=tolerance, rtol=0)
-
-
-def predict_loader(folder: Path, **kwargs) -> DataLoader:
-    dataset = PredictDataset(folder)
-    return DataLoader(dataset, collate_fn=dataset.collate_fn, **kwargs)
 
 
 @pytest.fixture
@@ -175,20 +138,6 @@ def test_a_datasets_thresholds_outlive_validation(mvtec_root, folder, own_backbo
     engine.predict(model, data_path=folder)
     assert model.post_processor.image_threshold.item() == threshold
     assert not np.isnan(threshold)
-
-
-class PathlessDataset(Dataset):
-    """A user's own dataset, whose items have no path."""
-
-    def __init__(self, paths: list[Path]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> ImageItem:
-        image = cv2.imread(str(self.paths[index]))[..., ::-1].copy()
-        return ImageItem(image=torch.from_numpy(image).permute(2, 0, 1) / 255)
 
 
 def test_images_without_paths_are_told_apart_by_content(folder, own_backbone, make_engine, reference):

@@ -11,13 +11,13 @@ from anomalib.data import PredictDataset
 from anomalib.data.utils import read_image
 from anomalib.deploy import CompressionType, ExportType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
-from test_engine import datamodule
+from runs import datamodule
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Resize
 
 from anomalib_musc import MuSc
-from anomalib_musc.exportable_resize import resize_weights
-from anomalib_musc.workarounds import MultiLoaderPreProcessor
+from anomalib_musc.compat.exportable_resize import resize_weights
+from anomalib_musc.compat.workarounds import MultiLoaderPreProcessor
 
 TINY = {"backbone": "test_vit", "pretrained": False, "image_size": 64}
 SIZES = [(64, 64), (256, 256), (300, 150), (97, 211), (32, 48)]  # (width, height); the input is 64 x 64

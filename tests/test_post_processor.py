@@ -5,7 +5,7 @@ import pytest
 import torch
 from anomalib.engine import Engine
 from conftest import OwnBackbone, write_products
-from test_engine import assert_same, by_path, datamodule
+from runs import assert_same, by_path, datamodule
 
 from anomalib_musc import MuSc, RsCINPostProcessor
 from anomalib_musc.functional import rscin

@@ -12,16 +12,14 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
+from commands import SMALL, TINY, anomalib, metric
 from conftest import OwnBackbone, write_products
-from test_cli import SMALL, anomalib, metric
-from test_engine import assert_same, by_path, datamodule, predict_loader
+from runs import assert_same, by_path, datamodule, predict_loader
 from torchvision.transforms.v2 import RandomRotation
 
 from anomalib_musc import MuSc, MuScModel
-from anomalib_musc.bank import most_normal
 from anomalib_musc.functional import lnamd, mutual_scores, reference_scores, rscin_by_references
-
-TINY = {"backbone": "test_vit", "pretrained": False, "image_size": 64}
+from anomalib_musc.memory_bank.bank import most_normal
 
 
 def maps(num_images: int, seed: int = 0) -> torch.Tensor:

@@ -25,9 +25,9 @@ from anomalib_musc.benchmark.config import Cell, identify_files, instantiate, in
 from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
 from anomalib_musc.benchmark.resources import PeakMemory, describe, timed, versions
-from anomalib_musc.files import whole_file
 from anomalib_musc.functional import rscin
-from anomalib_musc.rescoring import image_features
+from anomalib_musc.output.files import whole_file
+from anomalib_musc.pool.rescoring import image_features
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from anomalib_musc.benchmark.records import Record, Store
 from anomalib_musc.benchmark.report import write_report
 from anomalib_musc.benchmark.summary import rows_of
 from anomalib_musc.benchmark.tables import write_csv, write_markdown
-from anomalib_musc.checks import check_writable
-from anomalib_musc.workarounds import winclip_fault
+from anomalib_musc.compat.workarounds import winclip_fault
+from anomalib_musc.output.files import check_writable
 
 logger = logging.getLogger(__name__)
 

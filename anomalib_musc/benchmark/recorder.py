@@ -10,8 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.benchmark.records import Predictions
-from anomalib_musc.metrics import Ranking
-from anomalib_musc.ranking import aupro, auroc, average_precision, f1_max, pro_curve
+from anomalib_musc.metrics.evaluator import Ranking
+from anomalib_musc.metrics.ranking import aupro, auroc, average_precision, f1_max, pro_curve
 
 _SIDE = 160  # of the small maps
 

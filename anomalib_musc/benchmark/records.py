@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from anomalib_musc.files import whole_file
+from anomalib_musc.output.files import whole_file
 
 METRICS = {
     "image_auroc": "image AUROC",

@@ -9,7 +9,7 @@ from pathlib import Path
 from anomalib_musc.benchmark.published import published_rows
 from anomalib_musc.benchmark.records import METRICS, Record
 from anomalib_musc.benchmark.summary import MEAN, Row, best_of, with_rscin
-from anomalib_musc.files import whole_file
+from anomalib_musc.output.files import whole_file
 
 _COLUMNS = ["dataset", "category", "model", "seed", *METRICS, "setup_s", "fit_s", "test_s", "rscin_s"]
 _COLUMNS += ["images_per_second", "num_train", "num_test", "map_height", "map_width", "peak_host_bytes"]

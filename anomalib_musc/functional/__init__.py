@@ -12,10 +12,10 @@ Unlabeled Images", ICLR 2024, https://arxiv.org/abs/2401.16753.
 and :func:`rscin_by_references` are steps 2 and 3 against a bank of reference images, for one image at a time.
 """
 
-from anomalib_musc.functional.comparison import Precision, check_precision
+from anomalib_musc.distances.comparison import Precision, check_precision
+from anomalib_musc.distances.storage import check_budget
 from anomalib_musc.functional.layer_scoring import check_degrees, layer_scores
 from anomalib_musc.functional.lnamd import lnamd
-from anomalib_musc.functional.memory import check_budget
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
 from anomalib_musc.functional.reference_scoring import reference_scores
 from anomalib_musc.functional.rscin import reference_scale, rscin, rscin_by_references

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from anomalib_musc.functional.comparison import Precision, make_comparison
+from anomalib_musc.distances.comparison import Precision, make_comparison
+from anomalib_musc.distances.scheduling import Workload
+from anomalib_musc.distances.storage import release
+from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_maps, tile_of_vectors
 from anomalib_musc.functional.lnamd import lnamd, normalize_map
-from anomalib_musc.functional.memory import release
 from anomalib_musc.functional.mutual_scoring import average_interval, check_pool
-from anomalib_musc.functional.scheduling import Workload
-from anomalib_musc.functional.tiles import CancellingWindowsError, Tile, tile_of_maps, tile_of_vectors
 
 
 def layer_scores(

@@ -6,9 +6,9 @@ from numbers import Real
 
 import torch
 
-from anomalib_musc.functional.comparison import Precision, make_comparison
-from anomalib_musc.functional.scheduling import Workload, average_distances
-from anomalib_musc.functional.tiles import Tile, tile_of_vectors
+from anomalib_musc.distances.comparison import Precision, make_comparison
+from anomalib_musc.distances.scheduling import Workload, average_distances
+from anomalib_musc.distances.tiles import Tile, tile_of_vectors
 
 
 def mutual_scores(

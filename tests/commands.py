@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands in a process of their own, and the tables that they write."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+TINY = {"backbone": "test_vit", "pretrained": False, "image_size": 64}
+SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
+
+
+def anomalib(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``anomalib ...`` with the installed entry point."""
+    command = [str(Path(sys.executable).with_name("anomalib")), *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200", **environment}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False)
+
+
+def metric(output: str, name: str) -> float:
+    """Read a metric off the table that Lightning prints."""
+    found = re.search(rf"{name}\W+([0-9.]+)", output)
+    assert found, output
+    return float(found.group(1))
+
+
+def read_table(root: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of the one ``predictions.csv`` beneath a folder by file name."""
+    (table,) = root.rglob("predictions.csv")
+    with table.open(newline="", encoding="utf-8") as file:
+        return {Path(row["path"]).name: row for row in csv.DictReader(file)}

@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A budget of memory decides where things are held, and changes no result."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from runs import assert_same, by_path, predict_loader
+from torch.testing import assert_close
+
+from anomalib_musc import MuSc
+from anomalib_musc.distances.scheduling import make_plan
+from anomalib_musc.distances.storage import GIB, MemoryBudgetError, file_tensor, free_host_memory, release
+from anomalib_musc.functional import layer_scores, mutual_scores
+from anomalib_musc.functional.layer_scoring import _workloads, least_memory
+from anomalib_musc.pool.feature_store import FeatureStore
+
+CPU = torch.device("cpu")
+DEGREES = (1, 3)
+FACTORS = (1, 1.2, 2, 3, 5, 20, 1000)  # of the least budget
+
+
+def maps(num_images: int, channels: int, height: int = 6, width: int = 5) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(channels)
+    common = torch.randn(1, channels, height, width, generator=generator)
+    return common + torch.randn(num_images, channels, height, width, generator=generator)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("channels", [24, 256], ids=["a product for each degree", "one product for all degrees"])
+def test_a_budget_changes_nothing(channels, precision):
+    features = maps(13, channels)
+    expected = layer_scores(features, DEGREES, precision=precision)
+    least = least_memory(features.shape, DEGREES, precision, CPU) / GIB
+    for factor in FACTORS:
+        scores = layer_scores(features, DEGREES, precision=precision, memory_budget=least * factor)
+        assert_close(scores, expected, rtol=0, atol=2e-6)
+    by_equations = sum(oracle.mutual_scores(oracle.lnamd(features.numpy(), degree), (0, 0.3)) for degree in DEGREES)
+    atol = 1e-4 if precision == "exact" else 4e-3
+    assert_close(expected.double(), torch.from_numpy(by_equations) / 2, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("channels", [24, 256])
+def test_budgets_lead_to_every_kind_of_plan(channels):
+    (workload, *_) = _workloads((13, channels, 6, 5), DEGREES, "exact", torch.empty(0))
+    plans = [make_plan(workload, workload.least_bytes * factor / GIB) for factor in FACTORS]
+    assert plans[0].home is None  # a file
+    assert plans[0].tile == plans[0].chunk == 1
+    assert plans[-1].home == CPU
+    assert plans[-1].tile == plans[-1].chunk == plans[-1].sorted_at_once == 13
+    assert any(1 < plan.tile < 13 for plan in plans)
+
+
+def test_no_plan_exceeds_its_budget():
+    for shape in [(40, 256, 28, 28), (20, 64, 28, 28), (2000, 8, 4, 4), (9, 1024, 37, 37), (3, 8, 1, 1)]:
+        for workload in _workloads(shape, DEGREES, "exact", torch.empty(0)):
+            for factor in (1, 1.01, 1.1, 1.3, 1.7, 2.5, 4, 10, 100):
+                budget = workload.least_bytes * factor
+                plan = make_plan(workload, budget / GIB)
+                held = plan.chunk * workload.bytes_of_pair + workload.bytes_of_loading
+                distances = shape[0] ** 2 if plan.home else 2 * plan.tile**2
+                tiles = plan.tile if plan.tile == shape[0] else 2 * plan.tile
+                comparing = tiles * workload.bytes_of_image + distances * workload.bytes_of_distances
+                kept = distances * workload.bytes_of_distances if plan.home else 0
+                sorting = kept + plan.sorted_at_once * workload.bytes_of_sorting
+                assert held + max(comparing, sorting) <= budget * 1.001, (shape, factor, plan)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_too_small_a_budget_names_the_least_that_would_do(precision):
+    features = torch.nn.functional.normalize(maps(7, 8).flatten(2).mT, dim=-1)
+    with pytest.raises(MemoryBudgetError, match=r"memory_budget must be at least 0.001 GiB .* got 0.000") as caught:
+        mutual_scores(features, precision=precision, memory_budget=1e-9)
+    least = caught.value.least / GIB
+    with pytest.raises(MemoryBudgetError):
+        mutual_scores(features, precision=precision, memory_budget=0.999 * least)
+    scores = mutual_scores(features, precision=precision, memory_budget=least)
+    assert_close(scores, mutual_scores(features, precision=precision), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf")])
+def test_a_budget_is_a_positive_number(budget, own_backbone):
+    with pytest.raises(ValueError, match="memory_budget must be a positive number of GiB"):
+        mutual_scores(torch.ones(3, 4, 2), memory_budget=budget)
+    with pytest.raises(ValueError, match="memory_budget must be a positive number of GiB"):
+        MuSc(own_backbone, memory_budget=budget)
+
+
+def test_a_tensor_in_a_file_is_a_tensor():
+    tensor = file_tensor((3, 4), torch.float32)
+    tensor.copy_(torch.arange(12.0).view(3, 4))
+    release(tensor[1:])
+    assert tensor.sum() == 66
+    release(torch.ones(3))  # which is in no file
+
+
+def test_free_memory_is_that_of_this_machine():
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 2**26 < free_host_memory() < pages
+
+
+SCRIPT = """
+    import os, resource, signal, sys, threading
+    from pathlib import Path
+    import torch
+    from anomalib_musc.functional import mutual_scores
+    from anomalib_musc.distances.storage import GIB
+
+    torch.set_num_threads(1)
+    features = torch.nn.functional.normalize(torch.randn(150, 256, 32), dim=-1)
+    mutual_scores(features[:4])  # loads what the libraries load once
+    BUDGET = 48 * 2**20
+"""
+
+
+def run(script: str, temporary: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    code = textwrap.dedent(SCRIPT) + textwrap.dedent(script)
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
+def test_the_peak_stays_within_the_budget(tmp_path):
+    done = run(
+        """
+        def status(field):
+            return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        mutual_scores(features, memory_budget=BUDGET / GIB)
+        print((status("VmHWM") - before) / BUDGET)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 0.3 < float(done.stdout) < 1.1
+
+
+def test_a_kill_leaves_nothing_behind(tmp_path):
+    done = run(
+        """
+        def kill(pairs):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        mutual_scores(features, memory_budget=BUDGET / GIB, progress=kill)
+        """,
+        tmp_path,
+    )
+    assert done.returncode == -9
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def interrupt(_pairs: int) -> None:
+        raise KeyboardInterrupt
+
+    features = maps(13, 24)
+    least = least_memory(features.shape, DEGREES, "exact", CPU) / GIB
+    with pytest.raises(KeyboardInterrupt):
+        layer_scores(features, DEGREES, memory_budget=least, progress=interrupt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_for_files_is_said_before_the_work(tmp_path):
+    done = run(
+        """
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        mutual_scores(features, memory_budget=BUDGET / GIB, progress=lambda pairs: print("worked"))
+        """,
+        tmp_path,
+    )
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("OSError")
+    assert "TMPDIR" in message
+    assert str(tmp_path) in message
+    assert "worked" not in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("num_images", [12, None], ids=["known", "unknown"])
+@pytest.mark.parametrize("budget", [1.0, 2e-5], ids=["memory", "file"])
+def test_features_are_kept_whole(num_images, budget):
+    layers = [maps(12, 8), maps(12, 3, 2, 2)]
+    batches = [[layer[:5] for layer in layers], [layer[5:10] for layer in layers], [layer[10:] for layer in layers]]
+    store = FeatureStore(budget, batches[0], num_images, least=0)
+    for batch in batches:
+        store.append(batch)
+    assert_close(store.layers, layers, rtol=0, atol=0)
+    spent = budget - store.remaining_budget
+    assert (spent < 1e-8) == (budget < 1)
+
+
+def test_features_of_unknown_number_stay_within_half_the_budget_as_they_grow():
+    batch = [torch.zeros(8, 64, 8, 8)]  # 128 KiB
+    room = 4 * batch[0].nbytes  # in memory: half the budget
+    store = FeatureStore(2 * room / GIB, batch, None, least=0)
+    store.append(batch)
+    assert store.remaining_budget < 2 * room / GIB
+    store.append(batch)  # grows to 32 images, the room's, while there are the 8 of before
+    assert store.remaining_budget == 2 * room / GIB
+
+
+def test_musc_within_a_budget(folder, own_backbone, make_engine):
+    reference = by_path(make_engine().predict(MuSc(own_backbone), dataloaders=predict_loader(folder)))
+    model = MuSc(own_backbone, memory_budget=7e-4)
+    assert_same(by_path(make_engine().predict(model, dataloaders=predict_loader(folder))), reference)
+
+
+def test_musc_in_too_small_a_budget_stops_after_one_batch(folder, own_backbone, make_engine):
+    model = MuSc(own_backbone, memory_budget=1e-6)
+    with pytest.raises(MemoryBudgetError, match="memory_budget must be at least"):
+        make_engine().predict(model, dataloaders=predict_loader(folder, batch_size=2))
+    assert own_backbone.num_images == 2
