@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures and maps as the review page holds them: JPEGs, and grids of 8 bits."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_musc.output.review.records import Card
+
+# With at most three small thumbnails of other pages a card, 2,000 cards take
+# 2000 x (30 + 3 x 3 + 4) kB x 4/3 for base64 = 115 MB at the very most.
+SIDE, MAX_BYTES = 512, 30_000
+SMALL_SIDE, SMALL_MAX_BYTES = 128, 3_000
+MAX_GRID = 64
+
+_QUALITIES = (85, 75, 60, 45)
+_FORMATS = {"JPEG", "PNG", "BMP", "GIF", "WEBP"}  # which every browser shows
+_ORIENTATION = 0x0112  # of EXIF; anomalib leaves the pixels as they are stored, where a browser turns them
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image as the page holds it.
+
+    Attributes:
+        jpeg: A JPEG file, empty where the image cannot be read.
+        size: (width, height) of the original.
+        uri: Where a browser finds an original that it shows as anomalib reads it; "" where there is none.
+    """
+
+    jpeg: bytes
+    size: tuple[int, int]
+    uri: str = ""
+
+
+def encode_thumbnail(image: Image.Image | np.ndarray, side: int = SIDE, max_bytes: int = MAX_BYTES) -> bytes:
+    """Return an image as a small JPEG file in its own proportions.
+
+    Args:
+        image: A picture; or RGB ``(H, W, 3)`` or grey ``(H, W)``, uint8.
+        side: Its longer side in pixels at most; it is not enlarged.
+        max_bytes: The file's size at most: its quality is lowered to 45, then its side.
+
+    Example:
+        >>> jpeg = encode_thumbnail(np.zeros((100, 400, 3), np.uint8), side=64)
+        >>> Image.open(io.BytesIO(jpeg)).size
+        (64, 16)
+    """
+    picture = _to_8_bits(image if isinstance(image, Image.Image) else Image.fromarray(image))
+    while True:
+        picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+        for quality in _QUALITIES:
+            file = io.BytesIO()
+            picture.save(file, "JPEG", quality=quality)
+            if file.tell() <= max_bytes or max(picture.size) <= 8:
+                return file.getvalue()
+        side = max(picture.size) * 3 // 4
+
+
+def picture_of(card: Card) -> Picture:
+    """Return a card's image; its file is opened only where the card holds none."""
+    if isinstance(card.image, bytes):
+        return Picture(card.image, card.size or Image.open(io.BytesIO(card.image)).size)
+    if card.image is not None:
+        height, width = card.image.shape[:2]
+        return Picture(encode_thumbnail(card.image), card.size or (width, height))
+    try:
+        with Image.open(card.path) as image:
+            size, mode = image.size, image.mode
+            is_as_shown = image.format in _FORMATS and image.getexif().get(_ORIENTATION, 1) == 1
+            image.draft("RGB", (2 * SIDE, 2 * SIDE))  # JPEG alone: decoded at a fraction of its size
+            jpeg = encode_thumbnail(image)
+    except (OSError, ValueError, Image.DecompressionBombError):  # gone since it was predicted
+        return Picture(b"", card.size or (1, 1))
+    uri = Path(card.path).absolute().as_uri() if is_as_shown and not _is_deep(mode) else ""
+    return Picture(jpeg, card.size or size, uri)
+
+
+def shrink(jpeg: bytes) -> bytes:
+    """Return a thumbnail's small version, which stands for it on other pages."""
+    return encode_thumbnail(Image.open(io.BytesIO(jpeg)), SMALL_SIDE, SMALL_MAX_BYTES) if jpeg else b""
+
+
+def quantise(anomaly_map: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """Return a map in 8 bits, and the values that 0 and 255 stand for.
+
+    Those are the map's own extremes rather than the pool's: one image far above all others takes no steps from them.
+
+    Args:
+        anomaly_map: Shape ``(h, w)``.
+
+    Returns:
+        uint8 of the same shape, or of one of at most 64 x 64 by the maximum over cells; lowest value; highest value.
+
+    Example:
+        >>> quantise(np.array([[1.0, 2.0], [3.0, 1.5]]))[0].tolist()
+        [[0, 128], [255, 64]]
+    """
+    grid = torch.from_numpy(np.ascontiguousarray(anomaly_map, dtype=np.float64))
+    if max(grid.shape) > MAX_GRID:
+        grid = F.adaptive_max_pool2d(grid[None], [min(side, MAX_GRID) for side in grid.shape])[0]
+    low, high = grid.min().item(), grid.max().item()
+    levels = (grid - low) / (high - low) * 255 if high > low else torch.zeros_like(grid)
+    return levels.round().to(torch.uint8).numpy(), low, high
+
+
+def _is_deep(mode: str) -> bool:
+    """Return whether a mode of Pillow's is grey of more than 8 bits."""
+    return mode in {"I", "F"} or mode.startswith("I;16")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Return a copy in RGB or grey of 8 bits; of more bits, the brightest value is white."""
+    if _is_deep(image.mode):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
+        return Image.fromarray((values / max(values.max(), 1e-9) * 255).astype(np.uint8))
+    return image.copy() if image.mode in {"L", "RGB"} else image.convert("RGB")
