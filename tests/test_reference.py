@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import RandomRotation
 
 from anomalib_musc import MuSc, MuScModel
 from anomalib_musc.functional import lnamd, mutual_scores, reference_scores, rscin_by_references
-from anomalib_musc.memory_bank.bank import most_normal
+from anomalib_musc.memory_bank.coreset import select_coreset
 
 
 def maps(num_images: int, seed: int = 0) -> torch.Tensor:
@@ -135,9 +135,9 @@ def test_references_that_score_alike_do_not_blow_scores_up():
 def test_the_bank_is_normal_and_diverse():
     scores = torch.tensor([0.1, 0.2, 0.2, 0.3, 0.9, 0.8, 0.7, 0.9])
     tokens = torch.tensor([[0.0], [0.1], [5.0], [9.0], [50.0], [60.0], [70.0], [80.0]])
-    assert most_normal(scores, tokens, 2) == [0, 3]
-    assert most_normal(scores, tokens, 3) == [0, 2, 3]
-    assert len(most_normal(scores, tokens, 6)) == 6
+    assert select_coreset(scores, tokens, 2) == [0, 3]
+    assert select_coreset(scores, tokens, 3) == [0, 2, 3]
+    assert len(select_coreset(scores, tokens, 6)) == 6
 
 
 # --- without Engine ------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from anomalib_musc.benchmark.gallery import Ranking, gallery, rankings_of
 from anomalib_musc.benchmark.published import Published, published_rows
 from anomalib_musc.benchmark.records import METRICS, Record, Store
 from anomalib_musc.benchmark.summary import MEAN, Row, best_of
-from anomalib_musc.output.files import whole_file
+from anomalib_musc.output.files import atomic_write
 
 # Over how many categories published means are.
 _ALL_CATEGORIES = {"MVTec AD": 15, "VisA": 12, "BTAD": 3, "MVTec 3D-AD": 10}
@@ -60,7 +60,7 @@ def write_report(path: Path, title: str, rows: list[Row], records: list[Record],
 </body>
 </html>
 """
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from anomalib_musc.decision.thresholds import count_anomalous, image_threshold, pixel_threshold
 from anomalib_musc.functional import reference_scale
 from anomalib_musc.memory_bank.bank import ReferenceBank
-from anomalib_musc.pool.source import Pool
+from anomalib_musc.pool.pool import Pool
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.torch_model import MuScModel
 
@@ -40,11 +40,16 @@ class Calibration:
             names = [name for level in levels for name in (f"{level}_min", f"{level}_max", f"_{level}_threshold")]
             post_processor.load_state_dict(dict.fromkeys(names, unknown), strict=False)
 
-    def find_on_pools(self, post_processor: Any, pools: Sequence[Pool]) -> None:
-        """Find what labels have not given, each time anew, as the pools may be others than before."""
-        if isinstance(post_processor, PostProcessor):
-            self.without_labels |= _uncalibrated(post_processor)
-            calibrate_on_pool(post_processor, pools, self.without_labels)
+    def find_on_pools(self, post_processor: Any, pools: Sequence[Pool]) -> tuple[Pool, ...]:
+        """Find what labels have not given, each time anew, as the pools may be others than before.
+
+        Returns:
+            The pools, with image scores to which one threshold applies.
+        """
+        if not isinstance(post_processor, PostProcessor):
+            return tuple(pools)
+        self.without_labels |= _uncalibrated(post_processor)
+        return calibrate_on_pool(post_processor, pools, self.without_labels)
 
     def find_on_bank(self, post_processor: Any, model: MuScModel, *, may_hold_defects: bool) -> None:
         """Find what labels have not given, and anew what was found on another bank."""
@@ -73,8 +78,10 @@ def _uncalibrated(post_processor: PostProcessor) -> frozenset[str]:
     return frozenset(level for level in LEVELS if bool(state[name.format(level)].isnan()))
 
 
-def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]) -> None:
-    """Normalise and threshold without labels, by what the pools say of themselves.
+def calibrate_on_pool(
+    post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]
+) -> tuple[Pool, ...]:
+    """Normalise and threshold without labels, by the pools' own scores.
 
     Where there are several, the image scores of each are moved so that its own threshold is that of all: they may be of
     different products, and the oddest image of a good pool is no defect.
@@ -83,10 +90,14 @@ def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], leve
         post_processor: anomalib's or ours.
         pools: The scored pools.
         levels: Which of "image" and "pixel" to calibrate.
+
+    Returns:
+        The pools with their image scores moved.
     """
     patch_scores = [pool.patch_scores.flatten(1).cpu().double().numpy() for pool in pools]
     if "image" in levels:
-        threshold = _agree([(pool, count_anomalous(values)) for pool, values in zip(pools, patch_scores, strict=True)])
+        counts = [count_anomalous(values) for values in patch_scores]
+        pools, threshold = _with_one_threshold(pools, counts)
     scores = torch.cat([pool.scores for pool in pools]).cpu()
     if "image" in levels:
         _load(post_processor, "image", scores.min(), scores.max(), threshold)
@@ -96,17 +107,19 @@ def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], leve
         highest = max(pool.raw_scores.max().item() for pool in pools)  # of the maps, whose rounding is another
         threshold = pixel_threshold(every_patch, is_anomalous.numpy()) if is_anomalous.any() else highest
         _load(post_processor, "pixel", every_patch.min(), highest, threshold)
+    return tuple(pools)
 
 
-def _agree(pools: Sequence[tuple[Pool, int]]) -> float:
-    """Move the scores of pools, of which so many images are anomalous, to one threshold; return it."""
-    distinct = {id(pool): (pool, count) for pool, count in pools}.values()
-    thresholds = [image_threshold(pool.scores.cpu().double().numpy(), count) for pool, count in distinct]
+def _with_one_threshold(pools: Sequence[Pool], counts: Sequence[int]) -> tuple[list[Pool], float]:
+    """Move the scores of pools, of which so many images each are anomalous, to one threshold; return it, too."""
+    pairs = zip(pools, counts, strict=True)
+    thresholds = [image_threshold(pool.scores.cpu().double().numpy(), count) for pool, count in pairs]
     highest = max(thresholds)
-    for (pool, _), threshold in zip(distinct, thresholds, strict=True):
-        if threshold != highest:
-            pool.scores = pool.scores - threshold + highest
-    return highest
+    moved = [
+        pool if threshold == highest else pool.with_scores(pool.scores - threshold + highest)
+        for pool, threshold in zip(pools, thresholds, strict=True)
+    ]
+    return moved, highest
 
 
 def calibrate_on_bank(

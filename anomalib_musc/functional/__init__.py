@@ -19,6 +19,7 @@ from anomalib_musc.functional.lnamd import lnamd
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
 from anomalib_musc.functional.reference_scoring import reference_scores
 from anomalib_musc.functional.rscin import reference_scale, rscin, rscin_by_references
+from anomalib_musc.functional.subsets import split_into_subsets
 
 __all__ = [
     "Precision",
@@ -33,4 +34,5 @@ __all__ = [
     "reference_scores",
     "rscin",
     "rscin_by_references",
+    "split_into_subsets",
 ]

@@ -34,9 +34,9 @@ def few_images(num_images: int, num_references: int = 0) -> str:
     )
 
 
-def check_readable(paths: Sequence[Path]) -> None:
-    """Raise a ValueError that names the files whose pixels cannot be decoded."""
-    faults = {path: reason for path in paths if (reason := find_fault(path, decode=True))}
+def check_readable(paths: Sequence[Path], *, decode: bool = False) -> None:
+    """Raise a ValueError that names the files which are no images, see :func:`find_fault`."""
+    faults = {path: reason for path in paths if (reason := find_fault(path, decode=decode))}
     if faults:
         raise unreadable(faults, len(paths))
 
@@ -64,18 +64,21 @@ def find_fault(path: Path, *, decode: bool = False) -> str | None:
         decode: Whether to decode all pixels. PNG and JPEG tell without it whether they are whole.
     """
     try:
-        if path.stat().st_size == 0:
-            return "empty file"
         with Image.open(path) as image:
             if decode or not _is_whole(path, image.format):
                 image.load()
             else:
                 image.verify()
-    except UnidentifiedImageError:
-        return "not an image"
     except Exception as error:  # Pillow's decoders raise whatever they like on broken files
-        return f"{type(error).__name__}: {error}"
+        return describe_fault(path, error)
     return None
+
+
+def describe_fault(path: Path, error: Exception) -> str:
+    """Say in a few words why Pillow could not read a file."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image" if path.stat().st_size else "empty file"
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_whole(path: Path, image_format: str | None) -> bool:

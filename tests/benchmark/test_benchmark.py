@@ -587,7 +587,7 @@ class TestRescore:
         musc = MuSc(own_backbone, visualizer=False)
         make_engine().predict(musc, data_path=folder)
         found = rescore(plain, own_backbone)
-        assert found.tolist() == pytest.approx(musc._pools[0].scores.tolist(), abs=1e-6)
+        assert found.tolist() == pytest.approx(musc.pools[0].scores.tolist(), abs=1e-6)
 
     def test_wrong_predictions_are_named(self, folder, own_backbone, tmp_path):
         path = next(folder.rglob("*.png"))

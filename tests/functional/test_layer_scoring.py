@@ -2,13 +2,13 @@
 """`layer_scores`, which shares work between degrees, and the fast precision, against the equations."""
 
 import functools
-from seeded import assert_close, randn, to_numpy, unit
 
 import golden
 import numpy as np
 import oracle
 import pytest
 import torch
+from seeded import assert_close, randn, to_numpy, unit
 
 from anomalib_musc.distances.products import EightBitProduct, ExactProduct, _convolve, is_convolution_faster
 from anomalib_musc.functional import layer_scores, lnamd, mutual_scores

@@ -171,7 +171,7 @@ class NamedWriter(PredictionWriter):
     """A user's own kind of writer."""
 
 
-def test_a_users_own_writer_takes_the_place_of_the_default(folder, own_backbone, make_engine):
+def test_a_users_own_writer_takes_the_mirrored_path_the_default(folder, own_backbone, make_engine):
     engine = make_engine(callbacks=[NamedWriter()])
     engine.predict(MuSc(own_backbone), data_path=folder)
     (writer,) = (callback for callback in engine.trainer.callbacks if isinstance(callback, PredictionWriter))

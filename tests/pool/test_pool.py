@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_musc import MuSc
-from anomalib_musc.pool.source import fingerprint
+from anomalib_musc.pool.pool import fingerprint
 
 
 @pytest.fixture
