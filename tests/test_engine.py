@@ -375,9 +375,7 @@ def test_truncated_test_image_is_named(tmp_path, mvtec_root, own_backbone, make_
     cv2.imwrite(str(truncated), product(0)[0])
     truncated.write_bytes(truncated.read_bytes()[:-400])
     with pytest.raises(ValueError, match=r"zz_truncated\.jpg.*truncated"):
-        make_engine().predict(
-            MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "data/widget/test", num_workers=1)
-        )
+        make_engine().test(MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "data/widget/test"))
     assert own_backbone.num_images == 0
 
 

@@ -223,7 +223,7 @@ def test_modes_find_the_defects(arguments, learning_type, size, mvtec_root, own_
 def test_reference_is_mutual_with_the_pool_as_bank(folder, make_engine):
     mutual = MuSc(OwnBackbone())
     make_engine().predict(mutual, data_path=folder)
-    (pool,) = mutual._pools
+    (pool,) = mutual.pools
     reference = MuSc(OwnBackbone(), mode="reference", references=folder)
     loader = predict_loader(folder)
     make_engine().predict(reference, dataloaders=loader)
@@ -255,7 +255,7 @@ def test_without_labels_the_bank_decides(tmp_path, mvtec_root, make_engine):
 def test_judges_of_both_kinds_are_the_pools_union(mvtec_root, folder, make_engine):
     model = MuSc(OwnBackbone(), mode="both", references=mvtec_root / "widget/train")
     make_engine().predict(model, data_path=folder)
-    (pool,) = model._pools
+    (pool,) = model.pools
     names = [*pool.names, *sorted(map(str, (mvtec_root / "widget/train").rglob("*.png")))]
     images = torch.cat([model.pre_processor.transform(read_image(name, as_tensor=True)[None]) for name in names])
     layers, _ = model.model.extract(images)

@@ -3,6 +3,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,11 @@ class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # ano
         super().__init__(**components)
         self.pools: tuple[Pool, ...] = ()
         self._are_validation_pools = False
+
+    @property
+    def skipped_images(self) -> dict[Path, str]:
+        """Files that the last loop left out, and why."""
+        return {path: reason for pool in self.pools for path, reason in pool.skipped.items()}
 
     @abstractmethod
     def pool_scorer(self) -> PoolScorer:
