@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from anomalib import LearningType
-from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 
 from anomalib_musc.backbones.weights import weights_to_come
@@ -28,21 +29,11 @@ from anomalib_musc.output.prediction_writer import PredictionWriter, check_predi
 from anomalib_musc.output.visualizer import FolderVisualizer
 from anomalib_musc.pool.module import PoolModule
 from anomalib_musc.pool.pool import Pool, fingerprint
-from anomalib_musc.pool.references import (
-    FOLDER,
-    POOL,
-    TRAINING_IMAGES,
-    check_bank_arguments,
-    coreset_of,
-    find_new_references,
-)
+from anomalib_musc.pool.references import FOLDER, POOL, TRAINING_IMAGES, BankArguments, coreset_of
 from anomalib_musc.pool.scorer import PoolScorer
 from anomalib_musc.pool.source import PoolSource, transform_leaves
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.torch_model import MuScModel
-
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
@@ -107,7 +98,7 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
     ) -> None:
         check_budget(memory_budget)
         check_count("batch_size", batch_size)
-        check_bank_arguments(mode, references, k_shot, bank_size)
+        bank_arguments = BankArguments(mode, references, k_shot, bank_size)
         check_prediction_writer(prediction_writer)
         model = MuScModel(backbone, **model_arguments)
         if pre_processor is True:
@@ -119,9 +110,7 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         self.memory_budget = memory_budget
         self.batch_size = batch_size
         self.mode: str = mode
-        self.references = references
-        self.k_shot = k_shot
-        self.bank_size = bank_size
+        self.bank_arguments = bank_arguments
         self._writes_by_default = prediction_writer is True
         self.prediction_writer = PredictionWriter() if prediction_writer is True else prediction_writer or None
         self._calibration = Calibration()
@@ -132,8 +121,6 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
             self, [name for name, value in objects.items() if isinstance(value, (nn.Module, PredictionWriter))]
         )
 
-    # --- what anomalib asks of a model -------------------------------------------------------------------------------
-
     @property
     def learning_type(self) -> LearningType:
         """Few-shot where a bank is made of a datamodule's normal training images, else zero-shot."""
@@ -143,18 +130,11 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
     @staticmethod
     def configure_pre_processor(
         image_size: tuple[int, int] | None = None,
-        mean: Sequence[float] = _CLIP_MEAN,
-        std: Sequence[float] = _CLIP_STD,
+        mean: Sequence[float] = OPENAI_DATASET_MEAN,
+        std: Sequence[float] = OPENAI_DATASET_STD,
         interpolation: str = "bicubic",
     ) -> PreProcessor:
-        """Create the pre-processor of a backbone; the default is that of the default backbone.
-
-        Args:
-            image_size: (height, width) in pixels; ``(518, 518)`` if ``None``.
-            mean: Channel means of RGB in [0, 1].
-            std: Channel standard deviations.
-            interpolation: "bicubic" or "bilinear"; always antialiased, never cropped.
-        """
+        """Create a backbone's pre-processor, by default the default one's; see :func:`resize_and_normalise`."""
         return MultiLoaderPreProcessor(resize_and_normalise(image_size or (518, 518), mean, std, interpolation))
 
     @staticmethod
@@ -180,8 +160,6 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         if self.prediction_writer and not (self._writes_by_default and is_given):
             listed.append(self.prediction_writer)  # Lightning would drop the one that a user gave to Engine
         return listed
-
-    # --- loops -------------------------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
         """Score the validation pools; what was found without labels is to be found anew."""
@@ -223,17 +201,8 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         bank = self.model.bank if self.mode == "reference" else None
         return self.post_processor.rescore(pool.raw_scores, pool.class_tokens, bank)
 
-    def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
-        """Return anomaly maps ``(B, H, W)`` of patch scores ``(B, h, w)``."""
-        return self.model.anomaly_maps(patch_scores).squeeze(1)
-
     def unclipped(self, batch: ImageBatch, dataloader_idx: int = 0) -> ImageBatch:
-        """Return a copy of a finished batch whose scores and maps are in [0, 1] but were never clipped.
-
-        Args:
-            batch: A batch that a step of the running loop has returned.
-            dataloader_idx: The dataloader that it came from.
-        """
+        """Return a copy of a batch of the running loop whose scores and maps are in [0, 1] but were never clipped."""
         # Maps are at most 2, the distance of opposite unit vectors; a bank's scores have no bound.
         scores, anomaly_maps = self.predictions(batch, dataloader_idx)
         scores = (1 + scores / (1 + scores.abs())) / 2 if self.mode == "reference" else scores / 2
@@ -263,8 +232,6 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
             result_folders=result_folders(self.trainer),
         )
 
-    # --- the memory bank ---------------------------------------------------------------------------------------------
-
     def keep_bank(self, size: int = 16) -> None:
         """Make a bank of the most normal and diverse images of the pools that were just scored.
 
@@ -287,13 +254,13 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
 
     def _prepare_bank(self) -> None:
         """Make the bank, or make it anew where its images are not those that it is to be made of now."""
-        bank, datamodule = self.model.bank, getattr(self.trainer, "datamodule", None)
-        found = find_new_references(bank, self.mode, self.references, datamodule, self.k_shot, self.bank_size)
+        bank = self.model.bank
+        found = self.bank_arguments.find_new(bank, getattr(self.trainer, "datamodule", None))
         if found is None:
             return
         is_another, device = len(bank) > 0, bank.class_tokens.device
         self.to(self.trainer.strategy.root_device)  # from which Lightning has taken it before teardown
-        self._fill_bank(found.source, self.bank_size, found.origin)
+        self._fill_bank(found.source, self.bank_arguments.bank_size, found.origin)
         self._bank_of = found.kind
         if is_another:
             self._calibration.forget(self.post_processor)
@@ -303,8 +270,6 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         features, white = self._scorer().extract_references(source, size)
         white = white or self.model.bank.white.item()  # which a user may have named
         self.model.fill_bank(features, size, is_alone=self.mode != "both", white=white, origin=origin)
-
-    # --- checkpoints and exports -------------------------------------------------------------------------------------
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
@@ -319,7 +284,7 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         if name is not None:  # whose defaults a file or another version may change
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], **self.model.arguments}
         facts = {"network": self.model.describe(name), "mode": self.mode, "bank_of": self._bank_of}
-        checkpoint.update(facts, references=self._bank_arguments, **self._calibration.to_checkpoint())
+        checkpoint.update(facts, references=self.bank_arguments.given, **self._calibration.to_checkpoint())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over with what images are compared, and where the bank and the thresholds came from.
@@ -330,22 +295,10 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         name = self.hparams.get("backbone")
         check_network(checkpoint, self.model.describe(name), is_own=name is None)
         self.mode = self.hparams["mode"] = mode_of(checkpoint, self.mode)
-        warn_of_kept_bank(checkpoint, self._bank_arguments)
+        warn_of_kept_bank(checkpoint, self.bank_arguments.given)
         super().on_load_checkpoint(checkpoint)
         self._bank_of = checkpoint.get("bank_of", self._bank_of)
         self._calibration.load_checkpoint(checkpoint)
-
-    @property
-    def _bank_arguments(self) -> dict[str, Any]:
-        folder = None if self.references is None else str(self.references)
-        return {"references": folder, "k_shot": self.k_shot, "bank_size": self.bank_size}
-
-    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
-        """Score images ``(B, 3, H, W)`` in [0, 1], as an export does; see anomalib's method."""
-        found: Any = super().forward(batch, *args, **kwargs)
-        if isinstance(found, InferenceBatch):
-            return found
-        return InferenceBatch(pred_score=found.pred_score, anomaly_map=found.anomaly_map)  # without a post-processor
 
     def make_exportable(self) -> None:
         """Raise a ValueError unless a bank is all there is to compare with; calibrate, in float32."""

@@ -2,6 +2,7 @@
 """A bank of references: one image at a time, in Engine, checkpoints and exports."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -345,7 +346,7 @@ def test_fit_again_on_other_images(tmp_path, mvtec_root, make_engine):
     with pytest.warns(UserWarning, match="The bank is made anew"):
         make_engine().fit(model, datamodule=other)
     assert not torch.equal(model.model.bank.layer_0, first)
-    model.k_shot = 2
+    model.bank_arguments = replace(model.bank_arguments, k_shot=2)
     make_engine().fit(model, datamodule=other)
     assert len(model.model.bank) == 2
 
@@ -358,16 +359,16 @@ def test_a_bank_of_other_references_is_made_anew(change, tmp_path, folder, make_
     make_engine().predict(model, data_path=folder)
     first = model.model.bank.layer_0.clone()
     if change == "another folder":
-        model.references = tmp_path / "others"
+        model.bank_arguments = replace(model.bank_arguments, references=tmp_path / "others")
     elif change == "another size":
-        model.bank_size = 3
+        model.bank_arguments = replace(model.bank_arguments, bank_size=3)
     else:
         name = "004.png" if change == "a file more" else "000.png"
         shutil.copy(tmp_path / "others/003.png", tmp_path / "references" / name)
     with pytest.warns(UserWarning, match="The bank is made anew"):
         again = by_path(make_engine().predict(model, data_path=folder))
     assert not torch.equal(model.model.bank.layer_0, first)
-    fresh = MuSc(OwnBackbone(), mode="reference", references=model.references, bank_size=model.bank_size)
+    fresh = MuSc(OwnBackbone(), mode="reference", **model.bank_arguments.given)
     assert_same(again, by_path(make_engine().predict(fresh, data_path=folder)))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.models.components import AnomalibModule
 
 from anomalib_musc.compat.lightning import replace_predict_dataloaders
@@ -16,6 +16,7 @@ from anomalib_musc.pool.loaders import as_list
 from anomalib_musc.pool.pool import Pool, image_names
 from anomalib_musc.pool.scorer import PoolScorer
 from anomalib_musc.pool.source import PoolSource
+from anomalib_musc.torch_model import MuScModel
 
 
 class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
@@ -28,8 +29,11 @@ class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # ano
         **components: anomalib's components, see ``AnomalibModule``.
 
     Attributes:
+        model: What a subclass makes.
         pools: The scored pools of the last loop, one a dataloader.
     """
+
+    model: MuScModel
 
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
@@ -52,10 +56,6 @@ class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # ano
     @abstractmethod
     def rescored(self, pool: Pool) -> torch.Tensor:
         """Return the image scores ``(N,)`` of a pool, from its raw ones."""
-
-    @abstractmethod
-    def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
-        """Return anomaly maps ``(B, H, W)`` of patch scores ``(B, h, w)``."""
 
     @abstractmethod
     def calibrate(self) -> None:
@@ -113,8 +113,15 @@ class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # ano
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch of the running loop."""
         pool = self.pools[dataloader_idx]
         positions = pool.positions(image_names(batch.image_path, batch.image))
-        anomaly_maps = self.anomaly_maps(pool.patch_scores[positions].to(self.device))
-        return pool.scores[positions].to(self.device), anomaly_maps
+        anomaly_maps = self.model.anomaly_maps(pool.patch_scores[positions].to(self.device))
+        return pool.scores[positions].to(self.device), anomaly_maps.squeeze(1)
+
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
+        """Score images ``(B, 3, H, W)`` in [0, 1], as an export does; see anomalib's method."""
+        found: Any = super().forward(batch, *args, **kwargs)
+        if isinstance(found, InferenceBatch):
+            return found
+        return InferenceBatch(pred_score=found.pred_score, anomaly_map=found.anomaly_map)  # without a post-processor
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the pools: an export needs none, and a dataloader may not be one that can be pickled."""

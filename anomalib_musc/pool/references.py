@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,36 +36,67 @@ class References(NamedTuple):
     origin: object
 
 
-def find_new_references(
-    bank: ReferenceBank,
-    mode: str,
-    folder: str | Path | None,
-    datamodule: Any,
-    k_shot: int | None,
-    bank_size: int | None,
-) -> References | None:
-    """Return the images that a bank is to be made of, ``None`` where it is made of them already.
-
-    They are those of a folder, else the first ``k_shot`` training images. A bank by hand or of a checkpoint stays.
+@dataclass(frozen=True)
+class BankArguments:
+    """What a user says of the bank, see :class:`~anomalib_musc.MuSc`.
 
     Raises:
-        ValueError: If there is no such folder, or nothing to make a bank of.
+        ValueError: If an argument is out of range, or they do not go with each other and the mode.
     """
-    is_gone = folder is not None and not Path(folder).exists()
-    if len(bank) and (bank.origin is None or is_gone):
-        return None
-    found = _find(folder, datamodule, k_shot, bank_size)
-    if found is None and not len(bank):
-        msg = (
-            f"mode={mode!r} needs a bank of reference images: give references=FOLDER, or a datamodule with training "
-            "images, or a checkpoint with a bank, or call keep_bank() after a pool was scored."
-        )
-        raise ValueError(msg)
-    if found is None or bank.origin == found.origin:
-        return None
-    if len(bank):
-        rank_zero_warn("The bank is made anew, as its reference images or their number have changed.")
-    return found
+
+    mode: str
+    references: str | Path | None
+    k_shot: int | None
+    bank_size: int | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
+            msg = f"mode must be 'mutual', 'reference' or 'both', got {self.mode!r}."
+            raise ValueError(msg)
+        folder = self.references
+        if folder is not None and not (isinstance(folder, (str, os.PathLike)) and str(folder)):
+            msg = f"references must be the path of a folder of images, or None, got {folder!r}."
+            raise ValueError(msg)
+        check_count("k_shot", self.k_shot, none="all")
+        check_count("bank_size", self.bank_size, none="all")
+        named = ", ".join(f"{name}={value!r}" for name, value in self.given.items() if value is not None)
+        if self.mode == "mutual" and named:
+            msg = f"{named}: mode='mutual' has no bank of references; give mode='reference' or mode='both'."
+            raise ValueError(msg)
+        if folder is not None and self.k_shot is not None:
+            msg = f"k_shot={self.k_shot} is for training images; with references={folder!r} use bank_size."
+            raise ValueError(msg)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the references are, in plain data."""
+        folder = None if self.references is None else str(self.references)
+        return {"references": folder, "k_shot": self.k_shot, "bank_size": self.bank_size}
+
+    def find_new(self, bank: ReferenceBank, datamodule: Any) -> References | None:
+        """Return the images that a bank is to be made of, ``None`` where it is made of them already.
+
+        They are those of the folder, else the first ``k_shot`` training images. A bank by hand or of a checkpoint
+        stays.
+
+        Raises:
+            ValueError: If there is no such folder, or nothing to make a bank of.
+        """
+        is_gone = self.references is not None and not Path(self.references).exists()
+        if len(bank) and (bank.origin is None or is_gone):
+            return None
+        found = _find(self.references, datamodule, self.k_shot, self.bank_size)
+        if found is None and not len(bank):
+            msg = (
+                f"mode={self.mode!r} needs a bank of reference images: give references=FOLDER, or a datamodule with "
+                "training images, or a checkpoint with a bank, or call keep_bank() after a pool was scored."
+            )
+            raise ValueError(msg)
+        if found is None or bank.origin == found.origin:
+            return None
+        if len(bank):
+            rank_zero_warn("The bank is made anew, as its reference images or their number have changed.")
+        return found
 
 
 def _find(folder: str | Path | None, datamodule: Any, k_shot: int | None, bank_size: int | None) -> References | None:
@@ -106,23 +138,3 @@ def coreset_of(pools: Sequence[Pool], size: int) -> PoolSource:
     dataset = PredictDataset(paths[0])
     dataset.image_filenames = paths
     return _source_of(dataset)
-
-
-def check_bank_arguments(mode: object, references: object, k_shot: object, bank_size: object) -> None:
-    """Raise a ValueError unless the arguments of a bank are possible, and go with each other and the mode."""
-    if not isinstance(mode, str) or mode not in MODES:
-        msg = f"mode must be 'mutual', 'reference' or 'both', got {mode!r}."
-        raise ValueError(msg)
-    if references is not None and not (isinstance(references, (str, os.PathLike)) and str(references)):
-        msg = f"references must be the path of a folder of images, or None, got {references!r}."
-        raise ValueError(msg)
-    given = {"references": references, "k_shot": k_shot, "bank_size": bank_size}
-    for name in ("k_shot", "bank_size"):
-        check_count(name, given[name], none="all")
-    named = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
-    if mode == "mutual" and named:
-        msg = f"{named}: mode='mutual' has no bank of references; give mode='reference' or mode='both'."
-        raise ValueError(msg)
-    if references is not None and k_shot is not None:
-        msg = f"k_shot={k_shot} is for the datamodule's training images; use bank_size with references={references!r}."
-        raise ValueError(msg)
