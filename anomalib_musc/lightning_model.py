@@ -17,9 +17,10 @@ from torch import nn
 
 from anomalib_musc.backbones.weights import weights_to_come
 from anomalib_musc.compat.export import ExportableModule
-from anomalib_musc.compat.lightning import forget_hyperparameters, given_callbacks
+from anomalib_musc.compat.lightning import forget_objects, given_callbacks
 from anomalib_musc.compat.pre_processor import MultiLoaderPreProcessor, resize_and_normalise
 from anomalib_musc.decision.calibration import Calibration
+from anomalib_musc.decision.version_0_1 import convert_checkpoint, convert_post_processor
 from anomalib_musc.functional import check_budget
 from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.memory_bank.checkpoint import check_exportable, check_network, mode_of, warn_of_kept_bank
@@ -116,10 +117,7 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         self._calibration = Calibration()
         self._bank_of = TRAINING_IMAGES if references is None else FOLDER
         # Lightning would pickle objects into checkpoints, which could not be loaded safely: pass them again on loading.
-        objects = {"backbone": backbone, "prediction_writer": prediction_writer}
-        forget_hyperparameters(
-            self, [name for name, value in objects.items() if isinstance(value, (nn.Module, PredictionWriter))]
-        )
+        forget_objects(self, backbone=backbone, prediction_writer=prediction_writer)
 
     @property
     def learning_type(self) -> LearningType:
@@ -192,7 +190,7 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
 
     def pool_settings(self) -> list[object]:
         """Return what else decides the scores of the same images."""
-        return [self.mode, *self.model.settings, *transform_leaves(self._transform), fingerprint(self.model)]
+        return [self.mode, *self.model.settings, *transform_leaves(self.transform), fingerprint(self.model)]
 
     def rescored(self, pool: Pool) -> torch.Tensor:
         """Return the image scores ``(N,)``: by RsCIN where the post-processor has it."""
@@ -203,22 +201,16 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
 
     def unclipped(self, batch: ImageBatch, dataloader_idx: int = 0) -> ImageBatch:
         """Return a copy of a batch of the running loop whose scores and maps are in [0, 1] but were never clipped."""
-        # Maps are at most 2, the distance of opposite unit vectors; a bank's scores have no bound.
-        scores, anomaly_maps = self.predictions(batch, dataloader_idx)
-        scores = (1 + scores / (1 + scores.abs())) / 2 if self.mode == "reference" else scores / 2
-        return batch.update(in_place=False, pred_score=scores, anomaly_map=anomaly_maps / 2)
+        scores, anomaly_maps = self.predictions(batch, dataloader_idx)  # distances of unit vectors, at most 2
+        return batch.update(in_place=False, pred_score=scores / 2, anomaly_map=anomaly_maps / 2)
 
     def calibrate(self) -> None:
         """Find the thresholds that no labels have given: of the bank where it is all there is, else of the pools."""
         if self.mode == "reference":
             may_hold_defects = self._bank_of == FOLDER
-            self._calibration.find_on_bank(self.post_processor, self.model, may_hold_defects=may_hold_defects)
+            self._calibration.find_on_bank(self.post_processor, self.model.bank, may_hold_defects=may_hold_defects)
         else:
             self.pools = self._calibration.find_on_pools(self.post_processor, self.pools)
-
-    @property
-    def _transform(self) -> Any:
-        return getattr(self.pre_processor, "transform", None)
 
     def _scorer(self) -> PoolScorer:
         return PoolScorer(
@@ -227,7 +219,7 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
             self.mode,
             self.memory_budget,
             self.batch_size,
-            self._transform,
+            self.transform,
             needs_paths=self.visualizer is not None,
             result_folders=result_folders(self.trainer),
         )
@@ -283,7 +275,8 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         name = self.hparams.get("backbone")
         if name is not None:  # whose defaults a file or another version may change
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], **self.model.arguments}
-        facts = {"network": self.model.describe(name), "mode": self.mode, "bank_of": self._bank_of}
+        facts: dict[str, Any] = {"scores_are_distances": True}
+        facts |= {"network": self.model.describe(name), "mode": self.mode, "bank_of": self._bank_of}
         checkpoint.update(facts, references=self.bank_arguments.given, **self._calibration.to_checkpoint())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -292,13 +285,20 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         Raises:
             ValueError: If the checkpoint is of another backbone, image size or mode.
         """
+        convert_checkpoint(checkpoint)
         name = self.hparams.get("backbone")
         check_network(checkpoint, self.model.describe(name), is_own=name is None)
         self.mode = self.hparams["mode"] = mode_of(checkpoint, self.mode)
         warn_of_kept_bank(checkpoint, self.bank_arguments.given)
         super().on_load_checkpoint(checkpoint)
         self._bank_of = checkpoint.get("bank_of", self._bank_of)
-        self._calibration.load_checkpoint(checkpoint)
+        self._calibration.load_checkpoint(checkpoint, self.post_processor)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a pickled model, of version 0.1 too."""
+        super().__setstate__(state)
+        if "bank_arguments" not in state:
+            convert_post_processor(self.post_processor, self._calibration.without_labels, self.model.bank.raw_scores)
 
     def make_exportable(self) -> None:
         """Raise a ValueError unless a bank is all there is to compare with; calibrate, in float32."""

@@ -8,14 +8,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-def forget_hyperparameters(module: LightningModule, names: Sequence[str]) -> None:
-    """Leave arguments out of a module's hyper-parameters, in checkpoints and for loggers.
+def forget_objects(module: LightningModule, **arguments: Any) -> None:
+    """Leave those arguments out of a module's hyper-parameters that are no plain data.
 
     Lightning's ``save_hyperparameters(ignore=...)`` cannot: anomalib's constructor has already saved them.
     """
-    for name in names:
-        for saved in (module.hparams, module._hparams_initial):
-            saved.pop(name, None)  # type: ignore[union-attr, operator]  # torch's modules hide their types
+    for name, value in arguments.items():
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            for saved in (module.hparams, module._hparams_initial):
+                saved.pop(name, None)  # type: ignore[union-attr, operator]  # torch's modules hide their types
 
 
 def given_callbacks(module: LightningModule) -> list[Callback]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_musc.functional import lnamd, reference_scores, rscin_by_references
+from anomalib_musc.functional import lnamd, reference_scale, reference_scores, rscin_by_references
 
 
 class ReferenceBank(nn.Module):
@@ -123,8 +123,15 @@ class ReferenceBank(nn.Module):
         return self._own_patch_scores
 
     def rescore(self, raw_scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
-        """Re-score images ``(B,)``; see :func:`~anomalib_musc.functional.rscin_by_references`."""
-        return rscin_by_references(raw_scores, class_tokens, self.raw_scores, self.class_tokens, windows)
+        """Re-score images ``(B,)`` with the references most like them.
+
+        Returns:
+            Scores ``(B,)`` in the unit of the raw ones: :func:`~anomalib_musc.functional.rscin_by_references`, whose
+            scale is undone.
+        """
+        scores = rscin_by_references(raw_scores, class_tokens, self.raw_scores, self.class_tokens, windows)
+        scale = reference_scale(self.raw_scores)
+        return torch.where(scale > 0, self.raw_scores.min() + scores * scale, scores)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ReferenceBank":
         """Move to another device, but stay in float32, as what the backbone gives is brought to."""

@@ -45,6 +45,11 @@ class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # ano
         """Files that the last loop left out, and why."""
         return {path: reason for pool in self.pools for path, reason in pool.skipped.items()}
 
+    @property
+    def transform(self) -> Any:
+        """What prepares images for the backbone; ``None`` where there is no pre-processor."""
+        return getattr(self.pre_processor, "transform", None)
+
     @abstractmethod
     def pool_scorer(self) -> PoolScorer:
         """Return what scores a pool; called once before each loop."""
