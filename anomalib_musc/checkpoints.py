@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
+from anomalib_musc.backbones.clip import ClipBackbone
 from anomalib_musc.backbones.weights import weights_to_come
 from anomalib_musc.calibration import Calibration
 from anomalib_musc.torch_model import MuScModel
@@ -38,6 +39,8 @@ class BankCheckpoint(LightningModule):
             parameters["image_size"] = self.model.image_size
             parameters["layers"] = list(self.model.backbone.layers)  # type: ignore[arg-type]
         checkpoint["network"] = describe(self.model, self.hparams.get("backbone"))
+        if isinstance(self.model.backbone, ClipBackbone):
+            checkpoint["activation"] = self.model.backbone.activation
         checkpoint["mode"] = self.mode
         checkpoint["references"] = self._bank_arguments()
         checkpoint["bank_of"] = self._bank_of
@@ -47,11 +50,15 @@ class BankCheckpoint(LightningModule):
         """Take over who judges, and where the bank and the thresholds came from.
 
         Raises:
-            ValueError: If the checkpoint is of another backbone, image size or mode.
+            ValueError: If the checkpoint is of another backbone, image size, activation or mode.
         """
         name = self.hparams.get("backbone")
         check_network(checkpoint, describe(self.model, name), is_own=name is None)
-        self.take_mode(mode_of(checkpoint, self.mode))
+        mode = mode_of(checkpoint, self.mode)
+        if isinstance(self.model.backbone, ClipBackbone):
+            is_told = name is None or self.hparams.get("activation") is not None
+            take_activation(checkpoint, self.model.backbone, is_told=is_told)
+        self.take_mode(mode)
         warn_of_kept_bank(checkpoint, self._bank_arguments())
         super().on_load_checkpoint(checkpoint)
         self._bank_of = checkpoint.get("bank_of", self._bank_of)
@@ -109,6 +116,30 @@ def check_network(checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, is_
     if differing:
         msg = f"The checkpoint is of another model: {'; '.join(differing)}. Make the model with the same arguments."
         raise ValueError(msg)
+
+
+def take_activation(checkpoint: Mapping[str, Any], backbone: ClipBackbone, *, is_told: bool) -> None:
+    """Run a CLIP with the activation that a checkpoint was made with.
+
+    Files of versions that knew no other than the weights' own do not name it.
+
+    Args:
+        checkpoint: The checkpoint.
+        backbone: This model's backbone.
+        is_told: Whether its activation was asked for, so that no other may take its place.
+
+    Raises:
+        ValueError: If another one was asked for.
+    """
+    saved = checkpoint.get("activation", backbone.trained_with)
+    if is_told and saved != backbone.activation:
+        wanted = "weights" if saved == backbone.trained_with else "official"
+        msg = (
+            f"The checkpoint's CLIP runs with {saved}, this model's with {backbone.activation}. Make the model with "
+            f"activation={wanted!r}; one that is given its backbone by name and no activation takes the checkpoint's."
+        )
+        raise ValueError(msg)
+    backbone.use_activation(saved)
 
 
 def mode_of(checkpoint: Mapping[str, Any], here: str) -> str:

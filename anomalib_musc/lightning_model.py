@@ -60,6 +60,10 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
         layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters
             (of ``musc-tiny`` 0, 1, 2 and 5).
+        activation: The activation function of a CLIP given by name: "official", the official release's, with which
+            the published figures were made (at the default sizes ``nn.GELU``), or "weights", what the weights were
+            trained with (OpenAI's with QuickGELU); see :func:`~anomalib_musc.backbones.create_backbone`. Nobody here
+            could measure which is better. Defaults to a checkpoint's, else to "official".
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged; a bound below 1 is a
             fraction, of 1 or more a count.
@@ -101,6 +105,7 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         pretrained: bool | str | Path = True,
         image_size: int | tuple[int, int] | None = None,
         layers: Sequence[int] | None = None,
+        activation: Literal["official", "weights"] | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
         precision: Literal["exact", "fast"] = "exact",
@@ -126,6 +131,7 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
             pretrained=pretrained,
             image_size=image_size,
             layers=layers,
+            activation=activation,
             aggregation_degrees=aggregation_degrees,
             interval=interval,
             precision=precision,
@@ -385,7 +391,8 @@ class MuSc(NoValidationData, BankExport, BankCheckpoint, AnomalibModule):
         model = self.model
         transforms = transform_leaves(getattr(self.pre_processor, "transform", None))
         settings = (model.image_size, model.interval, model.aggregation_degrees, model.precision, model.num_subsets)
-        return [self.trainer.precision, self.mode, *settings, *transforms, fingerprint(model)]
+        activation = getattr(model.backbone, "activation", None)  # a checkpoint may change it, and no weight shows it
+        return [self.trainer.precision, self.mode, *settings, activation, *transforms, fingerprint(model)]
 
     def calibrate(self) -> None:
         """Find the thresholds that no labels have given: of the bank where it judges alone, else of the pools."""

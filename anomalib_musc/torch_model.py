@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
-from anomalib_musc.backbones.base import resolve_image_size
+from anomalib_musc.backbones.base import Activation, resolve_image_size
 from anomalib_musc.bank import ReferenceBank, most_normal
 from anomalib_musc.checks import check_count
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
@@ -71,6 +71,10 @@ class MuScModel(nn.Module):
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
         layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters
             (of ``musc-tiny`` 0, 1, 2 and 5).
+        activation: The activation function of a CLIP given by name: ``"official"``, the official release's, with which
+            the published figures were made (at the default sizes ``nn.GELU``), or ``"weights"``, what the weights were
+            trained with (OpenAI's with QuickGELU); see :func:`~anomalib_musc.backbones.create_backbone`. Nobody here
+            could measure which is better. ``None`` for ``"official"``.
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.
@@ -97,6 +101,7 @@ class MuScModel(nn.Module):
         pretrained: bool | str | Path = True,
         image_size: int | tuple[int, int] | None = None,
         layers: Sequence[int] | None = None,
+        activation: Activation | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
         precision: Precision = "exact",
@@ -112,11 +117,13 @@ class MuScModel(nn.Module):
         self.precision = precision
         self.num_subsets = num_subsets
         if isinstance(backbone, nn.Module):
-            _check_own_backbone(backbone, pretrained, layers)
+            _check_own_backbone(backbone, pretrained, layers, activation)
             self.backbone = backbone.eval().requires_grad_(False)
             self.image_size = _own_image_size(backbone, image_size)
         else:
-            named = create_backbone(backbone, pretrained=pretrained, image_size=image_size, layers=layers)
+            named = create_backbone(
+                backbone, pretrained=pretrained, image_size=image_size, layers=layers, activation=activation
+            )
             self.backbone, self.image_size = named, named.image_size
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
@@ -333,11 +340,14 @@ def _own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | Non
     return resolve_image_size(size, native=(1, 1), patch_size=None)
 
 
-def _check_own_backbone(backbone: nn.Module, pretrained: bool | str | Path, layers: Sequence[int] | None) -> None:
-    if pretrained is not True or layers is not None:
-        name = "layers" if layers is not None else "pretrained"
+def _check_own_backbone(
+    backbone: nn.Module, pretrained: bool | str | Path, layers: Sequence[int] | None, activation: str | None
+) -> None:
+    given = {"pretrained": pretrained is not True, "layers": layers is not None, "activation": activation is not None}
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
         msg = (
-            f"{name} is for backbones given by name; your own {type(backbone).__name__} already holds its weights "
+            f"{names[-1]} is for backbones given by name; your own {type(backbone).__name__} already holds its weights "
             "and decides which maps it returns."
         )
         raise ValueError(msg)
