@@ -11,7 +11,7 @@ import torch
 from anomalib.cli import AnomalibCLI
 from golden import load, needs_golden
 from lightning import Trainer
-from test_engine import assert_same, by_path
+from test_engine import assert_same, by_path, predict_loader
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc import MuSc, MuScModel
@@ -215,7 +215,8 @@ def test_a_checkpoint_of_the_other_activation_is_refused(saved, asked, name, tmp
 
 def test_a_file_of_the_version_before_computes_what_it_did(name, tmp_path, folder, make_engine):
     weights = weights_of(name, tmp_path)
-    before = MuSc(name, pretrained=weights, activation="weights")
+    plain = {"pretrained": weights, "pre_processor": False}  # whose images are known again when a checkpoint is loaded
+    before = MuSc(name, **plain, activation="weights")
     path = made_old(checkpoint_of(before, tmp_path / "old.ckpt"))
     expected = by_path(make_engine().predict(before, data_path=folder))
     loaded = MuSc.load_from_checkpoint(path)
@@ -223,12 +224,12 @@ def test_a_file_of_the_version_before_computes_what_it_did(name, tmp_path, folde
     saved_again = MuSc.load_from_checkpoint(checkpoint_of(loaded, tmp_path / "again.ckpt"))
     torch.testing.assert_close(image_feature(saved_again), image_feature(before), atol=0, rtol=0)
 
-    model, engine = MuSc(name, pretrained=weights), make_engine()
-    today = by_path(engine.predict(model, data_path=folder))
-    then = by_path(engine.predict(model, data_path=folder, ckpt_path=path))  # the same images, weights and model
-    assert_same(then, expected)
+    model, engine, loader = MuSc(name, **plain), make_engine(), predict_loader(folder)
+    today = by_path(engine.predict(model, dataloaders=loader))
     with pytest.raises(AssertionError):
         assert_same(today, expected)
+    then = by_path(engine.predict(model, dataloaders=loader, ckpt_path=path))  # of images whose scores are known
+    assert_same(then, expected)
     with pytest.raises(ValueError, match=r"runs with QuickGELU, this model's with GELU.*activation='weights'"):
         MuSc.load_from_checkpoint(path, activation="official")
 

@@ -106,10 +106,10 @@ def create_backbone(
     if activation not in (None, *get_args(Activation)):
         msg = f"activation must be 'official', 'weights' or None, got {activation!r}"
         raise ValueError(msg)
-    asked, alias = name, ALIASES.get(name)
-    offset = _DINO_OFFSET if alias is not None and name.startswith(("dino_", "dinov2_")) else 0.0
+    asked, alias, offset = name, ALIASES.get(name), 0.0
     weights, tag = _resolve_pretrained(pretrained)
     if alias is not None:
+        offset = _DINO_OFFSET if name.startswith(("dino_", "dinov2_")) else 0.0
         name, tag = alias.model, tag or alias.tag
         image_size = alias.image_size if image_size is None else image_size
     has_choice = False
