@@ -152,11 +152,11 @@ def create_clip_backbone(
         "std": config.get("std") or open_clip.OPENAI_DATASET_STD,
         "interpolation": config.get("interpolation") or "bicubic",
     }
-    path = _fetch(name, str(tag)) if weights is True and not are_to_come() else weights
     tower = _build_tower(name, tag)
     if activation is not None and not isinstance(tower, VisionTransformer):
         raise no_choice_of_activation(name, activation)
     configured_size = tower.image_size
+    path = _fetch(name, str(tag)) if weights is True and not are_to_come() else weights
     if isinstance(path, Path):
         _load(tower, path, name)
     if isinstance(tower, VisionTransformer):
@@ -187,8 +187,8 @@ def no_choice_of_activation(name: str, activation: str) -> ValueError:
 def official_activation(name: str, tag: str | None, *, is_native: bool) -> Literal["GELU", "QuickGELU"]:
     """The activation that MuSc's official release runs weights with.
 
-    It builds CLIP from the architecture's configuration, which says QuickGELU only under ``-quickgelu`` names. OpenAI's
-    own network, whose activation is QuickGELU, it keeps where that need not change its input size.
+    It builds CLIP from the architecture's configuration, which says GELU unless the name ends in ``-quickgelu``. It
+    keeps OpenAI's own network, whose activation is QuickGELU, where the input size need not change.
 
     Args:
         name: An open_clip architecture.
