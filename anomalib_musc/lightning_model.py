@@ -9,6 +9,7 @@ import torch
 from anomalib import LearningType
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
+from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer, Visualizer
 from lightning.pytorch import Callback
@@ -23,7 +24,13 @@ from anomalib_musc.decision.calibration import Calibration
 from anomalib_musc.decision.version_0_1 import convert_checkpoint, convert_post_processor
 from anomalib_musc.functional import check_budget
 from anomalib_musc.functional.arguments import check_count
-from anomalib_musc.memory_bank.checkpoint import check_exportable, check_network, mode_of, warn_of_kept_bank
+from anomalib_musc.memory_bank.checkpoint import (
+    check_exportable,
+    check_network,
+    mode_of,
+    take_activation,
+    warn_of_kept_bank,
+)
 from anomalib_musc.metrics.evaluator import PaperEvaluator
 from anomalib_musc.output.files import check_writable
 from anomalib_musc.output.prediction_writer import PredictionWriter, check_prediction_writer, result_folders
@@ -37,7 +44,7 @@ from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.torch_model import MuScModel
 
 
-class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
+class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
     """Zero-shot anomaly detection by mutual scoring of unlabelled images (Li et al., ICLR 2024, arXiv 2401.16753).
 
     The unlabelled images of one dataloader are its pool: when a test, validation or prediction starts, all of them are
@@ -65,7 +72,7 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         prediction_writer: Likewise; the default writes ``predictions.csv`` when predicting, see
             :class:`~anomalib_musc.PredictionWriter`.
         **model_arguments: Further arguments of :class:`~anomalib_musc.MuScModel`: ``pretrained``, ``image_size``,
-            ``layers``, ``aggregation_degrees``, ``interval``, ``precision``, ``num_subsets``.
+            ``layers``, ``activation``, ``aggregation_degrees``, ``interval``, ``precision``, ``num_subsets``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the backbone.
@@ -275,19 +282,22 @@ class MuSc(ExportableModule, PoolModule):  # type: ignore[misc]  # anomalib's to
         name = self.hparams.get("backbone")
         if name is not None:  # whose defaults a file or another version may change
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], **self.model.arguments}
-        facts: dict[str, Any] = {"scores_are_distances": True}
-        facts |= {"network": self.model.describe(name), "mode": self.mode, "bank_of": self._bank_of}
-        checkpoint.update(facts, references=self.bank_arguments.given, **self._calibration.to_checkpoint())
+        if (activation := getattr(self.model.backbone, "activation", None)) is not None:
+            checkpoint["activation"] = activation
+        checkpoint.update(network=self.model.describe(name), scores_are_distances=True)
+        checkpoint.update(mode=self.mode, references=self.bank_arguments.given, bank_of=self._bank_of)
+        checkpoint.update(self._calibration.to_checkpoint())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over with what images are compared, and where the bank and the thresholds came from.
 
         Raises:
-            ValueError: If the checkpoint is of another backbone, image size or mode.
+            ValueError: If the checkpoint is of another backbone, image size, activation or mode.
         """
         convert_checkpoint(checkpoint)
         name = self.hparams.get("backbone")
         check_network(checkpoint, self.model.describe(name), is_own=name is None)
+        take_activation(checkpoint, self.model.backbone, None if name is None else self.hparams)
         self.mode = self.hparams["mode"] = mode_of(checkpoint, self.mode)
         warn_of_kept_bank(checkpoint, self.bank_arguments.given)
         super().on_load_checkpoint(checkpoint)

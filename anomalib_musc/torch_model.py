@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
+from anomalib_musc.backbones.base import Activation
 from anomalib_musc.backbones.own import check_output, check_own_arguments, own_image_size
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.arguments import check_count
@@ -70,6 +71,10 @@ class MuScModel(nn.Module):
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
         layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters
             (of ``musc-tiny`` 0, 1, 2 and 5).
+        activation: The activation function of a CLIP given by name: ``"official"``, the official release's, with which
+            the published figures were made (at the default sizes ``nn.GELU``), or ``"weights"``, what the weights were
+            trained with (OpenAI's with QuickGELU); see :func:`~anomalib_musc.backbones.create_backbone`. Nobody here
+            could measure which is better. ``None`` for ``"official"``.
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.
@@ -96,6 +101,7 @@ class MuScModel(nn.Module):
         pretrained: bool | str | Path = True,
         image_size: int | tuple[int, int] | None = None,
         layers: Sequence[int] | None = None,
+        activation: Activation | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
         precision: Precision = "exact",
@@ -111,11 +117,13 @@ class MuScModel(nn.Module):
         self.precision = precision
         self.num_subsets = num_subsets
         if isinstance(backbone, nn.Module):
-            check_own_arguments(backbone, pretrained, layers)
+            check_own_arguments(backbone, pretrained=pretrained is not True, layers=layers, activation=activation)
             self.backbone = backbone.eval().requires_grad_(False)
             self.image_size = own_image_size(backbone, image_size)
         else:
-            named = create_backbone(backbone, pretrained=pretrained, image_size=image_size, layers=layers)
+            named = create_backbone(
+                backbone, pretrained=pretrained, image_size=image_size, layers=layers, activation=activation
+            )
             self.backbone, self.image_size = named, named.image_size
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
@@ -125,7 +133,8 @@ class MuScModel(nn.Module):
     @property
     def settings(self) -> tuple[object, ...]:
         """What decides patch scores beside the backbone's weights."""
-        return (self.image_size, self.interval, self.aggregation_degrees, self.precision, self.num_subsets)
+        activation = getattr(self.backbone, "activation", None)  # a checkpoint may change it, and no weight shows it
+        return self.image_size, self.interval, self.aggregation_degrees, self.precision, self.num_subsets, activation
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import open_clip
 import timm
 import torch
 
-from anomalib_musc.backbones.base import Backbone
-from anomalib_musc.backbones.clip import create_clip_backbone
+from anomalib_musc.backbones.base import Activation, Backbone
+from anomalib_musc.backbones.clip import create_clip_backbone, no_choice_of_activation
 from anomalib_musc.backbones.timm import create_timm_backbone
 from anomalib_musc.backbones.tiny import NAME as TINY
 from anomalib_musc.backbones.tiny import create_tiny_backbone
@@ -41,6 +42,9 @@ ALIASES = {
     "dinov2_vitl14": Alias("vit_large_patch14_dinov2", "lvd142m", 518),
 }
 
+# What the code of DINO and DINOv2 adds to a new grid of their position embedding before it computes the scale.
+_DINO_OFFSET = 0.1
+
 
 def create_backbone(
     name: str,
@@ -48,13 +52,15 @@ def create_backbone(
     pretrained: bool | str | Path = True,
     image_size: int | Sequence[int] | None = None,
     layers: Sequence[int] | None = None,
+    activation: Activation | None = None,
 ) -> Backbone:
     """Build a frozen backbone that maps images to patch features and an image feature.
 
     The features are those of MuSc (arXiv 2401.16753): CLIP gives its blocks' raw outputs and the projected,
     L2-normalised image feature; timm's transformers give the blocks' outputs through the final norm, and the class
     token after it, not normalised; ``musc-tiny`` gives the same, with a normalised class token. At another image size
-    than the weights', a learned position embedding is resized bicubically without antialiasing.
+    than the weights', a learned position embedding is resized bicubically without antialiasing; under the official
+    names of DINO and DINOv2 (``dino_...``, ``dinov2_...``) with their own code's offset of the sampling grid.
 
     Args:
         name: A name of the official release (``ALIASES``), ``musc-tiny``, a timm model, or an open_clip architecture;
@@ -62,14 +68,21 @@ def create_backbone(
         pretrained: ``True`` for the default weights: those of the official release for its names, the package's for
             ``musc-tiny``, otherwise timm's default tag or the first one that open_clip lists. A tag. A local file, of a
             grid of its own if need be
-            (``.safetensors``, a PyTorch checkpoint, or OpenAI's TorchScript archives): its activation and
-            preprocessing are those of the default tag for the official release's names; otherwise the activation
-            is the architecture's own (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU).
+            (``.safetensors``, a PyTorch checkpoint, or OpenAI's TorchScript archives): it is taken for weights of the
+            default tag under the official release's names; under others its activation is the architecture's own
+            (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU).
             ``False`` for random weights, the same ones each time.
         image_size: Height and width of the images, or one side of a square; multiples of the patch size. ``None``
             for the official release's sizes for its names, otherwise the size that the weights were made for.
         layers: Transformer blocks, or stages of other networks, to return, counted from 0. ``None`` for the ends of
             four equal quarters of a transformer's blocks, or the stages of stride 8 and 16.
+        activation: The activation function of CLIP's own vision transformers; other networks have no choice.
+            ``"official"``: what MuSc's official release runs them with, and made the published figures with: OpenAI's
+            weights with ``nn.GELU``, though they were trained with QuickGELU, which it keeps only where the input has
+            the size of open_clip's configuration (336 for ``ViT-L-14-336``, whose default here is 518); all others
+            with ``nn.GELU``, or QuickGELU where the architecture's name ends in ``-quickgelu``.
+            ``"weights"``: what the weights were trained with. ``None`` for ``"official"``. Nobody here could measure
+            which of the two finds more defects: neither those weights nor those datasets were at hand.
 
     Returns:
         A backbone whose ``forward`` maps images ``(B, 3, H, W)`` to one map ``(B, C, h, w)`` per layer and the image
@@ -78,7 +91,7 @@ def create_backbone(
 
     Raises:
         ValueError: If the name or the tag is unknown, if a file does not fit, if the size or the layers are
-            impossible, or if the architecture cannot give feature maps.
+            impossible, if the architecture cannot give feature maps, or has no choice of activation.
         FileNotFoundError: If ``pretrained`` is a path to no file.
         WeightsUnavailableError: If weights cannot be fetched; the message says what to download.
 
@@ -90,19 +103,26 @@ def create_backbone(
         >>> [tuple(feature_map.shape) for feature_map in maps], tuple(image_feature.shape)
         ([(2, 64, 4, 6), (2, 64, 4, 6)], (2, 64))
     """
-    alias = ALIASES.get(name)
+    if activation not in (None, *get_args(Activation)):
+        msg = f"activation must be 'official', 'weights' or None, got {activation!r}"
+        raise ValueError(msg)
+    asked, alias, offset = name, ALIASES.get(name), 0.0
     weights, tag = _resolve_pretrained(pretrained)
     if alias is not None:
+        offset = _DINO_OFFSET if name.startswith(("dino_", "dinov2_")) else 0.0
         name, tag = alias.model, tag or alias.tag
         image_size = alias.image_size if image_size is None else image_size
+    has_choice = False
     if name == TINY:
         create: Callable[..., Backbone] = create_tiny_backbone
     elif (alias is None or name not in ALIASES) and timm.is_model(name):
-        create = create_timm_backbone
+        create = partial(create_timm_backbone, embedding_offset=offset)
     elif name in open_clip.list_models():
-        create = create_clip_backbone
+        create, has_choice = partial(create_clip_backbone, activation=activation), True
     else:
         raise ValueError(_unknown(name))
+    if activation is not None and not has_choice:
+        raise no_choice_of_activation(asked, activation)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return create(name, tag=tag, weights=weights, image_size=image_size, layers=layers)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
@@ -27,12 +25,12 @@ def own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None
     return resolve_image_size(size, native=(1, 1), patch_size=None)
 
 
-def check_own_arguments(backbone: nn.Module, pretrained: bool | str | Path, layers: object) -> None:
+def check_own_arguments(backbone: nn.Module, **given: object) -> None:
     """Raise a ValueError if an argument was given that only backbones given by name have."""
-    if pretrained is not True or layers is not None:
-        name = "layers" if layers is not None else "pretrained"
+    names = [name for name, value in given.items() if value not in (None, False)]
+    if names:
         msg = (
-            f"{name} is for backbones given by name; your own {type(backbone).__name__} already holds its weights "
+            f"{names[-1]} is for backbones given by name; your own {type(backbone).__name__} already holds its weights "
             "and decides which maps it returns."
         )
         raise ValueError(msg)

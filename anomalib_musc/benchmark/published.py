@@ -129,6 +129,7 @@ def published_setting(dataset: str, model: dict[str, Any], data: dict[str, Any])
     name, size = _SETTINGS.get(backbone, ("", 0)) if isinstance(backbone, str) else ("", 0)
     differs = not name or any(arguments.get(key) != value for key, value in _PAPER.items())
     differs |= any(_lower(data["init_args"].get(key)) not in {value, None} for key, value in _WHOLE.items())
+    differs |= arguments.get("activation") == "weights"
     if model["class_path"].split(".")[-1] != "MuSc" or differs:
         return None
     if arguments["image_size"] not in {None, size} or list(arguments["interval"]) != [0.0, 0.3]:

@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
+from anomalib_musc.backbones.clip import ClipBackbone
 from anomalib_musc.memory_bank.bank import ReferenceBank
 
 
@@ -30,6 +32,34 @@ def check_network(checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, is_
     if differing:
         msg = f"The checkpoint is of another model: {'; '.join(differing)}. Make the model with the same arguments."
         raise ValueError(msg)
+
+
+def take_activation(checkpoint: Mapping[str, Any], backbone: nn.Module, arguments: Mapping[str, Any] | None) -> None:
+    """Run a CLIP with the activation that a checkpoint was made with; other backbones have nothing to take.
+
+    Files of versions that knew no other than the weights' own do not name it.
+
+    Args:
+        checkpoint: The checkpoint.
+        backbone: This model's backbone.
+        arguments: Those of this model; ``None`` where the backbone is a module of the user's own. One that names an
+            activation admits no other.
+
+    Raises:
+        ValueError: If another one was asked for.
+    """
+    if not isinstance(backbone, ClipBackbone):
+        return
+    saved = checkpoint.get("activation", backbone.trained_with)
+    is_told = arguments is None or arguments.get("activation") is not None
+    if is_told and saved != backbone.activation:
+        wanted = "weights" if saved == backbone.trained_with else "official"
+        msg = (
+            f"The checkpoint's CLIP runs with {saved}, this model's with {backbone.activation}. Make the model with "
+            f"activation={wanted!r}; one that is given its backbone by name and no activation takes the checkpoint's."
+        )
+        raise ValueError(msg)
+    backbone.use_activation(saved)
 
 
 def mode_of(checkpoint: Mapping[str, Any], here: str) -> str:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
-from anomalib.models.components import AnomalibModule
 
 from anomalib_musc.compat.lightning import replace_predict_dataloaders
 from anomalib_musc.compat.validation import NoValidationData
@@ -19,11 +18,14 @@ from anomalib_musc.pool.source import PoolSource
 from anomalib_musc.torch_model import MuScModel
 
 
-class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
-    """A model that has to see all images of a dataloader before it can say anything of one.
+class PoolModule(NoValidationData):
+    """The part of an ``AnomalibModule`` that has to see all images of a dataloader before it can say anything of one.
 
     anomalib's callbacks take each batch as it leaves a step, so pools are scored when a loop starts. A pool that was
     just scored, such as a validation set that is the test set, is not scored again.
+
+    Name it before ``AnomalibModule`` among a model's bases. It is no subclass, as anomalib 2.7.0 takes every direct
+    subclass for a model, and no other class.
 
     Args:
         **components: anomalib's components, see ``AnomalibModule``.
@@ -108,9 +110,7 @@ class PoolModule(NoValidationData, AnomalibModule):  # type: ignore[misc]  # ano
         """Return the batch with its predictions."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 
-    def predict_step(  # type: ignore[override]
-        self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> ImageBatch:
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:
         """Return the batch with its predictions."""
         return self.validation_step(batch, batch_idx, dataloader_idx)
 

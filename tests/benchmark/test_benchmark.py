@@ -467,6 +467,8 @@ def test_a_cell_is_another_if_anything_differs(tmp_path, mvtec_root):
     [
         ({}, PUBLISHED),
         ({"image_size": 518, "memory_budget": 2.0}, PUBLISHED),
+        ({"activation": "official"}, PUBLISHED),
+        ({"activation": "weights"}, None),
         ({"image_size": 336}, None),
         ({"aggregation_degrees": [1, 3]}, None),
         ({"interval": [0.0, 0.5]}, None),
