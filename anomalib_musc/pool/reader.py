@@ -5,7 +5,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -147,19 +147,21 @@ class PoolReader:
         paths = self._source.all_paths if self._source.paths is None else self._source.paths
         found = white_level_of_files(paths) if self.white is None else self.white
         self.white = None if found is None else self._known(found, paths[0])
-        for batch in self._source.batches():
-            items: Any = batch
-            if isinstance(batch, list) and batch[0].image_path is None:
-                items = ImageBatch.collate(batch)
-            if not isinstance(items, list) and items.image_path is None:
-                if self._needs_paths:
-                    msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
-                    raise ValueError(msg)
-                # Known by their pixels, which have to be those of the trainer's batch: prepared as that will be.
-                images = self._prepare(self._to_device(items.image))
-                yield Prepared(image_names(None, images), images)
-            else:
-                yield from self._joined(self._images_of_items(items))
+        batches = self._source.batches()
+        first = next(batches, None)
+        if first is not None and next(iter(first)).image_path is not None:
+            yield from self._joined(pair for batch in chain([first], batches) for pair in self._images_of_items(batch))
+        elif first is not None:
+            yield from map(self._prepared_without_paths, chain([first], batches))
+
+    def _prepared_without_paths(self, batch: Any) -> Prepared:
+        """Prepare a batch as the trainer's will be, as its images are known by their pixels, see :func:`image_names`."""
+        if self._needs_paths:
+            msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
+            raise ValueError(msg)
+        collated: Any = ImageBatch.collate(batch) if isinstance(batch, list) else batch
+        images = self._prepare(self._to_device(collated.image))
+        return Prepared(image_names(None, images), images)
 
     def _images_of_items(self, items: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:
         for item in items:
