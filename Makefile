@@ -17,7 +17,7 @@ demo: environment
 	@echo; echo "The same fabric as a plain folder, without labels:"
 	$(BIN)/anomalib predict --model MuSc $(OFFLINE) --data $(SAMPLE)/fabric/test
 	@echo; echo "Heatmaps:"; \
-	for run in MVTec/fabric/latest MVTec/gear/latest latest; do echo "  results/MuSc/$$run/images/"; done; \
+	for run in MVTecAD/fabric/latest MVTecAD/gear/latest latest; do echo "  results/MuSc/$$run/images/"; done; \
 	echo "Table: results/MuSc/latest/predictions.csv"
 
 test: environment

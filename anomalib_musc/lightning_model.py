@@ -18,7 +18,7 @@ from torch import nn
 
 from anomalib_musc.backbones.weights import weights_to_come
 from anomalib_musc.compat.export import ExportableModule
-from anomalib_musc.compat.lightning import forget_objects, given_callbacks
+from anomalib_musc.compat.lightning import forget_objects, trainer_of
 from anomalib_musc.compat.pre_processor import MultiLoaderPreProcessor, resize_and_normalise
 from anomalib_musc.decision.calibration import Calibration
 from anomalib_musc.decision.version_0_1 import convert_checkpoint, convert_post_processor
@@ -161,7 +161,8 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         """Add the writer to anomalib's components, after the post-processor."""
         callbacks = super().configure_callbacks()
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-        is_given = any(isinstance(callback, PredictionWriter) for callback in given_callbacks(self))
+        given: Any = getattr(trainer_of(self), "callbacks", [])
+        is_given = any(isinstance(callback, PredictionWriter) for callback in given)
         if self.prediction_writer and not (self._writes_by_default and is_given):
             listed.append(self.prediction_writer)  # Lightning would drop the one that a user gave to Engine
         return listed

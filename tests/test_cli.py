@@ -29,7 +29,7 @@ def test_the_literal_command(tmp_path, mvtec_root):
     assert metric(done.stdout, "image_AUROC") > 0.9
     assert metric(done.stdout, "pixel_AUPRO") > 0.5
     assert "MuSc: extracting features" in done.stdout
-    assert len(list((tmp_path / "results/MuSc/MVTec/widget").rglob("images/**/*.png"))) == 12
+    assert len(list((tmp_path / "results/MuSc/MVTecAD/widget").rglob("images/**/*.png"))) == 12
 
 
 @pytest.mark.parametrize("subcommand", ["validate", "train", "fit"])

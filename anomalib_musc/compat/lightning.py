@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 
 def forget_objects(module: LightningModule, **arguments: Any) -> None:
@@ -19,12 +19,11 @@ def forget_objects(module: LightningModule, **arguments: Any) -> None:
                 saved.pop(name, None)  # type: ignore[union-attr, operator]  # torch's modules hide their types
 
 
-def given_callbacks(module: LightningModule) -> list[Callback]:
-    """Return the callbacks that the user gave to a module's trainer; none where there is no trainer yet."""
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return a module's trainer, ``None`` where there is none yet; ``module.trainer`` would raise an error."""
     with suppress(RuntimeError):
-        trainer: Any = module.trainer
-        return list(trainer.callbacks)
-    return []
+        return module.trainer
+    return None
 
 
 def replace_predict_dataloaders(trainer: Trainer, dataloaders: Sequence[Any]) -> None:

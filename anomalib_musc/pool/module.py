@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
 
-from anomalib_musc.compat.lightning import replace_predict_dataloaders
+from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
 from anomalib_musc.compat.validation import NoValidationData
+from anomalib_musc.compat.workspace import RunFolders
 from anomalib_musc.pool.loaders import as_list
 from anomalib_musc.pool.pool import Pool, image_names
 from anomalib_musc.pool.scorer import PoolScorer
@@ -41,6 +44,20 @@ class PoolModule(NoValidationData):
         super().__init__(**components)
         self.pools: tuple[Pool, ...] = ()
         self._are_validation_pools = False
+        self._run_folders = RunFolders()
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Give the run a folder of its own; nothing of a run comes before, and some callbacks write in ``setup``."""
+        trainer = trainer_of(self)
+        if trainer is not None:
+            self._run_folders.enter(trainer)
+        return super().configure_callbacks()
+
+    def teardown(self, stage: str) -> None:
+        """Say where the results are."""
+        super().teardown(stage)
+        if stage in {"test", "predict"} and any(Path(self.trainer.default_root_dir).glob("*")):
+            rank_zero_info(f"Results: {self.trainer.default_root_dir}")
 
     @property
     def skipped_images(self) -> dict[Path, str]:

@@ -155,7 +155,7 @@ class PoolReader:
             yield from map(self._prepared_without_paths, chain([first], batches))
 
     def _prepared_without_paths(self, batch: Any) -> Prepared:
-        """Prepare a batch as the trainer's will be, as its images are known by their pixels, see :func:`image_names`."""
+        """Prepare a batch as the trainer's will be, whose images are known by their pixels, see :func:`image_names`."""
         if self._needs_paths:
             msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
             raise ValueError(msg)

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from anomalib_musc.compat.progress import profile, profiled, progress_bar
+from anomalib_musc.compat.workspace import is_result
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.pool.checks import (
     FEW_IMAGES,
@@ -251,8 +252,8 @@ class PoolScorer:
 
     def _reason_of_result(self, path: Path) -> str | None:
         """Say so where a file is a picture of an earlier prediction."""
-        is_result = any(folder in path.parents for folder in self._result_folders)
-        return "a result of an earlier prediction" if is_result else None
+        is_in_folder = any(folder in path.parents for folder in self._result_folders)
+        return "a result of an earlier run" if is_in_folder or is_result(path) else None
 
     def _to_device(self, images: Any) -> torch.Tensor:
         images = self._trainer.precision_plugin.convert_input(images)

@@ -275,7 +275,7 @@ def test_pictures_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path)
         engine = Engine(default_root_dir=tmp_path / "pile/results", enable_progress_bar=False)
         assert len(engine.predict(MuSc(own_backbone), data_path=tmp_path / "pile")) == 12
     notes = [row["note"] for row in read_table(tmp_path).values() if row["label"] == "skipped"]
-    assert set(notes) == {"a result of an earlier prediction"}
+    assert set(notes) == {"a result of an earlier run"}
 
 
 def test_heatmaps_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path, make_engine):
