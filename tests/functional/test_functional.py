@@ -4,7 +4,6 @@
 import re
 import subprocess
 import sys
-from seeded import assert_close, randn, to_numpy, unit
 from pathlib import Path
 
 import golden
@@ -12,6 +11,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from seeded import assert_close, randn, to_numpy, unit
 from torch.nn.functional import interpolate, normalize
 
 from anomalib_musc.functional import lnamd, mutual_scores, rscin
