@@ -13,9 +13,9 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.base import Activation
 from anomalib_musc.backbones.own import check_output, check_own_arguments, own_image_size
+from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.arguments import check_count
-from anomalib_musc.functional.layer_scoring import least_memory
 from anomalib_musc.functional.subsets import MIN_SUBSET, count_subsets, split_into_subsets
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
