@@ -27,7 +27,7 @@ class EightBitProduct:
     @staticmethod
     def is_supported(device: torch.device) -> bool:
         """Whether the processor multiplies 8-bit integers fast and without saturation."""
-        return device.type == "cpu" and has_onednn() and torch.cpu._is_vnni_supported()
+        return device.type == "cpu" and has_onednn() and torch.cpu._is_vnni_supported()  # noqa: SLF001
 
     def prepare(self, patches: torch.Tensor) -> torch.Tensor:
         """Multiply the channels, as far as a power of two divides C, with signs and a Hadamard matrix."""
@@ -65,6 +65,6 @@ class EightBitProduct:
         size = count * num_patches**2
         self._buffer = reuse_buffer(self._buffer, 2 * size, self._buffer)
         integers, products = self._buffer[: 2 * size].view(2, count, num_patches, num_patches)
-        torch._int_mm(y[images].flatten(0, 1), x[image].T, out=integers.flatten(0, 1))
+        torch._int_mm(y[images].flatten(0, 1), x[image].T, out=integers.flatten(0, 1))  # noqa: SLF001
         torch.mul(integers, scales_x[image], out=products.view(torch.float32))
         return products.view(torch.float32).mul_(scales_y[images, :, None])
