@@ -145,6 +145,15 @@ class PoolModule(NoValidationData):
             return found
         return InferenceBatch(pred_score=found.pred_score, anomaly_map=found.anomaly_map)  # without a post-processor
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take nothing of an evaluator from a file: the one here may have other metrics, or there may be none."""
+        for key in [key for key in state_dict if key.startswith(f"{prefix}evaluator.")]:
+            del state_dict[key]
+        evaluator: Any = getattr(self, "evaluator", None)
+        if evaluator is not None:
+            evaluator.state_dict(destination=state_dict, prefix=f"{prefix}evaluator.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the pools: an export needs none, and a dataloader may not be one that can be pickled."""
         return {**super().__getstate__(), "pools": ()}
