@@ -15,10 +15,11 @@ import torch
 
 from anomalib_musc.backbones.base import Activation, Backbone
 from anomalib_musc.backbones.clip import create_clip_backbone, no_choice_of_activation
+from anomalib_musc.backbones.efficientnet import create_efficientnet_backbone
 from anomalib_musc.backbones.timm import create_timm_backbone
 from anomalib_musc.backbones.tiny import NAME as TINY
 from anomalib_musc.backbones.tiny import create_tiny_backbone
-from anomalib_musc.backbones.weights import are_to_come, looks_like_path
+from anomalib_musc.backbones.weights import LITE2, are_to_come, looks_like_path
 
 
 class Alias(NamedTuple):
@@ -29,7 +30,8 @@ class Alias(NamedTuple):
     image_size: int
 
 
-# The names, weights and image sizes of MuSc's official release.
+# Names by which users know a network: those of MuSc's official release, with its weights and image sizes, and those of
+# DINOv2's and DINOv3's own code. Sizes are MuSc's for DINOv2, and that of the weights for DINOv3.
 ALIASES = {
     "ViT-B-32": Alias("ViT-B-32", "openai", 512),
     "ViT-B-16": Alias("ViT-B-16", "openai", 512),
@@ -40,7 +42,18 @@ ALIASES = {
     "dino_vitbase16": Alias("vit_base_patch16_224", "dino", 512),
     "dinov2_vitb14": Alias("vit_base_patch14_dinov2", "lvd142m", 518),
     "dinov2_vitl14": Alias("vit_large_patch14_dinov2", "lvd142m", 518),
+    "dinov2_vits14": Alias("vit_small_patch14_dinov2", "lvd142m", 518),
+    "dinov2_vitg14": Alias("vit_giant_patch14_dinov2", "lvd142m", 518),
+    "dinov3_vits16": Alias("vit_small_patch16_dinov3", "lvd1689m", 256),
+    "dinov3_vits16plus": Alias("vit_small_plus_patch16_dinov3", "lvd1689m", 256),
+    "dinov3_vitb16": Alias("vit_base_patch16_dinov3", "lvd1689m", 256),
+    "dinov3_vitl16": Alias("vit_large_patch16_dinov3", "lvd1689m", 256),
+    "dinov3_vith16plus": Alias("vit_huge_plus_patch16_dinov3", "lvd1689m", 256),
+    "dinov3_vit7b16": Alias("vit_7b_patch16_dinov3", "lvd1689m", 256),
 }
+_PREFIXES = ("hf_hub:timm/", "hf-hub:timm/", "timm/")  # of timm's own models, which need no file of the hub to be built
+
+_WITHOUT_A_HUB = {TINY: create_tiny_backbone, LITE2: create_efficientnet_backbone}
 
 # What the code of DINO and DINOv2 adds to a new grid of their position embedding before it computes the scale.
 _DINO_OFFSET = 0.1
@@ -63,8 +76,10 @@ def create_backbone(
     names of DINO and DINOv2 (``dino_...``, ``dinov2_...``) with their own code's offset of the sampling grid.
 
     Args:
-        name: A name of the official release (``ALIASES``), ``musc-tiny``, a timm model, or an open_clip architecture;
-            where both libraries know a name that is not in ``ALIASES``, it is timm's. timm's names may carry a tag.
+        name: A name of the official release or of DINO's own code (``ALIASES``), ``musc-tiny``,
+            ``efficientnet-lite2``, a timm model, also as ``timm/...`` or ``hf_hub:timm/...``, or an open_clip
+            architecture; where both libraries know a name that is not in ``ALIASES``, it is timm's. timm's names may
+            carry a tag.
         pretrained: ``True`` for the default weights: those of the official release for its names, the package's for
             ``musc-tiny``, otherwise timm's default tag or the first one that open_clip lists. A tag. A local file, of a
             grid of its own if need be
@@ -106,6 +121,8 @@ def create_backbone(
     if activation not in (None, *get_args(Activation)):
         msg = f"activation must be 'official', 'weights' or None, got {activation!r}"
         raise ValueError(msg)
+    check_name(name)
+    name = next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
     asked, alias, offset = name, ALIASES.get(name), 0.0
     weights, tag = _resolve_pretrained(pretrained)
     if alias is not None:
@@ -113,8 +130,8 @@ def create_backbone(
         name, tag = alias.model, tag or alias.tag
         image_size = alias.image_size if image_size is None else image_size
     has_choice = False
-    if name == TINY:
-        create: Callable[..., Backbone] = create_tiny_backbone
+    if name in _WITHOUT_A_HUB:
+        create: Callable[..., Backbone] = _WITHOUT_A_HUB[name]
     elif (alias is None or name not in ALIASES) and timm.is_model(name):
         create = partial(create_timm_backbone, embedding_offset=offset)
     elif name in open_clip.list_models():
@@ -146,11 +163,28 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
     return path, None
 
 
+def check_name(name: object) -> None:
+    """Raise a ValueError unless a backbone's name is a string that is not empty."""
+    if not isinstance(name, str) or not name:
+        msg = f"backbone must be a name, such as 'ViT-L-14-336' or 'musc-tiny', or a torch.nn.Module, got {name!r}"
+        raise ValueError(msg)
+
+
 def _unknown(name: str) -> str:
-    known = sorted({TINY, *ALIASES, *timm.list_models(), *open_clip.list_models()})
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    """Say which known names are like this one, whatever its case and separators."""
+    known = {TINY, LITE2, *ALIASES, *timm.list_models(), *open_clip.list_models()}
+    by_letters: dict[str, list[str]] = {}
+    for other in sorted(known, key=lambda other: (other not in ALIASES, other)):
+        by_letters.setdefault(_letters(other), []).append(other)
+    close = difflib.get_close_matches(_letters(name), by_letters, n=4, cutoff=0.6)
+    names = [other for letters in close for other in by_letters[letters]][:5]
+    meant = f"did you mean {names[0]!r}? Close matches: {names}" if names else "no name is like it"
     return (
-        f"backbone {name!r} is not known; close matches: {close or 'none'}. "
-        "All names: musc-tiny, anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models(). "
+        f"backbone {name!r} is not known; {meant}. All names: musc-tiny, efficientnet-lite2, "
+        "anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models(). "
         "Your own module is passed as an object, in a configuration as class_path and init_args"
     )
+
+
+def _letters(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.engine import Engine
-from anomalib.metrics import Evaluator
+from anomalib.metrics import Evaluator, F1Score
 from commands import TINY
 from runs import datamodule
 from sklearn.metrics import auc
@@ -117,7 +117,7 @@ def test_no_metric_leaves_a_trace():
         True,
         False,
         PaperEvaluator(aupro="official"),
-        Evaluator(test_metrics=[AnomalibAUROC(["pred_score", "gt_label"])]),
+        Evaluator(test_metrics=[F1Score(["pred_label", "gt_label"])]),
     ],
     ids=["default", "none", "official", "anomalib's"],
 )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names by which users know a network, and what is proposed where a name is nearly one."""
+
+import pytest
+import timm
+import torch
+
+from anomalib_musc.backbones import ALIASES, create_backbone
+
+
+@pytest.mark.parametrize("name", [name for name in ALIASES if name.startswith("dino")])
+def test_every_dino_is_one_of_timms_with_such_weights(name):
+    alias = ALIASES[name]
+    assert timm.is_model(alias.model)
+    assert f"{alias.model}.{alias.tag}" in timm.list_models(f"{alias.model}.*", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "patch", "channels", "size"),
+    [("dinov2_vits14", 14, 384, 518), ("dinov3_vits16", 16, 384, 256), ("dinov3_vitb16", 16, 768, 256)],
+)
+def test_small_ones_are_built(name, patch, channels, size):
+    backbone = create_backbone(name, pretrained=False)
+    assert backbone.image_size == (size, size)
+    assert backbone.patch_size == (patch, patch)
+    small = create_backbone(name, pretrained=False, image_size=(4 * patch, 6 * patch))
+    maps, image_feature = small(torch.rand(1, 3, 4 * patch, 6 * patch))
+    assert [tuple(found.shape) for found in maps] == [(1, channels, 4, 6)] * 4
+    assert image_feature.shape == (1, channels)
+
+
+@pytest.mark.parametrize("prefix", ["timm/", "hf_hub:timm/", "hf-hub:timm/"])
+def test_prefixes_of_timms_own_models(prefix):
+    images = torch.rand(1, 3, 64, 64)
+    plain = create_backbone("test_vit.r160_in1k", pretrained=False, image_size=64)(images)[1]
+    assert torch.equal(
+        create_backbone(f"{prefix}test_vit.r160_in1k", pretrained=False, image_size=64)(images)[1], plain
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("dinov2_vitb_14", "dinov2_vitb14"),
+        ("dinov2-vit-b14", "dinov2_vitb14"),
+        ("DINOv2_ViTL14", "dinov2_vitl14"),
+        ("dino_vitb16", "dino_vitbase16"),
+        ("dinov3_vitl_16", "dinov3_vitl16"),
+        ("ViT-L14-336", "ViT-L-14-336"),
+        ("vit-l-14", "ViT-L-14"),
+        ("musc_tiny", "musc-tiny"),
+        ("efficientnet_lite-2", "efficientnet-lite2"),
+    ],
+)
+def test_a_near_miss_proposes_the_right_name(name, meant):
+    with pytest.raises(ValueError, match=f"backbone '{name}' is not known; did you mean '{meant}'"):
+        create_backbone(name)
+
+
+def test_a_name_like_none():
+    with pytest.raises(ValueError, match=r"'?§§§'? is not known; no name is like it"):
+        create_backbone("§§§")
+
+
+@pytest.mark.parametrize("name", [5, None, "", ["ViT-L-14"], True])
+def test_what_is_no_name(name):
+    with pytest.raises(ValueError, match=r"backbone must be a name, such as .* or a torch\.nn\.Module, got"):
+        create_backbone(name)
