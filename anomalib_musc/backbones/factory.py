@@ -31,7 +31,7 @@ class Alias(NamedTuple):
 
 
 # Names by which users know a network: those of MuSc's official release, with its weights and image sizes, and those of
-# DINOv2's and DINOv3's own code. Sizes are MuSc's for DINOv2, and that of the weights for DINOv3.
+# DINO's own code. Sizes are MuSc's for DINO and DINOv2, and that of the weights for DINOv3.
 ALIASES = {
     "ViT-B-32": Alias("ViT-B-32", "openai", 512),
     "ViT-B-16": Alias("ViT-B-16", "openai", 512),
@@ -40,6 +40,10 @@ ALIASES = {
     "ViT-L-14-336": Alias("ViT-L-14-336", "openai", 518),
     "dino_vitbase8": Alias("vit_base_patch8_224", "dino", 512),
     "dino_vitbase16": Alias("vit_base_patch16_224", "dino", 512),
+    "dino_vits8": Alias("vit_small_patch8_224", "dino", 512),
+    "dino_vits16": Alias("vit_small_patch16_224", "dino", 512),
+    "dino_vitb8": Alias("vit_base_patch8_224", "dino", 512),
+    "dino_vitb16": Alias("vit_base_patch16_224", "dino", 512),
     "dinov2_vitb14": Alias("vit_base_patch14_dinov2", "lvd142m", 518),
     "dinov2_vitl14": Alias("vit_large_patch14_dinov2", "lvd142m", 518),
     "dinov2_vits14": Alias("vit_small_patch14_dinov2", "lvd142m", 518),
