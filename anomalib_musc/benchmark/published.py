@@ -45,6 +45,13 @@ _WHOLE = {
     "test_augmentations": None,
 }
 
+# Beside every published AUPRO; see anomalib_musc.metrics.ranking.official_aupro.
+AUPRO_NOTE = (
+    "Published AUPRO is computed with 200 thresholds, each curve rescaled by its own extremes below a false positive "
+    "rate of 0.3; measured AUPRO is exact, and somewhat higher on the same maps (PaperEvaluator(aupro='official') "
+    "reports it as published)."
+)
+
 
 class Published(NamedTuple):
     """A row that someone else measured; metrics are fractions, those that were not reported are missing."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib_musc.benchmark.published import published_rows
+from anomalib_musc.benchmark.published import AUPRO_NOTE, published_rows
 from anomalib_musc.benchmark.records import METRICS, Record
 from anomalib_musc.benchmark.summary import MEAN, Row, best_of, with_rscin
 from anomalib_musc.output.files import atomic_write
@@ -93,6 +93,7 @@ def _table(rows: Sequence[Row], dataset: str) -> str:
     if published:
         count = max(row.num_categories for row in rows)
         notes.append(f"Published figures are means over all categories of {dataset}; those above are over {count}.")
+        notes.append(AUPRO_NOTE)
     return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
 
 

@@ -28,7 +28,6 @@ from anomalib_musc.benchmark.published import published_dataset, published_rows
 from anomalib_musc.benchmark.records import METRICS, Predictions, Record, Store
 from anomalib_musc.benchmark.summary import MEAN, best_of, rows_of
 from anomalib_musc.cli import main
-from anomalib_musc.compat.workarounds import winclip_fault
 from anomalib_musc.functional import rscin
 from anomalib_musc.metrics.ranking import aupro, pro_curve, rank
 from anomalib_musc.pool.rescoring import image_features, rescore
@@ -507,6 +506,12 @@ def test_published_figures_have_sources():
         assert all(row.source and row.setting for row in published_rows(dataset))
     methods = {row.method for row in published_rows("MVTec AD")}
     assert methods >= {"GPT-4V-AD", "ViTAD", "DiAD", "FADE", "APRIL-GAN", "WinCLIP"}
+    batch = {row.method for row in published_rows("MVTec AD") if row.setting == "batch zero-shot"}
+    assert batch >= {"CoDeGraph (DINOv2)", "SubspaceAD (batched)", "AnomalyDINO (batched)"}
+    assert {row.setting for row in published_rows("MVTec AD") if row.method in {"WinCLIP", "AnomalyVFM"}} == {
+        "zero-shot",
+        "4-shot",
+    }
     assert {row.method for row in published_rows("MVTec 3D-AD")} >= {"LSFA"}
 
 
@@ -671,13 +676,6 @@ save_file({key: value.contiguous() for key, value in state.items()}, home / "sna
 """
 
 
-@pytest.mark.skipif(winclip_fault() is None, reason="this open_clip computes WinCLIP rightly")
-def test_winclip_is_refused_where_it_would_be_wrong(tmp_path, mvtec_root, capsys, monkeypatch):
-    config = write_config(tmp_path / "w.yaml", {"class_path": "WinClip"}, widget(mvtec_root))
-    assert "open_clip_torch<2.26.1" in refusal(config, capsys, monkeypatch)
-
-
-@pytest.mark.skipif(winclip_fault() is not None, reason="this open_clip computes WinCLIP wrongly, which is refused")
 def test_winclip_with_random_weights_from_the_hubs_own_cache(tmp_path, mvtec_root):
     """The real loading path, as anomalib's WinCLIP takes its weights from nowhere else."""
     subprocess.run(
