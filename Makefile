@@ -24,6 +24,7 @@ test: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 environment: $(VENV)/installed
@@ -36,4 +37,4 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SAMPLE) results .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SAMPLE) results .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
