@@ -37,4 +37,4 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SAMPLE) results .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SAMPLE) results .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -45,7 +45,7 @@ class PoolLoader:
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)
         if not is_finite.all():
             bad = [images[index] for index in (~is_finite).nonzero().flatten().tolist()]
-            msg = f"features and their squares must be finite, got NaN or infinity in images {bad[:10]} of the pool."
+            msg = f"features and their squares must be finite, got NaN or infinity in images {bad[:10]}."
             raise ValueError(msg)
         return tile
 

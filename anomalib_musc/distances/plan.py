@@ -13,7 +13,7 @@ from anomalib_musc.distances.storage import MemoryBudgetError, budget_in_bytes
 # Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices.
 _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
-_BLOCK_BYTES, _BLOCK_SHARE = 2**26, 1 / 64
+_BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
 # What the libraries of each thread pack their operands into; no more of a small budget than this share.
 _THREAD_BYTES, _THREAD_SHARE = 3 * 2**20, 1 / 8
 

@@ -105,7 +105,7 @@ SCRIPT = """
     import os, resource, signal, sys, threading
     from pathlib import Path
     import torch
-    from anomalib_musc.functional import mutual_scores
+    from anomalib_musc.functional import layer_scores, mutual_scores
     from anomalib_musc.distances.storage import GIB
 
     torch.set_num_threads(1)
@@ -122,15 +122,26 @@ def run(script: str, temporary: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_the_peak_stays_within_the_budget(tmp_path):
+@pytest.mark.parametrize(
+    "work",
+    [
+        "mutual_scores(features, memory_budget=BUDGET / GIB)",
+        "layer_scores(maps, (1, 3), memory_budget=BUDGET / GIB)",
+        "layer_scores(wide_maps, (1, 3, 5), (0, 50), memory_budget=BUDGET / GIB)",
+    ],
+    ids=["patches", "one degree after the other", "all degrees together"],
+)
+def test_the_peak_stays_within_the_budget(tmp_path, work):
     done = run(
-        """
+        f"""
+        maps, wide_maps = features.mT.reshape(150, 32, 16, 16), torch.randn(60, 256, 16, 16)
+        layer_scores(maps[:4]), layer_scores(wide_maps[:4])
         def status(field):
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
 
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        mutual_scores(features, memory_budget=BUDGET / GIB)
+        {work}
         print((status("VmHWM") - before) / BUDGET)
         """,
         tmp_path,

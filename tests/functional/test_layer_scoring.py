@@ -22,7 +22,7 @@ def by_equations(maps: torch.Tensor, degrees: tuple[int, ...], interval: tuple[f
 
 
 @golden.needs_golden
-@pytest.mark.parametrize("name", ["small", "pair_even", "interval"])
+@pytest.mark.parametrize("name", golden.CHAINS)
 def test_layers_and_degrees_equal_golden(name):
     chain = golden.load(name)
     options = golden.settings(chain)
