@@ -25,10 +25,11 @@ class RsCINPostProcessor(PostProcessor):
     Scores keep the unit of the raw ones, a distance from 0 to 2, so that a threshold by hand means the same for the
     next pool. What users see is normalised to [0, 1], with 0.5 at the threshold.
 
-    Without labels an image is anomalous that lies more than three times as far above the median as the lower quartile
-    lies below it; ``image_sensitivity`` s moves the three to 3 (1 - s) / s. An image labelled normal has no mask; of an
-    anomalous one it is what lies above a share of the image's own maximum, 1 - s / 2 with ``pixel_sensitivity`` s. With
-    labels anomalib's F1-adaptive threshold decides, midway between two scores, and its sensitivities.
+    Without labels an image is anomalous that lies more than three times as far above the 45 % quantile as the 20 %
+    quantile lies below it; ``image_sensitivity`` s moves the three to 3 (1 - s) / s. An image labelled normal has no
+    mask; of an anomalous one it is what lies above a share of the image's own maximum, 1 - s / 2 with
+    ``pixel_sensitivity`` s. With labels anomalib's F1-adaptive threshold decides, midway between two scores, and its
+    sensitivities.
 
     Args:
         windows: Neighbourhood sizes k, the image itself included: ``(1, 2, 3)`` for MVTec AD and BTAD,

@@ -4,19 +4,21 @@
 import torch
 
 FACTOR = 3.0
-RULE = "three times as far above the median as the lower quartile lies below it"
-_ROUNDING = 1e-4  # scores are exact to that; less between the quartiles is no difference
+UPPER, LOWER = 0.45, 0.2  # quantiles of which neither is reached by anomalous images up to one half
+RULE = "three times as far above the 45 % quantile as the 20 % quantile lies below it"
+_ROUNDING = 1e-4  # scores are exact to that; less between the quantiles is no difference
 
 
 def image_threshold(scores: torch.Tensor, class_tokens: torch.Tensor, factor: float = FACTOR) -> float:
     r"""Find the score above which an image is anomalous, from the lower half of the pool.
 
-    Anomalous is what lies more than three times as far above the median :math:`q_{50}` as the lower quartile
-    :math:`q_{25}` lies below it,
+    Anomalous is what lies more than three times as far above the 45 % quantile as the 20 % quantile lies below it,
 
-    .. math:: t = q_{50} + 3 \, (q_{50} - q_{25}),
+    .. math:: t = q_{45} + 3 \, (q_{45} - q_{20}),
 
-    so that up to half of the pool may be anomalous and none has to be. Copies of an image count once.
+    so that half of the pool may be anomalous and none has to be. Of normally distributed scores it is mean + 2 standard
+    deviations, as with median and lower quartile in place of the two, which fail where half of the pool is anomalous.
+    Copies of an image count once.
 
     Args:
         scores: Image scores, shape ``(N,)``.
@@ -29,11 +31,11 @@ def image_threshold(scores: torch.Tensor, class_tokens: torch.Tensor, factor: fl
     Example:
         >>> scores = torch.tensor([0.30, 0.32, 0.31, 0.33, 0.34, 0.80])
         >>> round(image_threshold(scores, torch.eye(6)), 4)
-        0.3625
+        0.36
     """
     distinct = scores[_first_of_copies(class_tokens)].double().cpu()
-    quartile, median = distinct.quantile(torch.tensor([0.25, 0.5], dtype=torch.float64)).tolist()
-    return median + factor * max(median - quartile, _ROUNDING)
+    lower, upper = distinct.quantile(torch.tensor([LOWER, UPPER], dtype=torch.float64)).tolist()
+    return upper + factor * max(upper - lower, _ROUNDING)
 
 
 def contamination_threshold(scores: torch.Tensor, contamination: float) -> float:

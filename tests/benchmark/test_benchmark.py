@@ -676,6 +676,24 @@ save_file({key: value.contiguous() for key, value in state.items()}, home / "sna
 """
 
 
+# Image score and nine pixels of a map that anomalib's own WinCLIP gives with open_clip 2.24.0, which takes patches first,
+# as 2.26.0 did; by winclip_scores.py, zero-shot and with one reference.
+WINCLIP_SCORES: dict[str, list[float]] = {
+    "1": [0.2573428, 0.2568243, 0.253726, 0.2540587, 0.255586, 0.2568189, 0.2548099, 0.2537491, 0.2554787, 0.2564675],
+    "0": [0.4869831, 0.4882682, 0.4871659, 0.4866663, 0.4883699, 0.4901142, 0.485994, 0.4851874, 0.486918, 0.489583],
+}
+
+
+def test_winclip_is_what_it_was_when_open_clip_took_patches_first():
+    script = Path(__file__).with_name("winclip_scores.py")
+    done = subprocess.run(
+        [sys.executable, script, "--correct"], capture_output=True, text=True, check=True, timeout=280
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    for shots, expected in WINCLIP_SCORES.items():
+        assert found[shots] == pytest.approx(expected, abs=1e-5)
+
+
 def test_winclip_with_random_weights_from_the_hubs_own_cache(tmp_path, mvtec_root):
     """The real loading path, as anomalib's WinCLIP takes its weights from nowhere else."""
     subprocess.run(
