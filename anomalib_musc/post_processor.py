@@ -25,11 +25,11 @@ class RsCINPostProcessor(PostProcessor):
     Scores keep the unit of the raw ones, a distance from 0 to 2, so that a threshold by hand means the same for the
     next pool. What users see is normalised to [0, 1], with 0.5 at the threshold.
 
-    Without labels an image is anomalous that lies more than three times as far above the 45 % quantile as the 20 %
-    quantile lies below it; ``image_sensitivity`` s moves the three to 3 (1 - s) / s. An image labelled normal has no
-    mask; of an anomalous one it is what lies above a share of the image's own maximum, 1 - s / 2 with
-    ``pixel_sensitivity`` s. With labels anomalib's F1-adaptive threshold decides, midway between two scores, and its
-    sensitivities.
+    Without labels an image is anomalous that lies more than two and a half times as far above the 40th percentile of
+    the raw scores as the 10th lies below it; ``image_sensitivity`` s makes that 2.5 (1 - s) / s times. An image
+    labelled normal has no mask; of an anomalous one it is what lies above four fifths of the image's own maximum,
+    1 - 0.4 s with ``pixel_sensitivity`` s. With labels anomalib's F1-adaptive threshold decides, midway between two
+    scores, and its sensitivities.
 
     Args:
         windows: Neighbourhood sizes k, the image itself included: ``(1, 2, 3)`` for MVTec AD and BTAD,
@@ -159,7 +159,7 @@ class RsCINPostProcessor(PostProcessor):
         decides = not self.enable_thresholding or "pixel" not in self._without_labels
         if decides or self.fixed_pixel_threshold is not None or anomaly_map is None:
             return None
-        return anomaly_map >= (1 - self.pixel_sensitivity / 2) * anomaly_map.amax(dim=(-2, -1), keepdim=True)
+        return anomaly_map >= (1 - 0.4 * self.pixel_sensitivity) * anomaly_map.amax(dim=(-2, -1), keepdim=True)
 
 
 def _within(mask: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

@@ -17,7 +17,6 @@ from anomalib.data import MVTecAD
 from same_features import choose_backbone
 
 from anomalib_musc import MuSc, MuScModel, RsCINPostProcessor
-from anomalib_musc.decision.thresholds import FACTOR, LOWER, UPPER
 from anomalib_musc.functional import lnamd
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -87,10 +86,10 @@ def best_f1(truth: np.ndarray, values: np.ndarray) -> float:
     return float(f1_of_highest(truth, values).max())
 
 
-RULES = {  # quantiles and factor; all flag as much of a normal distribution
-    "45 % + 3 (45 % - 20 %)": (UPPER, LOWER, FACTOR),
+RULES = {  # percentiles of the raw scores, and factor; the first is the package's
+    "40th + 2.5 (40th - 10th)": (0.4, 0.1, 2.5),
     "median + 3 (median - lower quartile)": (0.5, 0.25, 3.0),
-    "40 % + 2.2 (40 % - 10 %)": (0.4, 0.1, 2.21),
+    "45th + 3 (45th - 20th)": (0.45, 0.2, 3.0),
 }
 
 
@@ -99,6 +98,12 @@ class Scored(NamedTuple):
 
     scores: np.ndarray
     anomaly_maps: np.ndarray
+
+    def flagged(self, rule: str) -> np.ndarray:
+        """Which images a rule labels anomalous."""
+        upper, lower, factor = RULES[rule]
+        high, low = np.quantile(self.anomaly_maps.max(axis=(1, 2)), (upper, lower))
+        return self.scores > high + factor * (high - low)
 
 
 def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Scored:
@@ -112,21 +117,14 @@ def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Sc
     return Scored(scores.double().numpy(), anomaly_maps.numpy())
 
 
-def flagged(scores: np.ndarray, rule: str) -> np.ndarray:
-    """Return which images a rule labels anomalous."""
-    upper, lower, factor = RULES[rule]
-    high, low = np.quantile(scores, (upper, lower))
-    return scores > high + factor * (high - low)
-
-
 def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, float]:
     """Return for each rule the share of images it flags in a good pool, else F1 over the best; and that of pixels."""
     if not labels.any():
-        return {rule: float(flagged(pool.scores, rule).mean()) for rule in RULES}
+        return {rule: float(pool.flagged(rule).mean()) for rule in RULES}
     best = best_f1(labels, pool.scores)
-    found = {rule: f1(labels, flagged(pool.scores, rule)) / best for rule in RULES}
-    is_found = pool.anomaly_maps >= 0.75 * pool.anomaly_maps.max(axis=(1, 2), keepdims=True)
-    is_found &= flagged(pool.scores, next(iter(RULES)))[:, None, None]
+    found = {rule: f1(labels, pool.flagged(rule)) / best for rule in RULES}
+    is_found = pool.anomaly_maps >= 0.8 * pool.anomaly_maps.max(axis=(1, 2), keepdims=True)
+    is_found &= pool.flagged(next(iter(RULES)))[:, None, None]
     values = pool.anomaly_maps.ravel()
     return {**found, "pixels": f1(masks.ravel(), is_found.ravel()) / best_f1(masks.ravel(), values)}
 

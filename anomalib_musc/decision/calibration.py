@@ -8,7 +8,7 @@ import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from anomalib_musc.decision.thresholds import RULE, contamination_threshold, factor_of, image_threshold
+from anomalib_musc.decision.thresholds import FACTOR, RULE, contamination_threshold, factor_of, image_threshold
 from anomalib_musc.functional import reference_scale
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.pool.pool import Pool
@@ -96,31 +96,34 @@ def _calibrate_on_pools(
     """Normalise and threshold by the pools' own scores.
 
     The colours of a map have the image threshold in their middle, as an image's raw score is the maximum of its map.
-    Where there are several pools, the image scores of each are moved so that its own threshold is that of all: they may
-    be of different products, and the oddest image of a good pool is no defect.
+    No image score is clipped. Where there are several pools, the image scores of each are moved so that its own
+    threshold is that of all: they may be of different products, and the oddest image of a good pool is no defect.
     """
-    thresholds = [_threshold_of(post_processor, pool.scores, pool.class_tokens) for pool in pools]
     if "image" in levels:
+        thresholds = [_threshold_of(post_processor, pool, pool.scores) for pool in pools]
         highest = max(thresholds)
         pairs = zip(pools, thresholds, strict=True)
         pools = [pool.with_scores(pool.scores + (highest - threshold)) for pool, threshold in pairs]
         scores = torch.cat([pool.scores for pool in pools])
-        _load(post_processor, "image", scores.min(), scores.max(), highest)
+        reach = (scores - highest).abs().max().item()
+        _load(post_processor, "image", highest - reach, highest + reach, highest)
+        _report(post_processor, scores, _rule_of(post_processor))
     if "pixel" in levels:
-        raw_thresholds = [_threshold_of(post_processor, pool.raw_scores, pool.class_tokens) for pool in pools]
+        threshold = max(_threshold_of(post_processor, pool, pool.raw_scores) for pool in pools)
         lowest = min(pool.patch_scores.min().item() for pool in pools)
-        highest = max(pool.raw_scores.max().item() for pool in pools)
-        _load(post_processor, "pixel", lowest, highest, max(raw_thresholds))
+        _load(post_processor, "pixel", lowest, max(pool.raw_scores.max().item() for pool in pools), threshold)
     return tuple(pools)
 
 
-def _threshold_of(post_processor: PostProcessor, scores: torch.Tensor, class_tokens: torch.Tensor) -> float:
-    """Return the threshold of image scores ``(N,)`` by the rule, or by the expected share of anomalous images."""
+def _threshold_of(post_processor: PostProcessor, images: Pool | ReferenceBank, scores: torch.Tensor) -> float:
+    """Return the threshold by hand, that which the expected share of ``scores (N,)`` exceeds, or the rule's."""
     if not isinstance(post_processor, RsCINPostProcessor):
-        return image_threshold(scores, class_tokens)
+        return image_threshold(images.raw_scores, images.class_tokens)
+    if post_processor.fixed_image_threshold is not None:
+        return post_processor.fixed_image_threshold
     if post_processor.contamination != "auto":
         return contamination_threshold(scores, float(post_processor.contamination))
-    return image_threshold(scores, class_tokens, factor_of(post_processor.image_sensitivity))
+    return image_threshold(images.raw_scores, images.class_tokens, factor_of(post_processor.image_sensitivity))
 
 
 def _calibrate_on_bank(
@@ -128,9 +131,10 @@ def _calibrate_on_bank(
 ) -> None:
     """Normalise and threshold by the scores of a bank's images against each other.
 
-    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds; where some may be
-    defects, that of a pool if it is lower. A score of 1 is reached as far above it as twice their range. Where they
-    have no range, scores are what the distances are, from 0 to 2, halved.
+    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds, moved by up to
+    twice their range by the sensitivity; where some may be defects, that of a pool if it is lower. A score of 1 is
+    reached as far above it as twice their range. Where they have no range, scores are what the distances are, from 0
+    to 2, halved.
     """
     if not levels:
         return
@@ -143,30 +147,40 @@ def _calibrate_on_bank(
         for level in levels:
             _load(post_processor, level, 0.0, 2.0, 1.0)
         return
-    threshold = bank.raw_scores.max().item()
-    if may_hold_defects:
-        threshold = min(threshold, _threshold_of(post_processor, bank.raw_scores, bank.class_tokens))
+    threshold, rule = bank.raw_scores.max().item(), "the highest of the references against each other"
+    if isinstance(post_processor, RsCINPostProcessor):
+        threshold += 4 * (0.5 - post_processor.image_sensitivity) * scale
+    if may_hold_defects and (of_rule := _threshold_of(post_processor, bank, bank.raw_scores)) < threshold:
+        threshold, rule = of_rule, f"{_rule_of(post_processor)}, of the references"
     for level in levels:
         _load(post_processor, level, threshold - scale, threshold + 3 * scale, threshold)
+    if "image" in levels:
+        _report(post_processor, bank.raw_scores, rule)
 
 
-def _load(post_processor: PostProcessor, level: str, lowest: Any, highest: Any, threshold: float) -> None:
-    found = {f"{level}_min": torch.as_tensor(lowest), f"{level}_max": torch.as_tensor(highest)}
+def _load(post_processor: PostProcessor, level: str, lowest: float, highest: float, threshold: float) -> None:
+    found = {f"{level}_min": torch.tensor(lowest), f"{level}_max": torch.tensor(highest)}
     if post_processor.enable_thresholding:
         found[f"_{level}_threshold"] = torch.tensor(threshold)
     post_processor.load_state_dict(found, strict=False)
-    if level == "image" and post_processor.enable_thresholding:
+
+
+def _report(post_processor: PostProcessor, scores: torch.Tensor, rule: str) -> None:
+    """Log the image threshold, its rule, and the scores' range, without which no threshold by hand can be chosen."""
+    if post_processor.enable_thresholding:
         rank_zero_info(
-            f"No labels: anomalous above {post_processor.image_threshold.item():.4f}, {_reason(post_processor)}. "
-            f"Scores reach from {float(lowest):.4f} to {float(highest):.4f} before normalisation."
+            f"No labels: anomalous above {post_processor.image_threshold.item():.4f}, {rule}. "
+            f"Scores reach from {scores.min().item():.4f} to {scores.max().item():.4f} before normalisation."
         )
 
 
-def _reason(post_processor: PostProcessor) -> str:
-    """Say by what rule the image threshold was found."""
+def _rule_of(post_processor: PostProcessor) -> str:
+    """Say in words what :func:`_threshold_of` does."""
     if isinstance(post_processor, RsCINPostProcessor):
         if post_processor.fixed_image_threshold is not None:
             return "given by hand"
         if post_processor.contamination != "auto":
-            return f"as a share of {post_processor.contamination} is expected to be"
-    return f"which is {RULE}, or what the references reach"
+            return f"above which the expected share of {post_processor.contamination} lies"
+        if (factor := factor_of(post_processor.image_sensitivity)) != FACTOR:
+            return f"{factor:.3g} {RULE}"
+    return f"{FACTOR} {RULE}"

@@ -1,41 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images of a pool are anomalous, where no labels say it: one robust rule, and the expected share."""
+"""Which images of a pool are anomalous, where no labels say it: one robust rule, or the expected share."""
 
 import torch
 
-FACTOR = 3.0
-UPPER, LOWER = 0.45, 0.2  # quantiles of which neither is reached by anomalous images up to one half
-RULE = "three times as far above the 45 % quantile as the 20 % quantile lies below it"
-_ROUNDING = 1e-4  # scores are exact to that; less between the quantiles is no difference
+FACTOR = 2.5
+RULE = "times as far above the 40th percentile of the raw scores as the 10th lies below it"
+_ROUNDING = 1e-4  # scores are exact to that; less between the percentiles is no difference
 
 
-def image_threshold(scores: torch.Tensor, class_tokens: torch.Tensor, factor: float = FACTOR) -> float:
-    r"""Find the score above which an image is anomalous, from the lower half of the pool.
+def image_threshold(raw_scores: torch.Tensor, class_tokens: torch.Tensor, factor: float = FACTOR) -> float:
+    r"""Find the score above which an image is anomalous, from the lower half of a pool.
 
-    Anomalous is what lies more than three times as far above the 45 % quantile as the 20 % quantile lies below it,
+    Anomalous is what lies more than two and a half times as far above the 40th percentile :math:`q_{40}` of the raw
+    scores as the 10th, :math:`q_{10}`, lies below it,
 
-    .. math:: t = q_{45} + 3 \, (q_{45} - q_{20}),
+    .. math:: t = q_{40} + 2.5 \, (q_{40} - q_{10}),
 
-    so that half of the pool may be anomalous and none has to be. Of normally distributed scores it is mean + 2 standard
-    deviations, as with median and lower quartile in place of the two, which fail where half of the pool is anomalous.
-    Copies of an image count once.
+    so that up to half of the pool may be anomalous and none has to be. Copies of an image count once.
 
     Args:
-        scores: Image scores, shape ``(N,)``.
+        raw_scores: Raw image scores, shape ``(N,)``.
         class_tokens: Image features, shape ``(N, D)``, by which copies are known.
-        factor: What takes the place of 3; less flags more.
+        factor: What takes the place of 2.5; less flags more.
 
     Returns:
-        The threshold; an image with a score above it is anomalous.
+        The threshold, at most 2, which no distance of unit vectors exceeds; above it an image is anomalous.
 
     Example:
         >>> scores = torch.tensor([0.30, 0.32, 0.31, 0.33, 0.34, 0.80])
         >>> round(image_threshold(scores, torch.eye(6)), 4)
-        0.36
+        0.3575
     """
-    distinct = scores[_first_of_copies(class_tokens)].double().cpu()
-    lower, upper = distinct.quantile(torch.tensor([LOWER, UPPER], dtype=torch.float64)).tolist()
-    return upper + factor * max(upper - lower, _ROUNDING)
+    scores = raw_scores.double().cpu()
+    distinct = scores[~_is_copy(scores, class_tokens)]
+    low, high = distinct.quantile(distinct.new_tensor([0.1, 0.4])).tolist()
+    return min(high + factor * max(high - low, _ROUNDING), 2.0)
 
 
 def contamination_threshold(scores: torch.Tensor, contamination: float) -> float:
@@ -43,7 +42,7 @@ def contamination_threshold(scores: torch.Tensor, contamination: float) -> float
 
     Args:
         scores: Image scores, shape ``(N,)``.
-        contamination: Share of anomalous images, from 0 to 0.5; rounded to whole images.
+        contamination: Share of anomalous images, above 0 and at most 0.5; rounded to whole images, which may be none.
 
     Example:
         >>> round(contamination_threshold(torch.tensor([0.1, 0.2, 0.3, 0.9]), 0.25), 4)
@@ -51,26 +50,22 @@ def contamination_threshold(scores: torch.Tensor, contamination: float) -> float
     """
     ordered = scores.double().sort(descending=True).values
     count = round(contamination * len(ordered))
-    if count == 0:
-        return ordered[0].item()
-    return (ordered[count - 1 : count + 1].mean() if count < len(ordered) else ordered[-1] - _ROUNDING).item()
+    return ordered[max(count - 1, 0) : count + 1].mean().item()
 
 
 def factor_of(sensitivity: float) -> float:
-    """Return the rule's factor for a sensitivity from 0 to 1: 3 at 0.5, less above, infinite at 0.
+    """Return the rule's factor for a sensitivity from 0 to 1: 2.5 at 0.5, less above, infinite at 0.
 
     Example:
-        >>> factor_of(0.5), factor_of(0.75), factor_of(0.25)
-        (3.0, 1.0, 9.0)
+        >>> factor_of(0.5), factor_of(1.0), factor_of(0.2)
+        (2.5, 0.0, 10.0)
     """
     return FACTOR * (1 - sensitivity) / sensitivity if sensitivity > 0 else float("inf")
 
 
-def _first_of_copies(class_tokens: torch.Tensor) -> torch.Tensor:
-    """Return the indices of the images of which no copy stands before them, but for rounding."""
+def _is_copy(scores: torch.Tensor, class_tokens: torch.Tensor) -> torch.Tensor:
+    """Return which images have the score and the features of one before them, but for rounding, shape ``(N,)``."""
     tokens = torch.nn.functional.normalize(class_tokens.double().cpu(), dim=-1)
-    groups = tokens.mul(1 / _ROUNDING).round().unique(dim=0, return_inverse=True)[1]
-    first = torch.full((int(groups.max()) + 1,), len(groups)).scatter_reduce(
-        0, groups, torch.arange(len(groups)), reduce="amin"
-    )
-    return first.sort().values
+    have_same_features = tokens @ tokens.T > 1 - _ROUNDING**2 / 2  # one less half of the squared distance
+    have_same_score = (scores[:, None] - scores).abs() <= _ROUNDING
+    return (have_same_features & have_same_score).triu(1).any(dim=0)

@@ -3,6 +3,7 @@
 
 import json
 import sys
+from zlib import crc32
 
 import open_clip
 import torch
@@ -10,11 +11,12 @@ from anomalib.models.image.winclip.lightning_model import WinClip
 
 
 def seeded_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        key: torch.randn(state[key].shape, generator=generator) * 0.05 if state[key].ndim >= 2 else state[key]
-        for key in sorted(state)
-    }
+    """Fill weights with numbers that depend on their names alone: versions have other names beside them."""
+
+    def fill(name: str, shape: torch.Size) -> torch.Tensor:
+        return torch.randn(shape, generator=torch.Generator().manual_seed(crc32(name.encode()))) * 0.05
+
+    return {key: fill(key, value.shape) if value.ndim >= 2 else value for key, value in state.items()}
 
 
 create = open_clip.create_model_and_transforms
