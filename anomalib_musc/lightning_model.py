@@ -53,7 +53,8 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
 
     Args:
         backbone: Name of an open_clip or timm model, or of the official release's (``ViT-L-14-336``,
-            ``dinov2_vitl14``, ...), ``musc-tiny``, whose weights are in the package, or your own module; see
+            ``dinov2_vitl14``, ...), ``musc-tiny``, whose weights are in the package, ``efficientnet-lite2``, whose
+            weights come by pip, or your own module; see
             :class:`~anomalib_musc.MuScModel`.
         memory_budget: GiB that the pool may take, its features and scoring, on the host and on the compute device
             each. What does not fit goes to temporary files. Defaults to half of what is free.

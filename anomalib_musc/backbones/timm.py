@@ -20,6 +20,7 @@ from anomalib_musc.backbones.base import (
     square_grid,
 )
 from anomalib_musc.backbones.weights import (
+    LITE2,
     WeightsMismatchError,
     WeightsUnavailableError,
     are_to_come,
@@ -99,6 +100,7 @@ def create_timm_backbone(
         raise ValueError(msg)
     if weights is True and not known:
         msg = f"pretrained=True, but timm lists no weights of {architecture!r}; pass a file or False"
+        msg += f", or take backbone={LITE2!r}" if architecture == LITE2.replace("-", "_") else ""
         raise ValueError(msg)
     full_name = f"{architecture}.{tag}" if tag else architecture
     network = _load_file(full_name, weights) if isinstance(weights, Path) else _load_tag(full_name, weights)

@@ -55,6 +55,8 @@ def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
         ("dino_vitbase8", 224, 8, [(512, 512), (64, 40)]),
         ("dinov2_vitb14", 518, 14, [(224, 224), (98, 70), (518, 504)]),
         ("dinov2_vitl14", 518, 14, [(392, 448)]),
+        ("dinov2_vits14", 518, 14, [(98, 70)]),
+        ("dino_vits8", 224, 8, [(64, 40)]),
     ],
 )
 def test_official_names_sample_it_as_their_own_code(name, native, patch, sizes):
