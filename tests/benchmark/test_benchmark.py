@@ -676,8 +676,8 @@ save_file({key: value.contiguous() for key, value in state.items()}, home / "sna
 """
 
 
-# Image score and nine pixels of a map that anomalib's own WinCLIP gives with open_clip 2.24.0, which takes patches first
-# as 2.26.0 did; by winclip_scores.py, zero-shot and with one reference.
+# Image score and nine pixels of a map that anomalib's own WinCLIP gives with open_clip 2.24.0, which takes patches
+# first as 2.26.0 did; by winclip_scores.py, zero-shot and with one reference.
 WINCLIP_SCORES: dict[str, list[float]] = {
     "1": [0.2573428, 0.2568243, 0.253726, 0.2540587, 0.255586, 0.2568189, 0.2548099, 0.2537491, 0.2554787, 0.2564675],
     "0": [0.4869831, 0.4882682, 0.4871659, 0.4866663, 0.4883699, 0.4901142, 0.485994, 0.4851874, 0.486918, 0.489583],
