@@ -6,7 +6,6 @@ Some are worked around by modules of their own: :mod:`anomalib_musc.deep_images`
 :mod:`anomalib_musc.mixed_benchmark` and :mod:`anomalib_musc.zoo`.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from anomalib.data.utils import TestSplitMode
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
-from open_clip.transformer import Transformer
 from torchvision.transforms.v2 import Transform
 
 from anomalib_musc.deep_images import is_deep, read_deep
@@ -125,17 +123,3 @@ class FolderVisualizer(ImageVisualizer):
             if picture is not None:
                 with whole_file(place_of(path, self._root, folder)) as part:
                     picture.save(part)
-
-
-def winclip_fault() -> str | None:
-    """Return why ``WinClip`` cannot be measured here, ``None`` if it can.
-
-    anomalib 2.7.0 hands WinCLIP's windows to open_clip's transformer patches first, as that took them before 2.26.1.
-    Now it takes images first: patches attend to those of other windows, and the scores are wrong without a word.
-    """
-    if "batch_first" not in inspect.signature(Transformer).parameters:
-        return None
-    return (
-        "anomalib's WinClip is wrong with the installed open_clip, whose transformer takes images first. Install "
-        "'open_clip_torch<2.26.1', or take WinClip out of the configuration."
-    )
