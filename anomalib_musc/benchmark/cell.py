@@ -25,7 +25,6 @@ from anomalib_musc.benchmark.config import Cell, identify_files, instantiate, in
 from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
 from anomalib_musc.benchmark.resources import PeakMemory, describe, timed, versions
-from anomalib_musc.benchmark.winclip import correct_winclip
 from anomalib_musc.functional import rscin
 from anomalib_musc.output.files import atomic_write
 from anomalib_musc.pool.rescoring import image_features
@@ -97,7 +96,6 @@ class CellJob(Job):
             with timed(record.seconds, "setup"):
                 seed_everything(self.cell.seed, workers=True, verbose=False)
                 model, data = instantiate(self.cell)
-                correct_winclip(model)
                 data.prepare_data()
                 # Again, as models draw random numbers of their own and a datamodule may split its images by chance.
                 seed_everything(self.cell.seed, workers=True, verbose=False)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import yaml
@@ -659,56 +660,55 @@ def test_anomalibs_own_benchmark_takes_musc_beside_patchcore(tmp_path, mvtec_roo
     assert lines["Patchcore"]["pixel_AUPRO"] == ""
 
 
-RANDOM_WINCLIP = """
+SMALL_WINCLIP = """
+from pathlib import Path
+import open_clip
+from anomalib.models import WinClip
+
+open_clip.add_model_config(Path(__file__).with_name("ViT-B-16-plus-240.json"))
+
+class Small(WinClip):
+    pass
+"""
+SMALL_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 240, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+RANDOM_WEIGHTS = """
 import sys
 from pathlib import Path
 import open_clip
+import small_winclip
 from safetensors.torch import save_file
 
-name, tag = "ViT-B-16-plus-240", "laion400m_e31"
-repository = open_clip.get_pretrained_cfg(name, tag)["hf_hub"].strip("/").replace("/", "--")
+name, repository = "ViT-B-16-plus-240", sys.argv[2].strip("/").replace("/", "--")
 home = Path(sys.argv[1]) / "hub" / f"models--{repository}"
 (home / "snapshots/0").mkdir(parents=True)
 (home / "refs").mkdir()
 (home / "refs/main").write_text("0")
-state = open_clip.create_model(name, pretrained=None).half().state_dict()
+state = open_clip.create_model(name, pretrained=None).state_dict()
 save_file({key: value.contiguous() for key, value in state.items()}, home / "snapshots/0/open_clip_model.safetensors")
 """
 
 
-# Image score and nine pixels of a map that anomalib's own WinCLIP gives with open_clip 2.24.0, which takes patches
-# first as 2.26.0 did; by winclip_scores.py, zero-shot and with one reference.
-WINCLIP_SCORES: dict[str, list[float]] = {
-    "1": [0.2573428, 0.2568243, 0.253726, 0.2540587, 0.255586, 0.2568189, 0.2548099, 0.2537491, 0.2554787, 0.2564675],
-    "0": [0.4869831, 0.4882682, 0.4871659, 0.4866663, 0.4883699, 0.4901142, 0.485994, 0.4851874, 0.486918, 0.489583],
-}
-
-
-def test_winclip_is_what_it_was_when_open_clip_took_patches_first():
-    script = Path(__file__).with_name("winclip_scores.py")
-    done = subprocess.run(
-        [sys.executable, script, "--correct"], capture_output=True, text=True, check=True, timeout=280
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    for shots, expected in WINCLIP_SCORES.items():
-        assert found[shots] == pytest.approx(expected, abs=1e-5)
-
-
 def test_winclip_with_random_weights_from_the_hubs_own_cache(tmp_path, mvtec_root):
-    """The real loading path, as anomalib's WinCLIP takes its weights from nowhere else."""
-    subprocess.run(
-        [sys.executable, "-c", RANDOM_WINCLIP, tmp_path / "hf"], check=True, capture_output=True, timeout=120
-    )
-    root = tmp_path / "data/widget"
-    for part, count in (("train/good", 1), ("test/good", 1), ("test/scratch", 1), ("ground_truth/scratch", 1)):
-        (root / part).mkdir(parents=True)
-        for path in sorted((mvtec_root / "widget" / part).iterdir())[:count]:
-            shutil.copy(path, root / part)
-    models = [{"class_path": "WinClip"}, {"name": "MuSc", "class_path": "MuSc", "init_args": TINY}]
-    config = write_config(tmp_path / "w.yaml", {"grid": models}, widget(root.parent))
-    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    """The real loading path, as anomalib's WinCLIP takes its weights from nowhere else; a small CLIP by its name."""
+    repository = open_clip.get_pretrained_cfg("ViT-B-16-plus-240", "laion400m_e31").get("hf_hub")
+    if not repository:
+        pytest.skip("this open_clip takes the weights from elsewhere")
+    (tmp_path / "small_winclip.py").write_text(SMALL_WINCLIP)
+    (tmp_path / "ViT-B-16-plus-240.json").write_text(json.dumps(SMALL_CLIP))
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": search}
+    line = [sys.executable, "-c", RANDOM_WEIGHTS, tmp_path / "hf", repository]
+    subprocess.run(line, check=True, capture_output=True, timeout=120, env={**os.environ, **offline})
+    few_shot = {"name": "few", "class_path": "small_winclip.Small", "init_args": {"k_shot": 2}}
+    models = [{"name": "zero", "class_path": "small_winclip.Small"}, few_shot]
+    config = write_config(tmp_path / "w.yaml", {"grid": models}, widget(mvtec_root))
     status, output = run("anomalib-musc", "benchmark", "--config", config, cwd=tmp_path, **offline)
     assert status == 0, output
     lines = {line["model"]: line for line in lines_of(tmp_path / "results/benchmark/w")}
-    assert set(lines) == {"WinClip", "MuSc"}
-    assert all(lines["WinClip"][name] for name in METRICS)
+    assert set(lines) == {"zero", "few"}
+    assert all(line[name] for line in lines.values() for name in METRICS)
+    assert lines["zero"]["aupro"] != lines["few"]["aupro"]
