@@ -80,7 +80,7 @@ class MuScModel(nn.Module):
             :func:`~anomalib_musc.functional.mutual_scores`.
         precision: "exact", or "fast" arithmetic where the device has it, see
             :func:`~anomalib_musc.functional.mutual_scores`.
-        num_subsets: Into how many subsets a pool is split, at random, whose images judge each other, as the
+        num_subsets: Into how many subsets a pool is split, at random, each scored on its own, as the
             paper does for large ones: the time falls as its inverse. Fewer where one would hold less than 5.
 
     Raises:
@@ -157,7 +157,7 @@ class MuScModel(nn.Module):
         }
 
     def forward(self, images: torch.Tensor) -> PoolPrediction | ReferencePrediction:
-        """Judge images by the bank where there is one; else take them as a pool whose images judge each other.
+        """Compare images with the bank where there is one; else take them as a pool and compare them with each other.
 
         Args:
             images: Normalised images, shape ``(N, 3, H, W)``; N of at least 2 where there is no bank.
@@ -171,7 +171,7 @@ class MuScModel(nn.Module):
             return ReferencePrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens, self.bank)
         if len(images) < 2:
             msg = (
-                f"images must hold at least 2 images, which judge each other; got {len(images)}. "
+                f"images must hold at least 2 images, which are compared; got {len(images)}. "
                 "With a bank, see build_bank, one is enough."
             )
             raise ValueError(msg)
@@ -185,8 +185,8 @@ class MuScModel(nn.Module):
 
         Args:
             batches: Normalised images, batches of shape ``(B, 3, H, W)``.
-            size: How many to keep. They are drawn from the less anomalous half of the images, as those judge each
-                other, each as unlike those before it as possible. Defaults to all.
+            size: How many to keep. They are drawn from the less anomalous half of the images, compared with each other,
+                each as unlike those before it as possible. Defaults to all.
 
         Raises:
             ValueError: If there is no image, ``size`` is no whole number of at least 1, or the interval does not suit.

@@ -36,7 +36,7 @@ class BatchFirstWinClipModel(WinClipModel):
         indices = torch.cat([torch.zeros_like(masks[:1]), masks + 1])  # (1 + K, W), the class token before the patches
         windows = feature_map[:, indices.T].flatten(0, 1)  # (N * W, 1 + K, C)
         tokens = visual.ln_post(visual.transformer(visual.ln_pre(visual.patch_dropout(windows))))
-        pooled, _ = visual._global_pool(tokens)
+        pooled, _ = visual._global_pool(tokens)  # noqa: SLF001  # of open_clip, as anomalib takes it
         if visual.proj is not None:
             pooled = pooled @ visual.proj
         return pooled.unflatten(0, (feature_map.shape[0], -1))

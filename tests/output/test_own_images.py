@@ -112,7 +112,7 @@ def test_references_judge_few_images_besides(tmp_path, own_backbone, make_engine
     write_products(tmp_path / "one", range(1))
     write_products(tmp_path / "references", range(60, 63))
     model = MuSc(own_backbone, mode="both", references=tmp_path / "references")
-    with pytest.warns(UserWarning, match=r"A pool of 1 image is small: each is judged by 3 others"):
+    with pytest.warns(UserWarning, match=r"A pool of 1 image is small: each is compared with 3 others"):
         make_engine().predict(model, data_path=tmp_path / "one")
 
 
