@@ -49,7 +49,7 @@ def test_musc_within_a_budget(folder, own_backbone, make_engine):
 
 
 def test_musc_in_too_small_a_budget_stops_after_one_batch(folder, own_backbone, make_engine):
-    model = MuSc(own_backbone, memory_budget=1e-6)
+    model = MuSc(own_backbone, memory_budget=1e-6, batch_size=2)
     with pytest.raises(MemoryBudgetError, match="memory_budget must be at least"):
         make_engine().predict(model, dataloaders=predict_loader(folder, batch_size=2))
     assert own_backbone.num_images == 2
