@@ -100,8 +100,15 @@ class RsCINPostProcessor(PostProcessor):
 
     @property
     def normalized_image_threshold(self) -> torch.Tensor:
-        """The threshold of normalised image scores; without labels the sensitivity has moved the rule, not this."""
+        """The threshold of image scores as they leave; without labels the sensitivity has moved the rule, not this."""
+        if not self.enable_normalization:
+            return self.image_threshold  # anomalib 2.7.0 would compare scores that are not normalised with 0.5
         return torch.tensor(0.5) if "image" in self._without_labels else super().normalized_image_threshold
+
+    @property
+    def normalized_pixel_threshold(self) -> torch.Tensor:
+        """The threshold of anomaly maps as they leave."""
+        return super().normalized_pixel_threshold if self.enable_normalization else self.pixel_threshold
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute thresholds from labels, that of images midway between two scores.
