@@ -5,7 +5,7 @@ SAMPLE := datasets/sample
 # The network that comes with the package needs no download. Where there is a network, leave this option out.
 OFFLINE := --model.backbone musc-tiny
 
-.PHONY: demo test environment clean
+.PHONY: demo lint check test environment clean
 
 demo: environment
 	$(BIN)/python examples/sample_dataset $(SAMPLE)
@@ -17,13 +17,23 @@ demo: environment
 	@echo; echo "The same fabric as a plain folder, without labels:"
 	$(BIN)/anomalib predict --model MuSc $(OFFLINE) --data $(SAMPLE)/fabric/test
 	@echo; echo "Heatmaps:"; \
-	for run in MVTec/fabric/latest MVTec/gear/latest latest; do echo "  results/MuSc/$$run/images/"; done; \
+	for run in MVTecAD/fabric/latest MVTecAD/gear/latest latest; do echo "  results/MuSc/$$run/images/"; done; \
 	echo "Table: results/MuSc/latest/predictions.csv"
 
-test: environment
+# Linter, types and the rooms' contracts.
+lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache > /dev/null || $(BIN)/lint-imports --no-cache
+
+# For the daily work: what needs neither Engine nor a process of its own.
+check: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/functional tests/decision/test_thresholds.py \
+		tests/backbones/test_names.py tests/backbones/test_dino_embedding.py tests/pool/test_reader.py \
+		tests/metrics tests/test_torch_model.py tests/test_post_processor.py tests/test_old_files.py
+
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
 
 environment: $(VENV)/installed
@@ -36,4 +46,4 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SAMPLE) results .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SAMPLE) results .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

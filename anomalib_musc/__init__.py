@@ -7,6 +7,8 @@ The names are imported on first use, so that ``anomalib_musc.functional`` needs 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from anomalib_musc.compat import old_names
+
 if TYPE_CHECKING:
     from anomalib_musc.lightning_model import MuSc
     from anomalib_musc.output.prediction_writer import PredictionWriter
@@ -23,6 +25,8 @@ _HOMES = {
     "RsCINPostProcessor": "post_processor",
     "rescore": "pool.rescoring",
 }
+
+old_names.install()
 
 
 def __getattr__(name: str) -> Any:

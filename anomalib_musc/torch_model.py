@@ -4,21 +4,21 @@
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones import create_backbone
-from anomalib_musc.backbones.base import resolve_image_size
+from anomalib_musc.backbones.base import Activation
+from anomalib_musc.backbones.own import check_output, check_own_arguments, own_image_size
+from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.arguments import check_count
-from anomalib_musc.functional.layer_scoring import least_memory
-from anomalib_musc.memory_bank.bank import ReferenceBank, most_normal
-
-_SIGNS = 20
-MIN_SUBSET = 5  # below it, a fraction of 0.3 of the others is no image
+from anomalib_musc.functional.subsets import MIN_SUBSET, count_subsets, split_into_subsets
+from anomalib_musc.memory_bank.bank import ReferenceBank
+from anomalib_musc.memory_bank.coreset import select_coreset
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +71,16 @@ class MuScModel(nn.Module):
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
         layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters
             (of ``musc-tiny`` 0, 1, 2 and 5).
+        activation: The activation function of a CLIP given by name: ``"official"``, the official release's, with which
+            the published figures were made (at the default sizes ``nn.GELU``), or ``"weights"``, what the weights were
+            trained with (OpenAI's with QuickGELU); see :func:`~anomalib_musc.backbones.create_backbone`. Nobody here
+            could measure which is better. ``None`` for ``"official"``.
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.
         precision: "exact", or "fast" arithmetic where the device has it, see
             :func:`~anomalib_musc.functional.mutual_scores`.
-        num_subsets: Into how many subsets a pool is split, at random, whose images judge each other, as the
+        num_subsets: Into how many subsets a pool is split, at random, each scored on its own, as the
             paper does for large ones: the time falls as its inverse. Fewer where one would hold less than 5.
 
     Raises:
@@ -97,6 +101,7 @@ class MuScModel(nn.Module):
         pretrained: bool | str | Path = True,
         image_size: int | tuple[int, int] | None = None,
         layers: Sequence[int] | None = None,
+        activation: Activation | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
         precision: Precision = "exact",
@@ -112,19 +117,47 @@ class MuScModel(nn.Module):
         self.precision = precision
         self.num_subsets = num_subsets
         if isinstance(backbone, nn.Module):
-            _check_own_backbone(backbone, pretrained, layers)
+            check_own_arguments(backbone, pretrained=pretrained is not True, layers=layers, activation=activation)
             self.backbone = backbone.eval().requires_grad_(False)
-            self.image_size = _own_image_size(backbone, image_size)
+            self.image_size = own_image_size(backbone, image_size)
         else:
-            named = create_backbone(backbone, pretrained=pretrained, image_size=image_size, layers=layers)
+            named = create_backbone(
+                backbone, pretrained=pretrained, image_size=image_size, layers=layers, activation=activation
+            )
             self.backbone, self.image_size = named, named.image_size
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
         self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
         self.bank = ReferenceBank(self.aggregation_degrees, self.interval)
 
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """What decides patch scores beside the backbone's weights."""
+        activation = getattr(self.backbone, "activation", None)  # a checkpoint may change it, and no weight shows it
+        return self.image_size, self.interval, self.aggregation_degrees, self.precision, self.num_subsets, activation
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make this network of a backbone given by name, with their defaults filled in."""
+        return {"image_size": self.image_size, "layers": list(getattr(self.backbone, "layers", ()))}
+
+    def describe(self, name: str | None) -> dict[str, Any]:
+        """Describe what a bank and thresholds depend on, in plain data.
+
+        Args:
+            name: The backbone's name; ``None`` for one of the user's own.
+        """
+        return {
+            "backbone": name or type(self.backbone).__name__,
+            "number of parameters": sum(parameter.numel() for parameter in self.backbone.parameters()),
+            "image_size": list(self.image_size),
+            "layers": list(getattr(self.backbone, "layers", ())),
+            "aggregation_degrees": list(self.aggregation_degrees),
+            "interval": list(self.interval),
+        }
+
     def forward(self, images: torch.Tensor) -> PoolPrediction | ReferencePrediction:
-        """Judge images by the bank where there is one; else take them as a pool whose images judge each other.
+        """Compare images with the bank where there is one; else take them as a pool and compare them with each other.
 
         Args:
             images: Normalised images, shape ``(N, 3, H, W)``; N of at least 2 where there is no bank.
@@ -138,7 +171,7 @@ class MuScModel(nn.Module):
             return ReferencePrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens, self.bank)
         if len(images) < 2:
             msg = (
-                f"images must hold at least 2 images, which judge each other; got {len(images)}. "
+                f"images must hold at least 2 images, which are compared; got {len(images)}. "
                 "With a bank, see build_bank, one is enough."
             )
             raise ValueError(msg)
@@ -152,8 +185,8 @@ class MuScModel(nn.Module):
 
         Args:
             batches: Normalised images, batches of shape ``(B, 3, H, W)``.
-            size: How many to keep. They are drawn from the less anomalous half of the images, as those judge each
-                other, each as unlike those before it as possible. Defaults to all.
+            size: How many to keep. They are drawn from the less anomalous half of the images, compared with each other,
+                each as unlike those before it as possible. Defaults to all.
 
         Raises:
             ValueError: If there is no image, ``size`` is no whole number of at least 1, or the interval does not suit.
@@ -173,13 +206,17 @@ class MuScModel(nn.Module):
         size: int | None = None,
         *,
         is_alone: bool = True,
+        white: float = 0.0,
+        origin: object = None,
     ) -> None:
         """Make a bank of features, see :meth:`build_bank`.
 
         Args:
             batches: Feature maps and image features, as :meth:`extract` returns them.
             size: How many images to keep. Defaults to all.
-            is_alone: Whether the bank is to judge alone, without a pool.
+            is_alone: Whether images are compared with the bank alone, without a pool.
+            white: See :class:`~anomalib_musc.memory_bank.bank.ReferenceBank`.
+            origin: Likewise.
         """
         check_count("size", size, none="all")
         extracted = list(batches)
@@ -193,14 +230,18 @@ class MuScModel(nn.Module):
         tokens = torch.cat([class_tokens for _, class_tokens in extracted])
         raw_scores, patch_scores = self._scores_of_each_other(layers)
         if size is not None and size < len(tokens):
-            kept = most_normal(raw_scores, tokens, size)
+            kept = select_coreset(raw_scores, tokens, size)
             layers, tokens = [maps[kept] for maps in layers], tokens[kept]
             raw_scores, patch_scores = self._scores_of_each_other(layers)
-        self.bank.fill(layers, tokens, raw_scores, patch_scores)
+        self.bank.fill(layers, tokens, raw_scores, patch_scores, white=white, origin=origin)
 
     def check_bank_size(self, num_images: int, size: int | None) -> None:
-        """Raise a ValueError where the interval does not suit a bank of ``size`` of the images that judges alone."""
+        """Raise a ValueError where the interval does not suit a bank of ``size`` of the images, without a pool."""
         check_interval(self.interval, min(size or num_images, num_images) + 1)
+
+    def check_pool_size(self, num_images: int, num_references: int = 0) -> None:
+        """Raise a ValueError where the interval does not suit a pool of so many images, and references besides."""
+        check_interval(self.interval, num_images // count_subsets(self.num_subsets, num_images) + num_references)
 
     def _scores_of_each_other(self, feature_maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the raw scores ``(N,)`` and patch scores ``(N, h, w)`` of a pool; 0 for an image that is alone."""
@@ -224,7 +265,7 @@ class MuScModel(nn.Module):
         self.backbone.eval()
         output = self.backbone(images)
         if not torch.compiler.is_compiling():  # an exported model takes what it gets
-            _check_output(output, len(images))
+            check_output(output, len(images))
         feature_maps, class_tokens = output
         grid = feature_maps[0].shape[-2:]
         resized = [
@@ -234,36 +275,18 @@ class MuScModel(nn.Module):
         return resized, class_tokens.float()
 
     def subsets(self, class_tokens: torch.Tensor) -> list[list[int]]:
-        """Split a pool at random into ``num_subsets`` of equal size, give or take one.
-
-        The split is the same each time and does not depend on the order of the images: they are ordered by a hash of
-        the signs of random projections of their image features.
-
-        Args:
-            class_tokens: Image features, shape ``(N, D)``.
+        """Split a pool of image features ``(N, D)`` at random into ``num_subsets`` of equal size, give or take one.
 
         Returns:
-            The indices of each subset's images, in ascending order.
+            The indices of each subset's images, see :func:`~anomalib_musc.functional.split_into_subsets`.
         """
-        number = self.count_subsets(len(class_tokens))
-        if number < self.num_subsets:
+        subsets = split_into_subsets(class_tokens, self.num_subsets)
+        if len(subsets) < self.num_subsets:
             logger.warning(
                 "num_subsets=%d would leave a pool of %d images fewer than %d a subset; using %d.",
-                *(self.num_subsets, len(class_tokens), MIN_SUBSET, number),
+                *(self.num_subsets, len(class_tokens), MIN_SUBSET, len(subsets)),
             )
-        tokens = class_tokens.cpu().double()
-        generator = torch.Generator().manual_seed(0)
-        directions = torch.randn(tokens.shape[1], _SIGNS, generator=generator, dtype=torch.float64)
-        projections = (tokens - tokens.mean(dim=0)) @ directions  # (N, signs)
-        codes = ((projections > 0) * 2 ** torch.arange(_SIGNS)).sum(dim=1)
-        hashes = torch.randperm(2**_SIGNS, generator=generator)[codes]
-        by_projection = projections[:, 0].argsort(stable=True)  # decides between images of equal signs
-        order = by_projection[hashes[by_projection].argsort(stable=True)]
-        return [part.sort().values.tolist() for part in order.tensor_split(number)]
-
-    def count_subsets(self, num_images: int) -> int:
-        """Return into how many subsets a pool is split: ``num_subsets``, or fewer where they would be too small."""
-        return max(1, min(self.num_subsets, num_images // MIN_SUBSET))
+        return subsets
 
     @torch.no_grad()
     def score(
@@ -320,47 +343,3 @@ class MuScModel(nn.Module):
     def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
         """Enlarge patch scores ``(B, h, w)`` bilinearly (``align_corners=True``) to maps ``(B, 1, H, W)``."""
         return F.interpolate(patch_scores[:, None], self.image_size, mode="bilinear", align_corners=True)
-
-
-def _own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    size = image_size if image_size is not None else getattr(backbone, "image_size", None)
-    if size is None:
-        msg = (
-            f"image_size must be given, in pixels: the backbone {type(backbone).__name__} has no attribute "
-            "'image_size' to take it from."
-        )
-        raise ValueError(msg)
-    return resolve_image_size(size, native=(1, 1), patch_size=None)
-
-
-def _check_own_backbone(backbone: nn.Module, pretrained: bool | str | Path, layers: Sequence[int] | None) -> None:
-    if pretrained is not True or layers is not None:
-        name = "layers" if layers is not None else "pretrained"
-        msg = (
-            f"{name} is for backbones given by name; your own {type(backbone).__name__} already holds its weights "
-            "and decides which maps it returns."
-        )
-        raise ValueError(msg)
-
-
-def _check_output(output: object, batch_size: int) -> None:
-    """Raise a ValueError unless a backbone kept its contract."""
-    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[0], (tuple, list))):
-        msg = f"backbone must return a list of feature maps and an image feature, got {type(output).__name__}."
-        raise ValueError(msg)
-    feature_maps, class_tokens = output
-    if not feature_maps or not all(
-        isinstance(m, torch.Tensor) and m.ndim == 4 and len(m) == batch_size for m in feature_maps
-    ):
-        shapes = [getattr(m, "shape", type(m).__name__) for m in feature_maps]
-        msg = f"backbone must return feature maps, tensors of shape ({batch_size}, C, h, w), got {shapes}."
-        raise ValueError(msg)
-    if class_tokens.ndim != 2 or len(class_tokens) != batch_size:
-        msg = f"backbone must return image features of shape ({batch_size}, D), got {tuple(class_tokens.shape)}."
-        raise ValueError(msg)
-    if not all(torch.isfinite(values).all() for values in (*feature_maps, class_tokens)):
-        msg = (
-            "backbone returned NaN or infinite features. Check its weights; where it runs in half precision, "
-            "use bf16-mixed or 32-true instead."
-        )
-        raise ValueError(msg)

@@ -15,6 +15,11 @@ from anomalib_musc.lightning_model import MuSc
 class MVTec(MVTecAD):
     """MVTec AD under the name that commands and tutorials use; anomalib's own name for it is ``MVTecAD``."""
 
+    @property
+    def name(self) -> str:  # type: ignore[override]  # Lightning's is a plain attribute
+        """Anomalib's name, so that the results of one dataset lie in one folder."""
+        return "MVTecAD"
+
 
 # Not by attribute of the package, which is set only when a module's import, that may be going on, has ended.
 for home, member in (("anomalib.models", MuSc), ("anomalib.data", MVTec)):

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.distances.products import EightBitProduct
+from anomalib_musc.distances.kernels.int8 import EightBitProduct
 from anomalib_musc.functional import Precision, layer_scores, mutual_scores
 
 SIZES = ((16, 1369, 1024), (64, 256, 768), (32, 1024, 384))  # images, patches, channels

@@ -27,7 +27,7 @@ def metric(output: str, name: str) -> float:
 
 
 def read_table(root: Path) -> dict[str, dict[str, str]]:
-    """Return the rows of the one ``predictions.csv`` beneath a folder by file name."""
-    (table,) = root.rglob("predictions.csv")
+    """Return the rows of the newest ``predictions.csv`` beneath a folder by file name."""
+    table = max(root.rglob("predictions.csv"), key=lambda path: path.stat().st_mtime_ns)
     with table.open(newline="", encoding="utf-8") as file:
         return {Path(row["path"]).name: row for row in csv.DictReader(file)}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden"
+CHAINS = ["small", "pair_even", "interval"]  # files of the whole method
 needs_golden = pytest.mark.skipif(not FOLDER.is_dir(), reason="the golden vectors (../shared/golden) are not here")
 
 

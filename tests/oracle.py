@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MuSc by its equations: slow, obvious float64 numpy, against which the fast code is judged.
+"""MuSc by its equations: slow, obvious float64 numpy, with which the fast code is compared.
 
 Loops run over images, patches, windows and pixels as the method's text does, and nothing is shared with the package.
 

@@ -10,6 +10,8 @@ from anomalib.data import ImageBatch, ImageItem, MVTecAD, PredictDataset
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Dataset
 
+from anomalib_musc.pool.pool import Pool
+
 Predictions = dict[str, tuple[float, torch.Tensor]]
 
 
@@ -60,3 +62,9 @@ class PathlessDataset(Dataset):
     def __getitem__(self, index: int) -> ImageItem:
         image = cv2.imread(str(self.paths[index]))[..., ::-1].copy()
         return ImageItem(image=torch.from_numpy(image).permute(2, 0, 1) / 255)
+
+
+def relative_scores(pool: Pool) -> list[float]:
+    """Return a pool's re-scored image scores as RsCIN has them, between the extremes of the raw ones."""
+    lowest, highest = pool.raw_scores.aminmax()
+    return ((pool.scores - lowest) / (highest - lowest)).tolist()

@@ -134,7 +134,7 @@ def test_no_weights_are_needed(tmp_path, mvtec_root, folder, make_engine):
 )
 def test_a_network_without_its_weights_is_that_of_the_weights(name, activation):
     with weights_to_come():
-        backbone = create_backbone(name)
+        backbone = create_backbone(name, activation="weights")
     assert {type(module).__name__ for module in backbone.modules() if "GELU" in type(module).__name__} == {activation}
 
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import Compose, InterpolationMode, Normalize, Res
 
 from anomalib_musc import MuSc
 from anomalib_musc.compat.exportable_resize import resize_weights
-from anomalib_musc.compat.workarounds import MultiLoaderPreProcessor
+from anomalib_musc.compat.pre_processor import MultiLoaderPreProcessor
 
 TINY = {"backbone": "test_vit", "pretrained": False, "image_size": 64}
 SIZES = [(64, 64), (256, 256), (300, 150), (97, 211), (32, 48)]  # (width, height); the input is 64 x 64
@@ -138,7 +138,7 @@ def test_half_the_bytes_keep_the_scores(openvino_export, fitted, tmp_path, monke
 
 @pytest.mark.parametrize("export_type", list(ExportType))
 def test_no_bank_no_export(export_type, tmp_path, own_backbone, make_engine):
-    with pytest.raises(ValueError, match=r"by a bank of reference images, and there is none"):
+    with pytest.raises(ValueError, match=r"with a bank of reference images, and there is none"):
         make_engine().export(MuSc(own_backbone), export_type, export_root=tmp_path)
     assert not list(tmp_path.rglob("*.pt")) + list(tmp_path.rglob("*.onnx")) + list(tmp_path.rglob("*.xml"))
 
@@ -146,7 +146,7 @@ def test_no_bank_no_export(export_type, tmp_path, own_backbone, make_engine):
 def test_modes_with_a_pool_are_not_exported(tmp_path, mvtec_root, own_backbone, make_engine):
     model, engine = MuSc(own_backbone, mode="both", k_shot=2), make_engine()
     engine.fit(model, datamodule=datamodule(mvtec_root))
-    with pytest.raises(ValueError, match=r"mode='both' judges by a pool.* with mode='reference'"):
+    with pytest.raises(ValueError, match=r"mode='both' compares with a pool.* with mode='reference'"):
         engine.export(model, ExportType.TORCH, export_root=tmp_path)
 
 

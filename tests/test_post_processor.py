@@ -13,9 +13,16 @@ from anomalib_musc.functional import rscin
 
 def test_rescore_is_rscin():
     scores, tokens = torch.rand(20), torch.randn(20, 4)
-    torch.testing.assert_close(
-        RsCINPostProcessor(windows=(1, 8, 9)).rescore(scores, tokens), rscin(scores, tokens, (1, 8, 9))
-    )
+    rescored = RsCINPostProcessor(windows=(1, 8, 9)).rescore(scores, tokens)
+    relative = (rescored - scores.min()) / (scores.max() - scores.min())
+    torch.testing.assert_close(relative, rscin(scores, tokens, (1, 8, 9)))
+
+
+def test_scores_keep_the_unit_of_the_raw_ones():
+    scores, tokens = torch.rand(20), torch.randn(20, 4)
+    rescore = RsCINPostProcessor(windows=(1, 2, 3)).rescore
+    torch.testing.assert_close(rescore(2 * scores + 1, tokens), 2 * rescore(scores, tokens) + 1)
+    torch.testing.assert_close(rescore(scores.fill_(0.7), tokens), scores)
 
 
 @pytest.mark.parametrize("windows", [(), (0, 1), (-3,), (1.5,), 3])

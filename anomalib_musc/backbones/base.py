@@ -6,9 +6,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import isqrt
+from typing import Literal
 
 import torch
 from torch import nn
+
+Activation = Literal["official", "weights"]
 
 
 class Backbone(nn.Module, ABC):
@@ -156,7 +159,11 @@ def square_grid(tokens: int) -> tuple[int, int]:
 
 
 def resize_position_embedding(
-    embedding: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], prefix_tokens: int
+    embedding: torch.Tensor,
+    grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    prefix_tokens: int,
+    offset: float = 0.0,
 ) -> torch.Tensor:
     """Resize a learned position embedding bicubically, without antialiasing.
 
@@ -168,6 +175,8 @@ def resize_position_embedding(
         grid: The grid (h, w) that it has.
         new_grid: The grid that it is to have.
         prefix_tokens: ``P``; these tokens stay as they are.
+        offset: Added to the new grid where the scale is computed, ``(new + offset) / old``, as DINO's and DINOv2's own
+            code does with 0.1. Row i of the new grid is then sampled at ``(i + 0.5) / scale - 0.5`` of the old one.
 
     Returns:
         The resized embedding, of the same number of dimensions and the same type.
@@ -180,6 +189,10 @@ def resize_position_embedding(
         return embedding
     prefix, patches = embedding[..., :prefix_tokens, :], embedding[..., prefix_tokens:, :]
     patches = patches.reshape(1, *grid, -1).permute(0, 3, 1, 2).float()  # (1, C, h, w)
-    patches = nn.functional.interpolate(patches, new_grid, mode="bicubic", align_corners=False, antialias=False)
+    if offset:
+        scales = ((new_grid[0] + offset) / grid[0], (new_grid[1] + offset) / grid[1])
+        patches = nn.functional.interpolate(patches, scale_factor=scales, mode="bicubic", antialias=False)
+    else:
+        patches = nn.functional.interpolate(patches, new_grid, mode="bicubic", align_corners=False, antialias=False)
     patches = patches.flatten(2).transpose(1, 2).to(embedding.dtype)  # (1, h*w, C)
     return torch.cat([prefix, patches.reshape(*embedding.shape[:-2], -1, embedding.shape[-1])], dim=-2)

@@ -7,16 +7,17 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import open_clip
 import torch
 from open_clip.model import _build_vision_tower
-from open_clip.transformer import VisionTransformer
+from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import nn
 
 from anomalib_musc.backbones import timm as timm_backbones
 from anomalib_musc.backbones.base import (
+    Activation,
     Backbone,
     quarter_ends,
     resize_position_embedding,
@@ -40,7 +41,8 @@ class ClipBackbone(Backbone):
     The blocks' outputs are caught by hooks, which works alike in every version of open_clip.
 
     Args:
-        tower: open_clip's ``VisionTransformer``, already of the right input size.
+        tower: open_clip's ``VisionTransformer``, already of the right input size, with the activation that its weights
+            were trained with; the attribute ``trained_with`` keeps its name.
         layers: Blocks to return, counted from 0.
         preprocessing: ``mean``, ``std`` and ``interpolation``.
     """
@@ -53,9 +55,22 @@ class ClipBackbone(Backbone):
         self.grid = tower.grid_size
         # in older versions of open_clip the blocks work on (tokens, batch, channels), and there is no such attribute
         self.batch_first = getattr(tower.transformer, "batch_first", False)
+        self.trained_with = self.activation
         self._outputs: dict[int, torch.Tensor] = {}
         for layer in layers:
             tower.transformer.resblocks[layer].register_forward_hook(partial(self._keep, layer))
+
+    @property
+    def activation(self) -> str:
+        """The blocks' activation function, ``"GELU"`` or ``"QuickGELU"``."""
+        blocks: Any = self.network.transformer.resblocks  # type: ignore[union-attr]
+        return type(blocks[0].mlp.gelu).__name__
+
+    def use_activation(self, name: Literal["GELU", "QuickGELU"]) -> None:
+        """Run the blocks with this activation function, which has no weights."""
+        if name != self.activation:
+            for block in self.network.transformer.resblocks:  # type: ignore[union-attr]
+                block.mlp.gelu = QuickGELU() if name == "QuickGELU" else nn.GELU()
 
     def _keep(self, layer: int, _block: nn.Module, _inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         self._outputs[layer] = output
@@ -104,6 +119,7 @@ def create_clip_backbone(
     weights: Path | bool,
     image_size: int | Sequence[int] | None,
     layers: Sequence[int] | None,
+    activation: Activation | None = None,
 ) -> Backbone:
     """Build a backbone from an open_clip architecture; ``create_backbone`` documents sizes, layers and errors.
 
@@ -116,6 +132,7 @@ def create_clip_backbone(
         weights: ``True`` for the tag's weights, a file, or ``False`` for random ones.
         image_size: Height and width; ``None`` for the architecture's own.
         layers: Blocks or stages; ``None`` for the default ones.
+        activation: ``"weights"``, or ``"official"``, which ``None`` stands for; timm's towers have no choice.
     """
     if isinstance(open_clip.get_model_config(name)["vision_cfg"].get("layers"), list):
         msg = f"name: the image tower of {name!r} is CLIP's own ResNet; only transformers and timm networks work"
@@ -135,13 +152,21 @@ def create_clip_backbone(
         "std": config.get("std") or open_clip.OPENAI_DATASET_STD,
         "interpolation": config.get("interpolation") or "bicubic",
     }
-    path = _fetch(name, str(tag)) if weights is True and not are_to_come() else weights
     tower = _build_tower(name, tag)
+    if activation is not None and not isinstance(tower, VisionTransformer):
+        raise no_choice_of_activation(name, activation)
+    configured_size = tower.image_size
+    path = _fetch(name, str(tag)) if weights is True and not are_to_come() else weights
     if isinstance(path, Path):
         _load(tower, path, name)
     if isinstance(tower, VisionTransformer):
         chosen = _fit(tower, image_size, layers)
-        return ClipBackbone(tower, chosen, preprocessing)
+        backbone = ClipBackbone(tower, chosen, preprocessing)
+        if activation != "weights":
+            is_native = tower.image_size == configured_size
+            backbone.use_activation(official_activation(name, tag, is_native=is_native))
+        logger.info("%s: activation %s, weights of %s", name, backbone.activation, backbone.trained_with)
+        return backbone
     trunk = tower.trunk
     native = timm_backbones.native_size(trunk, tower.image_size)
     size = resolve_image_size(image_size, native, timm_backbones.patch_size_of(trunk))
@@ -149,6 +174,30 @@ def create_clip_backbone(
     if size != native:
         timm_backbones.set_input_size(trunk, size)
     return ClipTrunkBackbone(tower, size, chosen, preprocessing)
+
+
+def no_choice_of_activation(name: str, activation: str) -> ValueError:
+    """Return the error of an activation that was asked of another network than CLIP's own transformer."""
+    return ValueError(
+        f"activation={activation!r} is for CLIP's own vision transformers; the backbone {name!r} always has the "
+        "activation that its weights were trained with. Leave activation out."
+    )
+
+
+def official_activation(name: str, tag: str | None, *, is_native: bool) -> Literal["GELU", "QuickGELU"]:
+    """The activation that MuSc's official release runs weights with.
+
+    It builds CLIP from the architecture's configuration, which says GELU unless the name ends in ``-quickgelu``. It
+    keeps OpenAI's own network, whose activation is QuickGELU, where the input size need not change.
+
+    Args:
+        name: An open_clip architecture.
+        tag: The weights' tag, if they have one.
+        is_native: Whether the input has the image size of the architecture's configuration.
+    """
+    is_openai = tag is not None and tag.lower() == "openai"
+    is_quick = open_clip.get_model_config(name).get("quick_gelu", False) or (is_openai and is_native)
+    return "QuickGELU" if is_quick else "GELU"
 
 
 def uses_quick_gelu(name: str, tag: str | None) -> bool:
@@ -174,12 +223,8 @@ def uses_quick_gelu(name: str, tag: str | None) -> bool:
 def _build_tower(name: str, tag: str | None) -> Any:
     """The image tower with random weights at its native size, without the text tower."""
     config = open_clip.get_model_config(name)
-    quick_gelu = uses_quick_gelu(name, tag)
-    tower = _build_vision_tower(config["embed_dim"], {**config["vision_cfg"], "output_tokens": False}, quick_gelu)
-    if isinstance(tower, VisionTransformer):
-        activation, source = "QuickGELU" if quick_gelu else "GELU", f"tag {tag!r}" if tag else "architecture"
-        logger.info("%s: activation %s, as its %s says", name, activation, source)
-    return tower
+    vision = {**config["vision_cfg"], "output_tokens": False}
+    return _build_vision_tower(config["embed_dim"], vision, uses_quick_gelu(name, tag))
 
 
 def _fetch(name: str, tag: str) -> Path:

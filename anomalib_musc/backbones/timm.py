@@ -20,6 +20,7 @@ from anomalib_musc.backbones.base import (
     square_grid,
 )
 from anomalib_musc.backbones.weights import (
+    LITE2,
     WeightsMismatchError,
     WeightsUnavailableError,
     are_to_come,
@@ -79,6 +80,7 @@ def create_timm_backbone(
     weights: Path | bool,
     image_size: int | Sequence[int] | None,
     layers: Sequence[int] | None,
+    embedding_offset: float = 0.0,
 ) -> TimmBackbone:
     """Build a backbone from a timm model name; ``create_backbone`` documents sizes, layers and errors.
 
@@ -88,6 +90,7 @@ def create_timm_backbone(
         weights: ``True`` for the tag's weights, a file, or ``False`` for random ones.
         image_size: Height and width; ``None`` for those that the weights were made for.
         layers: Blocks or stages; ``None`` for the default ones.
+        embedding_offset: ``offset`` of :func:`~anomalib_musc.backbones.base.resize_position_embedding`.
     """
     architecture, name_tag = timm.models.split_model_name_tag(name)
     tag = tag or name_tag
@@ -97,6 +100,7 @@ def create_timm_backbone(
         raise ValueError(msg)
     if weights is True and not known:
         msg = f"pretrained=True, but timm lists no weights of {architecture!r}; pass a file or False"
+        msg += f", or take backbone={LITE2!r}" if architecture == LITE2.replace("-", "_") else ""
         raise ValueError(msg)
     full_name = f"{architecture}.{tag}" if tag else architecture
     network = _load_file(full_name, weights) if isinstance(weights, Path) else _load_tag(full_name, weights)
@@ -104,7 +108,7 @@ def create_timm_backbone(
     native = native_size(network, network.pretrained_cfg["input_size"][1:])
     size = resolve_image_size(image_size, native, patch_size_of(network))
     if size != native:
-        set_input_size(network, size)
+        set_input_size(network, size, embedding_offset)
     return TimmBackbone(network, size, chosen)
 
 
@@ -170,11 +174,16 @@ def native_size(network: Any, otherwise: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def set_input_size(network: Any, image_size: tuple[int, int]) -> None:
+def set_input_size(network: Any, image_size: tuple[int, int], embedding_offset: float = 0.0) -> None:
     """Make the network take images of this size.
 
     timm updates the geometry (grids, windows, relative and rotary positions); the learned absolute position embedding
     is resized here, because timm antialiases, or not if another library patched it: its result is overwritten.
+
+    Args:
+        network: A timm network.
+        image_size: Height and width.
+        embedding_offset: ``offset`` of :func:`~anomalib_musc.backbones.base.resize_position_embedding`.
 
     Raises:
         ValueError: If the architecture works at one size only.
@@ -194,7 +203,8 @@ def set_input_size(network: Any, image_size: tuple[int, int]) -> None:
         raise ValueError(msg) from error
     if embedding is not None:
         prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
-        resized = resize_position_embedding(embedding.detach(), grid, network.patch_embed.grid_size, prefix)
+        new_grid = network.patch_embed.grid_size
+        resized = resize_position_embedding(embedding.detach(), grid, new_grid, prefix, embedding_offset)
         network.pos_embed = nn.Parameter(resized)
 
 

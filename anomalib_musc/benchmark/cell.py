@@ -26,7 +26,7 @@ from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
 from anomalib_musc.benchmark.resources import PeakMemory, describe, timed, versions
 from anomalib_musc.functional import rscin
-from anomalib_musc.output.files import whole_file
+from anomalib_musc.output.files import atomic_write
 from anomalib_musc.pool.rescoring import image_features
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def _features(
         with timed(seconds, "extraction"):
             backbone = instantiate_backbone(arguments["backbone"])
             features = image_features(paths, **{**arguments, "backbone": backbone}, device=device)
-        with whole_file(path) as part:
+        with atomic_write(path) as part:
             np.savez(part, features=features.numpy(), seconds=seconds["extraction"])
     with np.load(path) as arrays:
         return torch.from_numpy(arrays["features"]), float(arrays["seconds"])

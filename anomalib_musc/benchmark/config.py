@@ -39,7 +39,7 @@ from typing import Any
 
 import yaml
 from anomalib.data import AnomalibDataModule
-from anomalib.models import AnomalibModule
+from anomalib.models import AnomalibModule, WinClip
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -50,6 +50,7 @@ from torch import nn
 import anomalib_musc.zoo  # noqa: F401  # so that models are found by their bare names
 from anomalib_musc.benchmark.published import check_category, published_dataset, published_setting
 from anomalib_musc.benchmark.summary import MEAN, with_rscin
+from anomalib_musc.benchmark.winclip import correct_windows
 from anomalib_musc.functional.rscin import check_windows
 
 _KEYS = {"title", "output", "accelerator", "benchmark"}
@@ -127,7 +128,10 @@ def read_config(path: Path, output: Path | None = None) -> BenchmarkConfig:
 
 def instantiate(cell: Cell) -> tuple[AnomalibModule, AnomalibDataModule]:
     """Build the model and the datamodule of a cell."""
-    return _built(AnomalibModule, cell.model), _built(AnomalibDataModule, cell.data)
+    model: AnomalibModule = _built(AnomalibModule, cell.model)
+    if isinstance(model, WinClip):
+        correct_windows(model)
+    return model, _built(AnomalibDataModule, cell.data)
 
 
 def instantiate_backbone(value: str | dict[str, Any]) -> str | nn.Module:

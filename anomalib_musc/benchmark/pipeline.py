@@ -25,7 +25,6 @@ from anomalib_musc.benchmark.records import Record, Store
 from anomalib_musc.benchmark.report import write_report
 from anomalib_musc.benchmark.summary import rows_of
 from anomalib_musc.benchmark.tables import write_csv, write_markdown
-from anomalib_musc.compat.workarounds import winclip_fault
 from anomalib_musc.output.files import check_writable
 
 logger = logging.getLogger(__name__)
@@ -79,13 +78,10 @@ class SideBySide(Pipeline):
             The records of all cells, failed ones included.
 
         Raises:
-            ValueError: If the configuration is wrong, or has WinClip where it cannot be measured.
+            ValueError: If the configuration is wrong.
             OSError: If the output cannot be written.
         """
         config = read_config(Path(args.config), getattr(args, "output", None))
-        has_winclip = any(cell.model["class_path"].endswith("WinClip") for cell in config.cells)
-        if has_winclip and (fault := winclip_fault()) is not None:
-            raise ValueError(fault)
         check_writable(config.output, "--output")
         redirect_logs(str(config.output / "pipeline.log"))
         store = Store(config.output)

@@ -45,6 +45,13 @@ _WHOLE = {
     "test_augmentations": None,
 }
 
+# Beside every published AUPRO; see anomalib_musc.metrics.ranking.official_aupro.
+AUPRO_NOTE = (
+    "Published AUPRO is computed with 200 thresholds, each curve rescaled by its own extremes below a false positive "
+    "rate of 0.3; measured AUPRO is exact, and somewhat higher on the same maps (PaperEvaluator(aupro='official') "
+    "reports it as published)."
+)
+
 
 class Published(NamedTuple):
     """A row that someone else measured; metrics are fractions, those that were not reported are missing."""
@@ -129,6 +136,7 @@ def published_setting(dataset: str, model: dict[str, Any], data: dict[str, Any])
     name, size = _SETTINGS.get(backbone, ("", 0)) if isinstance(backbone, str) else ("", 0)
     differs = not name or any(arguments.get(key) != value for key, value in _PAPER.items())
     differs |= any(_lower(data["init_args"].get(key)) not in {value, None} for key, value in _WHOLE.items())
+    differs |= arguments.get("activation") == "weights"
     if model["class_path"].split(".")[-1] != "MuSc" or differs:
         return None
     if arguments["image_size"] not in {None, size} or list(arguments["interval"]) != [0.0, 0.3]:

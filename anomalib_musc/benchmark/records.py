@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from anomalib_musc.output.files import whole_file
+from anomalib_musc.output.files import atomic_write
 
 METRICS = {
     "image_auroc": "image AUROC",
@@ -104,9 +104,9 @@ class Store:
         """
         if predictions is not None:
             arrays = {name: value for name, value in vars(predictions).items() if value is not None}
-            with whole_file(self._cell(record.key) / "predictions.npz") as part:
+            with atomic_write(self._cell(record.key) / "predictions.npz") as part:
                 np.savez_compressed(part, **arrays)
-        with whole_file(self._cell(record.key) / "record.json") as part:
+        with atomic_write(self._cell(record.key) / "record.json") as part:
             part.write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
 
     def forget(self, key: str) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from anomalib_musc.benchmark.charts import bars, curves, histogram, key_of, roc_curve
 from anomalib_musc.benchmark.gallery import Ranking, gallery, rankings_of
-from anomalib_musc.benchmark.published import Published, published_rows
+from anomalib_musc.benchmark.published import AUPRO_NOTE, Published, published_rows
 from anomalib_musc.benchmark.records import METRICS, Record, Store
 from anomalib_musc.benchmark.summary import MEAN, Row, best_of
-from anomalib_musc.output.files import whole_file
+from anomalib_musc.output.files import atomic_write
 
 # Over how many categories published means are.
 _ALL_CATEGORIES = {"MVTec AD": 15, "VisA": 12, "BTAD": 3, "MVTec 3D-AD": 10}
@@ -60,7 +60,7 @@ def write_report(path: Path, title: str, rows: list[Row], records: list[Record],
 </body>
 </html>
 """
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
@@ -132,7 +132,7 @@ def _means(dataset: str, rows: list[Row]) -> str:
     notes = ["Metrics are in percent, seconds those of set-up, fit and test together."]
     notes += ["Figures of a category are means over seeds."] if any(row.spreads for row in rows) else []
     notes += ["The best measured figure of a column is bold."] if best else []
-    notes += [_coverage(published[0].dataset, covered)] if published and means else []
+    notes += [_coverage(published[0].dataset, covered), AUPRO_NOTE] if published and means else []
     body = "" if means else f'<tr><td colspan="{_SPAN}">No model finished all of its cells.</td></tr>'
     for row in means:
         of_setting = [line for line in published if line.method == row.setting]

@@ -6,10 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from anomalib_musc.benchmark.published import published_rows
+from anomalib_musc.benchmark.published import AUPRO_NOTE, published_rows
 from anomalib_musc.benchmark.records import METRICS, Record
 from anomalib_musc.benchmark.summary import MEAN, Row, best_of, with_rscin
-from anomalib_musc.output.files import whole_file
+from anomalib_musc.output.files import atomic_write
 
 _COLUMNS = ["dataset", "category", "model", "seed", *METRICS, "setup_s", "fit_s", "test_s", "rscin_s"]
 _COLUMNS += ["images_per_second", "num_train", "num_test", "map_height", "map_width", "peak_host_bytes"]
@@ -18,7 +18,7 @@ _COLUMNS += ["peak_device_bytes", "device", "versions", "setting", "error", "con
 
 def write_csv(path: Path, records: Sequence[Record]) -> None:
     """Write one line for every record, and one more where it was re-scored."""
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, _COLUMNS, restval="")
         writer.writeheader()
         for record in records:
@@ -40,7 +40,7 @@ def write_markdown(path: Path, title: str, rows: Sequence[Row], records: Sequenc
         if record.failure
     ]
     parts += ["## Failed", "\n".join(failed)] if failed else []
-    with whole_file(path) as part:
+    with atomic_write(path) as part:
         part.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
@@ -93,6 +93,7 @@ def _table(rows: Sequence[Row], dataset: str) -> str:
     if published:
         count = max(row.num_categories for row in rows)
         notes.append(f"Published figures are means over all categories of {dataset}; those above are over {count}.")
+        notes.append(AUPRO_NOTE)
     return "\n".join(lines) + "".join(f"\n\n{note}" for note in notes)
 
 

@@ -4,17 +4,15 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from anomalib_musc.decision.thresholds import count_anomalous, image_threshold, pixel_threshold
+from anomalib_musc.decision.thresholds import FACTOR, RULE, contamination_threshold, factor_of, image_threshold
 from anomalib_musc.functional import reference_scale
 from anomalib_musc.memory_bank.bank import ReferenceBank
-from anomalib_musc.pool.source import Pool
+from anomalib_musc.pool.pool import Pool
 from anomalib_musc.post_processor import RsCINPostProcessor
-from anomalib_musc.torch_model import MuScModel
 
 LEVELS = frozenset({"image", "pixel"})
 
@@ -39,94 +37,107 @@ class Calibration:
             unknown = torch.tensor(float("nan"))
             names = [name for level in levels for name in (f"{level}_min", f"{level}_max", f"_{level}_threshold")]
             post_processor.load_state_dict(dict.fromkeys(names, unknown), strict=False)
+            self._tell(post_processor)
 
-    def find_on_pools(self, post_processor: Any, pools: Sequence[Pool]) -> None:
-        """Find what labels have not given, each time anew, as the pools may be others than before."""
-        if isinstance(post_processor, PostProcessor):
-            self.without_labels |= _uncalibrated(post_processor)
-            calibrate_on_pool(post_processor, pools, self.without_labels)
+    def find_on_pools(self, post_processor: Any, pools: Sequence[Pool]) -> tuple[Pool, ...]:
+        """Find what labels have not given, each time anew, as the pools may be others than before.
 
-    def find_on_bank(self, post_processor: Any, model: MuScModel, *, may_hold_defects: bool) -> None:
-        """Find what labels have not given, and anew what was found on another bank."""
+        Returns:
+            The pools, with image scores to which one threshold applies.
+        """
+        if not isinstance(post_processor, PostProcessor):
+            return tuple(pools)
+        self.without_labels |= _uncalibrated(post_processor)
+        self._tell(post_processor)
+        return _calibrate_on_pools(post_processor, pools, self.without_labels)
+
+    def find_on_bank(self, post_processor: Any, bank: ReferenceBank, *, may_hold_defects: bool) -> None:
+        """Find what labels have not given, and anew what was found on another bank.
+
+        Args:
+            post_processor: anomalib's or ours.
+            bank: The bank.
+            may_hold_defects: Whether the references are unlabelled.
+        """
         if isinstance(post_processor, PostProcessor):
-            scores, levels = model.bank.raw_scores.tolist(), _uncalibrated(post_processor)
+            scores, levels = bank.raw_scores.tolist(), _uncalibrated(post_processor)
             if scores != self._bank_scores:
                 levels |= self.without_labels
             self._bank_scores = scores
             self.without_labels |= levels
-            calibrate_on_bank(post_processor, model, levels, may_hold_defects=may_hold_defects)
+            self._tell(post_processor)
+            _calibrate_on_bank(post_processor, bank, levels, may_hold_defects=may_hold_defects)
 
     def to_checkpoint(self) -> dict[str, list[Any]]:
         """Return plain data for a checkpoint."""
         return {"calibrated_on_pool": sorted(self.without_labels), "calibrated_for": self._bank_scores}
 
-    def load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def load_checkpoint(self, checkpoint: Mapping[str, Any], post_processor: Any) -> None:
         """Take over what :meth:`to_checkpoint` gave."""
         self.without_labels = frozenset(checkpoint.get("calibrated_on_pool", ()))
         self._bank_scores = checkpoint.get("calibrated_for", [])
+        self._tell(post_processor)
+
+    def _tell(self, post_processor: Any) -> None:
+        if isinstance(post_processor, RsCINPostProcessor):
+            post_processor.set_without_labels(self.without_labels)
 
 
 def _uncalibrated(post_processor: PostProcessor) -> frozenset[str]:
-    """Return for which levels no validation labels or masks have said what is anomalous."""
+    """Return for which levels no validation labels or masks have given a threshold."""
     state = post_processor.state_dict()
     name = "_{}_threshold" if post_processor.enable_thresholding else "{}_min"
     return frozenset(level for level in LEVELS if bool(state[name.format(level)].isnan()))
 
 
-def calibrate_on_pool(post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]) -> None:
-    """Normalise and threshold without labels, by what the pools say of themselves.
+def _calibrate_on_pools(
+    post_processor: PostProcessor, pools: Sequence[Pool], levels: Collection[str]
+) -> tuple[Pool, ...]:
+    """Normalise and threshold by the pools' own scores.
 
-    Where there are several, the image scores of each are moved so that its own threshold is that of all: they may be of
-    different products, and the oddest image of a good pool is no defect.
-
-    Args:
-        post_processor: anomalib's or ours.
-        pools: The scored pools.
-        levels: Which of "image" and "pixel" to calibrate.
+    The colours of a map have the image threshold in their middle, as an image's raw score is the maximum of its map.
+    No image score is clipped. Where there are several pools, the image scores of each are moved so that its own
+    threshold is that of all: they may be of different products, and the oddest image of a good pool is no defect.
     """
-    patch_scores = [pool.patch_scores.flatten(1).cpu().double().numpy() for pool in pools]
     if "image" in levels:
-        threshold = _agree([(pool, count_anomalous(values)) for pool, values in zip(pools, patch_scores, strict=True)])
-    scores = torch.cat([pool.scores for pool in pools]).cpu()
-    if "image" in levels:
-        _load(post_processor, "image", scores.min(), scores.max(), threshold)
+        thresholds = [_threshold_of(post_processor, pool, pool.scores) for pool in pools]
+        highest = max(thresholds)
+        pairs = zip(pools, thresholds, strict=True)
+        pools = [pool.with_scores(pool.scores + (highest - threshold)) for pool, threshold in pairs]
+        scores = torch.cat([pool.scores for pool in pools])
+        reach = (scores - highest).abs().max().item()
+        _load(post_processor, "image", highest - reach, highest + reach, highest)
+        _report(post_processor, scores, _rule_of(post_processor))
     if "pixel" in levels:
-        is_anomalous = scores > post_processor.image_threshold.cpu()
-        every_patch = np.concatenate(patch_scores)
-        highest = max(pool.raw_scores.max().item() for pool in pools)  # of the maps, whose rounding is another
-        threshold = pixel_threshold(every_patch, is_anomalous.numpy()) if is_anomalous.any() else highest
-        _load(post_processor, "pixel", every_patch.min(), highest, threshold)
+        threshold = max(_threshold_of(post_processor, pool, pool.raw_scores) for pool in pools)
+        lowest = min(pool.patch_scores.min().item() for pool in pools)
+        _load(post_processor, "pixel", lowest, max(pool.raw_scores.max().item() for pool in pools), threshold)
+    return tuple(pools)
 
 
-def _agree(pools: Sequence[tuple[Pool, int]]) -> float:
-    """Move the scores of pools, of which so many images are anomalous, to one threshold; return it."""
-    distinct = {id(pool): (pool, count) for pool, count in pools}.values()
-    thresholds = [image_threshold(pool.scores.cpu().double().numpy(), count) for pool, count in distinct]
-    highest = max(thresholds)
-    for (pool, _), threshold in zip(distinct, thresholds, strict=True):
-        if threshold != highest:
-            pool.scores = pool.scores - threshold + highest
-    return highest
+def _threshold_of(post_processor: PostProcessor, images: Pool | ReferenceBank, scores: torch.Tensor) -> float:
+    """Return the threshold by hand, that which the expected share of ``scores (N,)`` exceeds, or the rule's."""
+    if not isinstance(post_processor, RsCINPostProcessor):
+        return image_threshold(images.raw_scores, images.class_tokens)
+    if post_processor.fixed_image_threshold is not None:
+        return post_processor.fixed_image_threshold
+    if post_processor.contamination != "auto":
+        return contamination_threshold(scores, float(post_processor.contamination))
+    return image_threshold(images.raw_scores, images.class_tokens, factor_of(post_processor.image_sensitivity))
 
 
-def calibrate_on_bank(
-    post_processor: PostProcessor, model: MuScModel, levels: Collection[str], *, may_hold_defects: bool = False
+def _calibrate_on_bank(
+    post_processor: PostProcessor, bank: ReferenceBank, levels: Collection[str], *, may_hold_defects: bool
 ) -> None:
-    """Normalise and threshold without labels, by what the images of a bank score against each other.
+    """Normalise and threshold by the scores of a bank's images against each other.
 
-    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds; where some may be
-    defects, it is found as for a pool. A score of 1 is reached as far above it as twice their range. Where they have no
-    range, scores are what the distances are, from 0 to 2, halved.
-
-    Args:
-        post_processor: anomalib's or ours.
-        model: A model with a bank.
-        levels: Which of "image" and "pixel" to calibrate.
-        may_hold_defects: Whether nobody has said that the images are normal.
+    The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds, moved by up to
+    twice their range by the sensitivity; where some may be defects, that of a pool if it is lower. A score of 1 is
+    reached as far above it as twice their range. Where they have no range, scores are what the distances are, from 0
+    to 2, halved.
     """
     if not levels:
         return
-    bank = model.bank
     scale = reference_scale(bank.raw_scores).item()
     if scale == 0:
         rank_zero_warn(
@@ -136,38 +147,40 @@ def calibrate_on_bank(
         for level in levels:
             _load(post_processor, level, 0.0, 2.0, 1.0)
         return
-    highest = bank.raw_scores.max().item()
-    thresholds, steps = {"image": highest, "pixel": highest}, {"image": scale, "pixel": scale}
-    if isinstance(post_processor, RsCINPostProcessor):  # whose scores are in units of the scale
-        thresholds["image"], steps["image"] = (highest - bank.raw_scores.min().item()) / scale, 1.0
-    if may_hold_defects:
-        thresholds |= _thresholds_of_pool(post_processor, bank, scale)
+    threshold, rule = bank.raw_scores.max().item(), "the highest of the references against each other"
+    if isinstance(post_processor, RsCINPostProcessor):
+        threshold += 4 * (0.5 - post_processor.image_sensitivity) * scale
+    if may_hold_defects and (of_rule := _threshold_of(post_processor, bank, bank.raw_scores)) < threshold:
+        threshold, rule = of_rule, f"{_rule_of(post_processor)}, of the references"
     for level in levels:
-        threshold, step = thresholds[level], steps[level]
-        _load(post_processor, level, threshold - step, threshold + 3 * step, threshold)
+        _load(post_processor, level, threshold - scale, threshold + 3 * scale, threshold)
+    if "image" in levels:
+        _report(post_processor, bank.raw_scores, rule)
 
 
-def _thresholds_of_pool(post_processor: PostProcessor, bank: ReferenceBank, scale: float) -> dict[str, float]:
-    """Return the thresholds of a bank's images where some of them are anomalous, as those of a pool; else none."""
-    patch_scores = bank.own_patch_scores().flatten(1).cpu().double().numpy()
-    num_anomalous = count_anomalous(patch_scores)
-    if num_anomalous == 0:
-        return {}
-    scores = bank.raw_scores
-    if isinstance(post_processor, RsCINPostProcessor):  # in [0, 1], while an image's will be in units of the scale
-        spread = (scores.max() - scores.min()).item()
-        scores = post_processor.rescore(scores, bank.class_tokens) * (spread / scale)
-    values = scores.cpu().double().numpy()
-    threshold = image_threshold(values, num_anomalous)
-    return {"image": threshold, "pixel": pixel_threshold(patch_scores, values > threshold)}
-
-
-def _load(post_processor: PostProcessor, level: str, lowest: Any, highest: Any, threshold: float) -> None:
-    found = {f"{level}_min": torch.as_tensor(lowest), f"{level}_max": torch.as_tensor(highest)}
+def _load(post_processor: PostProcessor, level: str, lowest: float, highest: float, threshold: float) -> None:
+    found = {f"{level}_min": torch.tensor(lowest), f"{level}_max": torch.tensor(highest)}
     if post_processor.enable_thresholding:
         found[f"_{level}_threshold"] = torch.tensor(threshold)
-        rank_zero_info(
-            f"No labels for the {level} threshold: {threshold:.3f} by the images' own scores, which reach from "
-            f"{float(lowest):.3f} to {float(highest):.3f} before normalisation."
-        )
     post_processor.load_state_dict(found, strict=False)
+
+
+def _report(post_processor: PostProcessor, scores: torch.Tensor, rule: str) -> None:
+    """Log the image threshold, its rule, and the scores' range, without which no threshold by hand can be chosen."""
+    if post_processor.enable_thresholding:
+        rank_zero_info(
+            f"No labels: anomalous above {post_processor.image_threshold.item():.4f}, {rule}. "
+            f"Scores reach from {scores.min().item():.4f} to {scores.max().item():.4f} before normalisation."
+        )
+
+
+def _rule_of(post_processor: PostProcessor) -> str:
+    """Say in words what :func:`_threshold_of` does."""
+    if isinstance(post_processor, RsCINPostProcessor):
+        if post_processor.fixed_image_threshold is not None:
+            return "given by hand"
+        if post_processor.contamination != "auto":
+            return f"above which the expected share of {post_processor.contamination} lies"
+        if (factor := factor_of(post_processor.image_sensitivity)) != FACTOR:
+            return f"{factor:.3g} {RULE}"
+    return f"{FACTOR} {RULE}"

@@ -1,2 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nearest distances between the patches of images, within a memory budget; needs torch alone."""
+"""Distances between the patches of all images of a pool, within a memory budget; torch the only dependency.
+
+:func:`nearest_distances` is the way in. Nothing here knows what the distances are for.
+
+Images are held in tiles on the compute device (``tiles.py``), each pair of them is multiplied once (``comparison.py``
+with one of ``kernels/``), and the distances go to a buffer: on the device, on the host, or in a temporary file
+(``storage.py``), as ``plan.py`` divides the budget.
+"""
+
+from anomalib_musc.distances.kernels import Precision, check_precision
+from anomalib_musc.distances.nearest import check_degrees, least_memory, nearest_distances
+from anomalib_musc.distances.storage import MemoryBudgetError, check_budget
+
+__all__ = [
+    "MemoryBudgetError",
+    "Precision",
+    "check_budget",
+    "check_degrees",
+    "check_precision",
+    "least_memory",
+    "nearest_distances",
+]

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from anomalib_musc.distances.products import Encoded, Rounding
-from anomalib_musc.functional.lnamd import aggregate, window_sums
+from anomalib_musc.distances.rounding import Encoded, Rounding
+from anomalib_musc.distances.windows import unit_vectors, window_sums
 
 # Below this squared distance (relative to the squared norms) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
@@ -17,15 +17,15 @@ _TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
 class Tile(NamedTuple):
-    """Images that are held on the compute device, ready to be compared at D aggregation degrees.
+    """Images that are held on the compute device, ready to be compared at D degrees.
 
     Attributes:
         patches: Patches of b images, shape ``(b, L, C)``.
-        grid: Height and width of their map, where they are still to be aggregated.
+        grid: Height and width of their map, where windows are still to be summed.
         degrees: The D degrees; ``(1,)`` for patches that are compared as they are.
-        operands: The patches as the comparison wants them.
-        scales: What the product with an aggregated patch is multiplied by, ``(D, b, L)``; ``None`` for ones.
-        half_norms: Half the squared norms of the aggregated patches, ``(D, b, L)``, see :func:`_half_norms`.
+        operands: The patches as the kernel takes them.
+        scales: What the product with a window's sum is multiplied by, ``(D, b, L)``; ``None`` for ones.
+        half_norms: Half the squared norms of what is compared, ``(D, b, L)``, see :func:`_half_norms`.
     """
 
     patches: torch.Tensor
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
         """Return what is compared at the degree of that index, ``(L, C)``."""
         if self.scales is None:
             return self.patches[image]
-        return aggregate(self.patches[image].view(1, *self.grid, -1), self.degrees[index])[0]
+        return unit_vectors(self.patches[image].view(1, *self.grid, -1), self.degrees[index])[0]
 
 
 def tile_of_vectors(vectors: torch.Tensor, rounding: Rounding) -> Tile:
@@ -69,19 +69,18 @@ def tile_of_maps(patches: torch.Tensor, degrees: tuple[int, ...], rounding: Roun
     operands = rounding.encode(vectors)
     scales = patches.new_empty(len(degrees), *vectors.shape[:2])
     half_norms = torch.empty_like(scales)
-    for image, normalized in enumerate(patches):
-        terms = torch.linalg.vector_norm(normalized, dim=-1, keepdim=True)  # (H, W, 1)
+    for image, patch_map in enumerate(patches):
+        terms = torch.linalg.vector_norm(patch_map, dim=-1, keepdim=True)  # (H, W, 1)
         rounded = rounding.decode(operands, image)
         for index, degree in enumerate(degrees):
-            aggregated = window_sums(normalized, degree)
-            norms = torch.linalg.vector_norm(aggregated, dim=-1)
+            sums = window_sums(patch_map, degree)
+            norms = torch.linalg.vector_norm(sums, dim=-1)
             if bool((window_sums(terms, degree)[:, 0] > _CONDITION * norms).any()):
                 raise CancellingWindowsError
             scale = norms.clamp_min_(_TINY_NORM * degree**2).reciprocal_()
-            of_sums = _half_norms(
-                aggregated, None if rounded is None else window_sums(rounded.view_as(normalized), degree)
-            )
-            scales[index, image], half_norms[index, image] = scale, of_sums * scale.square()
+            rounded_sums = None if rounded is None else window_sums(rounded.view_as(patch_map), degree)
+            scales[index, image] = scale
+            half_norms[index, image] = _half_norms(sums, rounded_sums) * scale.square()
     grid = (patches.shape[1], patches.shape[2])
     return Tile(vectors, grid, degrees, operands, scales, half_norms)
 
@@ -95,7 +94,7 @@ def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tens
               - \lVert e_y \rVert^2, \qquad
               \lVert \tilde x \rVert^2 - \lVert e_x \rVert^2 = 2 x \cdot \tilde x - \lVert x \rVert^2
 
-    which errs in the distance by no more where it is small. The true norms would.
+    Its error does not grow where the distance is small; with the true norms it would.
     """
     squared = torch.linalg.vector_norm(exact, dim=-1).square_()
     return squared / 2 if rounded is None else (exact * rounded).sum(dim=-1) - squared / 2

@@ -5,20 +5,20 @@ Li et al., "MuSc: Zero-Shot Industrial Anomaly Classification and Segmentation w
 Unlabeled Images", ICLR 2024, https://arxiv.org/abs/2401.16753.
 
 1. :func:`lnamd` aggregates each patch with its neighbourhood (section 3.1).
-2. :func:`mutual_scores` lets every image judge the patches of every other image (section 3.2).
+2. :func:`mutual_scores` scores each patch by its distances to all other images (section 3.2).
 3. :func:`rscin` re-scores each image with the scores of the images most like it (section 3.3).
 
 :func:`layer_scores` takes the first two steps together, at several degrees, with less work. :func:`reference_scores`
-and :func:`rscin_by_references` are steps 2 and 3 against a bank of reference images, for one image at a time.
+and :func:`rscin_by_references` are steps 2 and 3 against a memory bank, for one image at a time.
 """
 
-from anomalib_musc.distances.comparison import Precision, check_precision
-from anomalib_musc.distances.storage import check_budget
-from anomalib_musc.functional.layer_scoring import check_degrees, layer_scores
+from anomalib_musc.distances import Precision, check_budget, check_degrees, check_precision
+from anomalib_musc.functional.layer_scoring import layer_scores
 from anomalib_musc.functional.lnamd import lnamd
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
 from anomalib_musc.functional.reference_scoring import reference_scores
 from anomalib_musc.functional.rscin import reference_scale, rscin, rscin_by_references
+from anomalib_musc.functional.subsets import split_into_subsets
 
 __all__ = [
     "Precision",
@@ -33,4 +33,5 @@ __all__ = [
     "reference_scores",
     "rscin",
     "rscin_by_references",
+    "split_into_subsets",
 ]

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps 1 and 2 for one layer: LNAMD and MSM at several degrees, with one product of two images for all of them."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 
-from anomalib_musc.distances.comparison import Precision, make_comparison
-from anomalib_musc.distances.scheduling import Workload
-from anomalib_musc.distances.storage import release
-from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_maps, tile_of_vectors
-from anomalib_musc.functional.lnamd import lnamd, normalize_map
-from anomalib_musc.functional.mutual_scoring import average_interval, check_pool
+from anomalib_musc.distances import Precision, nearest_distances
+from anomalib_musc.functional.arguments import check_maps
+from anomalib_musc.functional.lnamd import layer_norm
+from anomalib_musc.functional.mutual_scoring import check_interval, interval_mean
 
 
 def layer_scores(
@@ -56,66 +53,25 @@ def layer_scores(
         >>> layer_scores(torch.randn(4, 16, 5, 6), degrees=(1, 3)).shape
         torch.Size([4, 30])
     """
-    if feature_map.ndim != 4 or 0 in feature_map.shape[1:]:
-        msg = f"feature_map must have shape (N, C, H, W), got {tuple(feature_map.shape)}."
+    check_maps(feature_map)
+    num_images = len(feature_map if images is None else images)
+    if num_images < 2:
+        msg = f"feature_map must hold at least 2 images to compare, got {num_images}."
         raise ValueError(msg)
-    check_degrees(degrees)
-    pool = range(len(feature_map)) if images is None else images
-    if len(set(pool)) < len(pool) or not set(pool) <= set(range(len(feature_map))):
-        msg = f"images must be different indices from 0 to {len(feature_map) - 1}, got {list(pool)[:10]}."
-        raise ValueError(msg)
-    check_pool("feature_map", feature_map, pool, interval)
-    feature_map = feature_map.detach()
-    dtype = torch.float64 if feature_map.dtype == torch.float64 else torch.float32
-    like = torch.empty(0, dtype=dtype, device=feature_map.device if device is None else device)
-    shape = (len(pool), *feature_map.shape[1:])
-
-    def score(workload: Workload) -> torch.Tensor:
-        load = functools.partial(_load, feature_map, pool, workload)
-        return average_interval(workload, load, interval, memory_budget, progress) * len(workload.degrees)
-
-    try:
-        scores = [score(workload) for workload in _workloads(shape, degrees, precision, like)]
-    except CancellingWindowsError:  # rare, and found before the first comparison where the pool fits the budget
-        scores = [score(workload) for workload in _workloads(shape, degrees, precision, like, may_share=False)]
-    return torch.stack(scores).sum(dim=0) / len(degrees)
-
-
-def least_memory(shape: Sequence[int], degrees: Sequence[int], precision: Precision, device: torch.device) -> int:
-    """Return the bytes without which :func:`layer_scores` cannot compare float32 maps of shape ``(N, C, H, W)``."""
-    like = torch.empty(0, device=device)
-    return max(workload.least_bytes for workload in _workloads(shape, degrees, precision, like))
-
-
-def _workloads(
-    shape: Sequence[int], degrees: Sequence[int], precision: Precision, like: torch.Tensor, *, may_share: bool = True
-) -> list[Workload]:
-    """Compare all degrees together where that is less work, else one after the other."""
-    num_images, channels, height, width = shape
-    comparison = make_comparison(precision, like)
-    is_shared = may_share and channels >= comparison.channels_to_share
-    groups = [tuple(degrees)] if is_shared else [(degree,) for degree in degrees]
-    return [Workload((num_images, height * width, channels), group, like, comparison) for group in groups]
-
-
-def _load(feature_map: torch.Tensor, pool: Sequence[int], workload: Workload, first: int, last: int) -> Tile:
-    """Normalise the maps of some images, and aggregate them where there is one degree."""
-    _, channels, height, width = feature_map.shape
-    patches = workload.like.new_empty(last - first, height, width, channels)
-    is_shared, rounding = len(workload.degrees) > 1, workload.comparison.rounding
-    for target, image in zip(patches, pool[first:last], strict=True):
-        maps = feature_map[image : image + 1].to(workload.like.device)
-        vectors = normalize_map(maps).flatten(1, 2) if is_shared else lnamd(maps, workload.degrees[0])
-        target.copy_(rounding.prepare(vectors).view_as(target))
-        release(feature_map)
-    if is_shared:
-        return tile_of_maps(patches, workload.degrees, rounding)
-    return tile_of_vectors(patches.flatten(1, 2), rounding)
-
-
-def check_degrees(degrees: Sequence[int], name: str = "degrees") -> None:
-    """Raise a ValueError that calls the argument ``name`` unless it is a non-empty sequence of positive odd numbers."""
-    is_list = isinstance(degrees, Sequence) and len(degrees) > 0
-    if not is_list or not all(isinstance(degree, int) and degree >= 1 and degree % 2 == 1 for degree in degrees):
-        msg = f"{name} must be a non-empty sequence of positive odd numbers, got {degrees!r}."
-        raise ValueError(msg)
+    check_interval(interval, num_images)
+    blocks = nearest_distances(
+        feature_map,
+        degrees,
+        images=images,
+        prepare=layer_norm,
+        precision=precision,
+        memory_budget=memory_budget,
+        device=device,
+        progress=progress,
+    )
+    dtype, num_patches = torch.promote_types(feature_map.dtype, torch.float32), feature_map[0, 0].numel()
+    device = feature_map.device if device is None else device
+    scores = torch.zeros(num_images, num_patches, dtype=dtype, device=device)
+    for block, distances in blocks:  # (D, n, N, L): of all degrees, or of one after the other
+        scores[block] += interval_mean(distances, interval).sum(dim=0)
+    return scores / len(degrees)

@@ -4,6 +4,8 @@
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_musc.functional.arguments import check_maps
+
 
 def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
     r"""Aggregate every patch with its :math:`r \times r` neighbourhood (arXiv 2401.16753, section 3.1).
@@ -24,7 +26,7 @@ def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
         aggregated feature is zero stays zero.
 
     Raises:
-        ValueError: If ``feature_map`` is not four-dimensional or ``degree`` is not a positive odd number.
+        ValueError: If ``feature_map`` does not have that shape or ``degree`` is not a positive odd number.
 
     Example:
         >>> import torch
@@ -34,55 +36,16 @@ def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
         >>> torch.allclose(tokens.norm(dim=-1), torch.ones(2, 30))
         True
     """
-    if feature_map.ndim != 4:
-        msg = f"feature_map must have shape (N, C, H, W), got {tuple(feature_map.shape)}."
-        raise ValueError(msg)
+    check_maps(feature_map)
     if not isinstance(degree, int) or degree < 1 or degree % 2 == 0:
         msg = f"degree must be a positive odd number, got {degree!r}."
         raise ValueError(msg)
-    return aggregate(normalize_map(feature_map), degree)
+    normalized = layer_norm(feature_map).contiguous(memory_format=torch.channels_last)  # averaged faster so
+    means = F.avg_pool2d(normalized, degree, stride=1, padding=degree // 2)  # (N, C, H, W)
+    return F.normalize(means.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # (N, H * W, C)
 
 
-def normalize_map(feature_map: torch.Tensor) -> torch.Tensor:
-    """Layer-normalise maps ``(N, C, H, W)`` over each image's whole map; returns patches ``(N, H, W, C)``."""
-    if feature_map.dtype != torch.float64:
-        feature_map = feature_map.float()
-    return F.layer_norm(feature_map, feature_map.shape[1:]).permute(0, 2, 3, 1).contiguous()
-
-
-def aggregate(patches: torch.Tensor, degree: int) -> torch.Tensor:
-    """Average normalised patches ``(N, H, W, C)`` over their windows; returns unit vectors ``(N, H * W, C)``."""
-    return F.normalize(window_sums(patches, degree) / degree**2, dim=-1)
-
-
-def window_sums(patches: torch.Tensor, degree: int) -> torch.Tensor:
-    """Sum patches ``(..., H, W, C)`` over their windows; returns ``(..., H * W, C)``."""
-    for dim in (-3, -2):
-        patches = window_sum(patches, dim, degree // 2)
-    return patches.flatten(-3, -2)
-
-
-def window_sum(values: torch.Tensor, dim: int, radius: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum ``2 * radius + 1`` neighbours along a dimension; places outside count as zeros.
-
-    Args:
-        values: Any shape.
-        dim: Along which.
-        radius: Number of neighbours on each side; at least 1 where ``out`` is given.
-        out: Where to put the sums.
-    """
-    if radius == 0 and out is None:
-        return values
-    size = values.shape[dim]
-    if out is None or size == 1:
-        total, first = values.clone() if out is None else out.copy_(values), 1
-    else:  # the first sum takes the place of a copy
-        total, first = out, 2
-        later, earlier = values.narrow(dim, 1, size - 1), values.narrow(dim, 0, size - 1)
-        torch.add(later, earlier, out=total.narrow(dim, 1, size - 1))
-        total.select(dim, 0).copy_(values.select(dim, 0))
-        total.narrow(dim, 0, size - 1).add_(later)
-    for shift in range(first, min(radius, size - 1) + 1):
-        total.narrow(dim, shift, size - shift).add_(values.narrow(dim, 0, size - shift))
-        total.narrow(dim, 0, size - shift).add_(values.narrow(dim, shift, size - shift))
-    return total
+def layer_norm(feature_map: torch.Tensor) -> torch.Tensor:
+    """Normalise each image's whole map ``(N, C, H, W)`` to mean 0 and variance 1, in float32 or float64."""
+    feature_map = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
+    return F.layer_norm(feature_map, feature_map.shape[1:])

@@ -6,9 +6,7 @@ from numbers import Real
 
 import torch
 
-from anomalib_musc.distances.comparison import Precision, make_comparison
-from anomalib_musc.distances.scheduling import Workload, average_distances
-from anomalib_musc.distances.tiles import Tile, tile_of_vectors
+from anomalib_musc.distances import Precision, nearest_distances
 
 
 def mutual_scores(
@@ -20,24 +18,22 @@ def mutual_scores(
     device: torch.device | str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
-    r"""Score every patch by its distance to all other images of the pool (arXiv 2401.16753, section 3.2).
+    r"""Score every patch by its distances to all other images of the pool (arXiv 2401.16753, section 3.2).
 
-    Image :math:`j` gives patch :math:`p` of image :math:`i` the distance to its own nearest patch; the patch score
-    is the mean over the images with the smallest distances, the interval :math:`[lo, hi)` of the sorted values:
+    The distance of patch :math:`p` of image :math:`i` to image :math:`j` is that to its nearest patch there. The
+    patch score is the mean over the images with the smallest distances, the interval :math:`[lo, hi)` of the sorted
+    values:
 
     .. math:: d_{ip}^{(j)} = \min_q \lVert x_{ip} - x_{jq} \rVert_2, \qquad
               a_{ip} = \operatorname{mean} \bigl\{ \operatorname{sort}_j d_{ip}^{(j)} \bigr\}_{lo}^{hi},
               \quad j \ne i
-
-    Every unordered pair of images is multiplied once: the row minima of the product judge one image, the column
-    minima the other.
 
     Args:
         features: Patch features of the pool, shape ``(N, L, C)``, as :func:`lnamd` returns them. They may lie on the
             host, in a memory-mapped file too, while another device computes.
         interval: Which of the N - 1 ascending distances are averaged. A bound below 1 is a fraction, index
             ``int((N - 1) * bound)``; a bound of 1 or more is a count. At least one value is always averaged.
-        precision: ``"exact"``: within 1e-4 of the formula. ``"fast"``: products of 8-bit integers on processors that
+        precision: ``"exact"``: within 1e-4 of float64. ``"fast"``: products of 8-bit integers on processors that
             have them (AVX-512 VNNI), of 16-bit numbers on CUDA with Triton; elsewhere the same as ``"exact"``.
         memory_budget: GiB that the computation may take, beside ``features``, on the device and on the host. What does
             not fit goes to temporary files; no result depends on it. Defaults to half of what is free.
@@ -60,47 +56,37 @@ def mutual_scores(
         >>> mutual_scores(torch.ones(3, 5, 8))[0]  # every patch finds its like: nothing is anomalous
         tensor([0., 0., 0., 0., 0.])
     """
-    if features.ndim != 3 or 0 in features.shape[1:]:
-        msg = f"features must have shape (N, L, C), L and C at least 1, got {tuple(features.shape)}."
-        raise ValueError(msg)
-    check_pool("features", features, range(len(features)), interval)
-    features = features.detach()
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    like = torch.empty(0, dtype=dtype, device=features.device if device is None else device)
-    comparison = make_comparison(precision, like)
-
-    def load(first: int, last: int) -> Tile:
-        rounding = comparison.rounding
-        return tile_of_vectors(rounding.prepare(features[first:last].to(like)), rounding)
-
-    workload = Workload((features.shape[0], features.shape[1], features.shape[2]), (1,), like, comparison)
-    return average_interval(workload, load, interval, memory_budget, progress)
+    blocks = nearest_distances(
+        features, precision=precision, memory_budget=memory_budget, device=device, progress=progress
+    )
+    check_interval(interval, len(features))
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    scores = torch.empty(features.shape[:2], dtype=dtype, device=features.device if device is None else device)
+    for images, distances in blocks:  # (1, n, N, L): to the nearest patch of each image
+        scores[images] = interval_mean(distances, interval).mean(dim=0)
+    return scores
 
 
-def average_interval(
-    workload: Workload,
-    load: Callable[[int, int], Tile],
-    interval: tuple[float, float],
-    memory_budget: float | None,
-    progress: Callable[[int], object] | None,
-) -> torch.Tensor:
-    """Average over an interval of the other images, in full precision; see :func:`mutual_scores`."""
-    start, stop = interval_bounds(interval, workload.shape[0] - 1)
-    with torch.autocast(workload.like.device.type, enabled=False):
-        return average_distances(workload, load, start, stop, memory_budget, progress)
+def interval_mean(distances: torch.Tensor, interval: tuple[float, float]) -> torch.Tensor:
+    """Average an interval of the ascending distances to the other images.
+
+    Args:
+        distances: Distances to N images, infinite to the image itself, shape ``(..., N, L)``.
+        interval: See :func:`mutual_scores`.
+
+    Returns:
+        Means, shape ``(..., L)``.
+    """
+    start, stop = interval_bounds(interval, distances.shape[-2] - 1)
+    ascending = distances.topk(stop, dim=-2, largest=False).values
+    return ascending[..., start:, :].mean(dim=-2)
 
 
-def check_pool(name: str, features: torch.Tensor, images: Sequence[int], interval: tuple[float, float]) -> None:
-    """Raise a ValueError unless the images of ``features (N, ...)`` are at least two, finite, and fit the interval."""
-    if len(images) < 2:
-        msg = f"{name} must hold at least 2 images, which judge each other; got {len(images)}."
-        raise ValueError(msg)
-    check_interval(interval, len(images))
-    suspects = [image for image in images if not torch.isfinite(features[image].sum())]  # which may overflow
-    bad = [image for image in suspects if not torch.isfinite(features[image]).all()]
-    if bad:
-        msg = f"{name} must be finite, got NaN or infinity in images {bad[:10]} of the pool."
-        raise ValueError(msg)
+def interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int]:
+    """Resolve fractions and counts to the slice ``[start, stop)`` of ``count`` sorted values, never empty."""
+    start, stop = (min(int(bound if bound >= 1 else count * bound), count) for bound in interval)
+    start = min(start, count - 1)
+    return start, max(stop, start + 1)
 
 
 def check_interval(interval: tuple[float, float], num_images: int | None = None) -> None:
@@ -122,10 +108,3 @@ def check_interval(interval: tuple[float, float], num_images: int | None = None)
         pool = "" if num_images is None else f" for {num_images} images"
         msg = f"interval must begin below its end, got {tuple(interval)}{pool}; a bound of 1 or more is a count."
         raise ValueError(msg)
-
-
-def interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int]:
-    """Resolve fractions and counts to the slice ``[start, stop)`` of ``count`` sorted values, never empty."""
-    start, stop = (min(int(bound if bound >= 1 else count * bound), count) for bound in interval)
-    start = min(start, count - 1)
-    return start, max(stop, start + 1)

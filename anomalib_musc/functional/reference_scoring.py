@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Step 2 against a bank of reference images: every image on its own, in operations that can be exported."""
+"""Step 2 against a memory bank of reference images: each image on its own, in operations that can be exported."""
 
 import torch
 
@@ -15,16 +15,20 @@ def reference_scores(
     *,
     own_copies: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    r"""Score every patch by its distance to reference images, as mutual scoring does by its distance to a pool.
+    r"""Score every patch by its distances to reference images, as :func:`mutual_scores` does by those to a pool.
 
-    With the distances :math:`d_{ip}^{(j)}` of :func:`~anomalib_musc.functional.mutual_scores`, now to the M images
-    :math:`j` of a bank, a patch's score is the mean of the smallest ones, the interval :math:`[lo, hi)` of M. No image
-    has an influence on the score of another. With a pool as its own bank, each image's own copy left out, the scores
+    The distance of patch :math:`p` of a query image :math:`i` to reference :math:`j` is that to its nearest patch
+    there; the patch score is the mean over an interval of the sorted values:
+
+    .. math:: d_{ip}^{(j)} = \min_q \lVert x_{ip} - y_{jq} \rVert_2, \qquad
+              a_{ip} = \operatorname{mean} \bigl\{ \operatorname{sort}_j d_{ip}^{(j)} \bigr\}_{lo}^{hi}
+
+    No query has an influence on another. With a pool as its own references, each image's own copy left out, the scores
     are those of the pool.
 
     Args:
-        features: Unit vectors of the images to judge, shape ``(B, L, C)``, as :func:`lnamd` returns them.
-        references: Unit vectors of the bank, shape ``(M, L', C)``.
+        features: Unit vectors of the query images, shape ``(B, L, C)``, as :func:`lnamd` returns them.
+        references: Unit vectors of the reference images, shape ``(M, L', C)``.
         interval: See :func:`~anomalib_musc.functional.mutual_scores`, with M for N - 1.
         own_copies: Which reference is the image itself and is left out, shape ``(B,)``. Defaults to none.
 
@@ -32,13 +36,13 @@ def reference_scores(
         Patch scores, shape ``(B, L)``.
 
     Raises:
-        ValueError: If the shapes do not agree, no reference is left to judge an image, ``interval`` is not valid, or a
+        ValueError: If the shapes do not agree, no reference is left to compare with, ``interval`` is not valid, or a
             value is not finite.
 
     Example:
         >>> import torch
-        >>> image, bank = torch.eye(3)[None, :2], torch.eye(3)[None, [0, 2]]
-        >>> reference_scores(image, bank)  # the first patch is in the bank, the second at a right angle to all
+        >>> query, reference = torch.eye(3)[None, :2], torch.eye(3)[None, [0, 2]]
+        >>> reference_scores(query, reference)  # the first patch is there, too, the second at a right angle to all
         tensor([[0.0000, 1.4142]])
     """
     _check(features, references, own_copies)
@@ -80,10 +84,10 @@ def _score(
         count -= 1
         cosines.view(*features.shape[:2], -1)[torch.arange(len(features)), :, own_copies] = -float("inf")
     start, stop = interval_bounds(interval, count)
-    chosen = cosines.argsort(dim=1, descending=True)[:, start:stop]
+    chosen = cosines.argsort(dim=1, descending=True)[:, start:stop]  # from the nearest reference on
     # Only now the rows of the nearest patches: a maximum with its index takes ten times as long as one without.
     nearest = products[torch.arange(vectors.shape[0], device=vectors.device)[:, None], chosen].argmax(dim=-1)
     neighbours = references.flatten(0, 1)[chosen * references.shape[1] + nearest]  # (B * l, stop - start, C)
-    # Not from the cosine, whose rounding is all there is where patches are nearly the same.
+    # Not from the cosine, which rounding spoils where patches are nearly the same.
     distances = (neighbours - vectors[:, None]).norm(dim=-1)
     return distances.mean(dim=1).view(features.shape[:2])

@@ -40,22 +40,16 @@ def rscin(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[in
         >>> rscin(torch.tensor([0.2, 0.4, 0.6]), tokens, windows=(1, 2)).round(decimals=2)
         tensor([0.1200, 0.3800, 0.9800])
     """
-    _check(scores, class_tokens, windows)
+    check_windows(windows)
+    _check_pool(scores, class_tokens)
     device, dtype = scores.device, torch.promote_types(scores.dtype, torch.float32)
     # Image features of one product are nearly alike: in float32, rounding would choose between neighbours.
     scores, class_tokens = scores.cpu().double(), class_tokens.cpu().double()
 
     spread = scores.max() - scores.min()
-    scores = (scores - scores.min()) / torch.where(spread > 0, spread, torch.ones_like(spread))
+    scores = (scores - scores.min()) / torch.where(spread > 0, spread, 1)
     similarity = class_tokens @ class_tokens.T  # (N, N)
-    rescored = []
-    for window in windows:
-        weights, neighbours = similarity.topk(min(window, len(scores)), dim=1)  # (N, k)
-        weights = weights.clamp_min(0)
-        total = weights.sum(dim=1)
-        mean = (weights * scores[neighbours]).sum(dim=1) / torch.where(total > 0, total, torch.ones_like(total))
-        rescored.append(torch.where(total > 0, mean, scores))
-    return torch.stack(rescored).mean(dim=0).to(device, dtype)
+    return _window_means(similarity, scores.expand_as(similarity), scores, windows).to(device, dtype)
 
 
 def rscin_by_references(
@@ -65,11 +59,11 @@ def rscin_by_references(
     reference_tokens: torch.Tensor,
     windows: Sequence[int] = (1, 2, 3),
 ) -> torch.Tensor:
-    """Re-score images with the references most like them, each image on its own.
+    r"""Re-score images with the references most like them, each image on its own.
 
-    As :func:`rscin`, but an image's neighbours are references, and scores are scaled by those of the references, see
-    :func:`reference_scale`, so that an image more anomalous than all of them scores above 1. Where there is no scale,
-    the scores stay as they are.
+    As :func:`rscin`, but an image's neighbours are itself and the references. Raw scores :math:`s` are scaled by those
+    of the references, :math:`(s - \min_j s_j) / \text{scale}`, see :func:`reference_scale`, so that an image more
+    anomalous than all of them scores above 1. Where there is no scale, the scores stay as they are.
 
     Args:
         scores: Raw scores of the images, shape ``(B,)``.
@@ -96,21 +90,36 @@ def rscin_by_references(
             shapes = tuple(values.shape), tuple(tokens.shape)
             msg = f"{name}scores and {name or 'class_'}tokens must have shapes (N,) and (N, D), got {shapes}."
             raise ValueError(msg)
-    found = reference_scale(reference_scores)
-    lowest = reference_scores.min()
+    found, lowest = reference_scale(reference_scores), reference_scores.min()
     scale = torch.where(found > 0, found, torch.ones_like(found))
-    own = ((scores - lowest) / scale)[:, None]  # (B, 1)
-    of_references = ((reference_scores - lowest) / scale).expand(scores.shape[0], -1)
-    candidates = torch.cat([own, of_references], dim=1)  # (B, 1 + M)
+    scaled, scaled_references = (scores - lowest) / scale, (reference_scores - lowest) / scale  # (B,), (M,)
+    candidates = torch.cat([scaled[:, None], scaled_references.expand(scores.shape[0], -1)], dim=1)  # (B, 1 + M)
     similarity = torch.cat([(class_tokens**2).sum(dim=1, keepdim=True), class_tokens @ reference_tokens.T], dim=1)
-    rescored = []
+    return torch.where(found > 0, _window_means(similarity, candidates, scaled, windows), scores)
+
+
+def _window_means(
+    similarity: torch.Tensor, scores: torch.Tensor, own_scores: torch.Tensor, windows: Sequence[int]
+) -> torch.Tensor:
+    """Average the scores of the most similar images, weighted by similarity, for each window; then over the windows.
+
+    Args:
+        similarity: Of B images to M candidates, shape ``(B, M)``.
+        scores: Those of the candidates, shape ``(B, M)``.
+        own_scores: Those of the images, which they keep where no similarity is positive, shape ``(B,)``.
+        windows: How many candidates count, see :func:`rscin`.
+
+    Returns:
+        Means, shape ``(B,)``.
+    """
+    means = []
     for window in windows:
-        weights, neighbours = similarity.topk(min(window, 1 + len(reference_scores)), dim=1)
+        weights, neighbours = similarity.topk(min(window, similarity.shape[1]), dim=1)  # (B, k)
         weights = weights.clamp_min(0)
         total = weights.sum(dim=1)
-        mean = (weights * candidates.gather(1, neighbours)).sum(dim=1) / total.clamp_min(1e-12)
-        rescored.append(torch.where(total > 0, mean, own[:, 0]))
-    return torch.where(found > 0, torch.stack(rescored).mean(dim=0), scores)
+        mean = (weights * scores.gather(1, neighbours)).sum(dim=1) / torch.where(total > 0, total, 1)
+        means.append(torch.where(total > 0, mean, own_scores))
+    return torch.stack(means).mean(dim=0)
 
 
 def reference_scale(reference_scores: torch.Tensor) -> torch.Tensor:
@@ -136,7 +145,7 @@ def reference_scale(reference_scores: torch.Tensor) -> torch.Tensor:
     return torch.where(has_scale, scale, torch.zeros_like(scale))
 
 
-def _check(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> None:
+def _check_pool(scores: torch.Tensor, class_tokens: torch.Tensor) -> None:
     if scores.ndim != 1 or len(scores) == 0:
         msg = f"scores must have shape (N,) with N >= 1, got {tuple(scores.shape)}."
         raise ValueError(msg)
@@ -147,7 +156,6 @@ def _check(scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[i
         if not torch.isfinite(values).all():
             msg = f"{name} must be finite, got NaN or infinity for {int((~torch.isfinite(values)).sum())} values."
             raise ValueError(msg)
-    check_windows(windows)
 
 
 def check_windows(windows: Sequence[int]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bank: reference images by which an image is judged on its own."""
+"""The memory bank: reference images with which an image is compared on its own."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomalib_musc.functional import lnamd, reference_scores, rscin_by_references
+from anomalib_musc.functional import lnamd, reference_scale, reference_scores, rscin_by_references
 
 
 class ReferenceBank(nn.Module):
@@ -20,20 +20,21 @@ class ReferenceBank(nn.Module):
         interval: Which of the ascending distances to the references are averaged.
 
     Attributes:
-        white: The value that stands for white in grey images of more than 8 bits, shape ``()``; 0 where no reference
-            is one.
+        white: White level of grey images of more than 8 bits, shape ``()``; 0 where no reference is one.
+        origin: What tells the references from others; ``None`` for those of a checkpoint or of a caller.
     """
 
     class_tokens: torch.Tensor
     raw_scores: torch.Tensor
     white: torch.Tensor
-    origin: object = None  # by what the references can be told from others; None for one of a checkpoint or of a caller
+    origin: object
 
     def __init__(self, aggregation_degrees: Sequence[int], interval: tuple[float, float]) -> None:
         super().__init__()
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = interval
         self.num_layers = 0
+        self.origin = None
         self._own_patch_scores: torch.Tensor | None = None  # found again after loading, if asked for
         self.register_buffer("class_tokens", torch.empty(0, 0))
         self.register_buffer("raw_scores", torch.empty(0))
@@ -62,6 +63,9 @@ class ReferenceBank(nn.Module):
         class_tokens: torch.Tensor,
         raw_scores: torch.Tensor,
         patch_scores: torch.Tensor | None = None,
+        *,
+        white: float = 0.0,
+        origin: object = None,
     ) -> None:
         """Put M images into the bank in place of those that are there.
 
@@ -70,10 +74,13 @@ class ReferenceBank(nn.Module):
             class_tokens: Image features, shape ``(M, D)``.
             raw_scores: Raw scores of the images against each other, shape ``(M,)``.
             patch_scores: Their patch scores, shape ``(M, h, w)``, if known.
+            white: See the class.
+            origin: See the class.
         """
         device = self.class_tokens.device
         self.clear()
-        self.num_layers = len(feature_maps)
+        self.num_layers, self.origin = len(feature_maps), origin
+        self.white = self.white.new_tensor(white)
         self.class_tokens = class_tokens.to(device)
         self.raw_scores = raw_scores.to(device)
         self._own_patch_scores = None if patch_scores is None else patch_scores.cpu()
@@ -84,7 +91,7 @@ class ReferenceBank(nn.Module):
     def patch_scores(
         self, feature_maps: Sequence[torch.Tensor], own_copies: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Judge images by the bank, averaged over layers and degrees.
+        """Compare images with the references, averaged over layers and degrees.
 
         Args:
             feature_maps: One map ``(B, C, h, w)`` a layer.
@@ -106,7 +113,7 @@ class ReferenceBank(nn.Module):
         return torch.stack(scores).mean(dim=0).view(-1, *feature_maps[0].shape[-2:])
 
     def own_patch_scores(self) -> torch.Tensor:
-        """Return how the images judge each other, shape ``(M, h, w)``."""
+        """Return the patch scores of the references against each other, shape ``(M, h, w)``."""
         if self._own_patch_scores is None:
             scores = [
                 self.patch_scores([maps[[index]] for maps in self.feature_maps], torch.tensor([index]))
@@ -116,8 +123,15 @@ class ReferenceBank(nn.Module):
         return self._own_patch_scores
 
     def rescore(self, raw_scores: torch.Tensor, class_tokens: torch.Tensor, windows: Sequence[int]) -> torch.Tensor:
-        """Re-score images ``(B,)``; see :func:`~anomalib_musc.functional.rscin_by_references`."""
-        return rscin_by_references(raw_scores, class_tokens, self.raw_scores, self.class_tokens, windows)
+        """Re-score images ``(B,)`` with the references most like them.
+
+        Returns:
+            Scores ``(B,)`` in the unit of the raw ones: :func:`~anomalib_musc.functional.rscin_by_references`, whose
+            scale is undone.
+        """
+        scores = rscin_by_references(raw_scores, class_tokens, self.raw_scores, self.class_tokens, windows)
+        scale = reference_scale(self.raw_scores)
+        return torch.where(scale > 0, self.raw_scores.min() + scores * scale, scores)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "ReferenceBank":
         """Move to another device, but stay in float32, as what the backbone gives is brought to."""
@@ -142,25 +156,3 @@ class ReferenceBank(nn.Module):
         elif f"{prefix}raw_scores" in state_dict:
             self.clear()
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def most_normal(raw_scores: torch.Tensor, class_tokens: torch.Tensor, size: int) -> list[int]:
-    """Return which images of a pool look most normal and are diverse.
-
-    From the half of the lowest scores, or more where that is too few, the lowest first, then always the image whose
-    feature is farthest from the nearest of those taken.
-
-    Args:
-        raw_scores: Shape ``(N,)``.
-        class_tokens: Image features, shape ``(N, D)``.
-        size: How many.
-    """
-    candidates = raw_scores.argsort()[: max(size, len(raw_scores) // 2)].cpu()
-    tokens = class_tokens.cpu().double()[candidates]
-    taken = [0]
-    distances = (tokens - tokens[0]).norm(dim=1)
-    while len(taken) < size:
-        distances[taken] = -1
-        taken.append(int(distances.argmax()))
-        distances = torch.minimum(distances, (tokens - tokens[taken[-1]]).norm(dim=1))
-    return sorted(candidates[taken].tolist())

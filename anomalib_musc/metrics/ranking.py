@@ -6,21 +6,26 @@ many normal ones are at or above it, :math:`F_i`, and above it, :math:`F'_i`. So
 are sorted apart, with no labels to carry along, and the counts are looked up.
 """
 
+import warnings
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 
+_NUM_THRESHOLDS = 200  # of the official release's AUPRO
+
 
 class Ranks(NamedTuple):
-    """Where the P anomalous values stand among all: ``(P,)`` each, by ascending value."""
+    """Where the P anomalous values stand among all: ``(P,)`` each, by ascending value; and K equal steps, ``(K,)``."""
 
     scores: torch.Tensor
     true_positives: torch.Tensor  # anomalous values at or above each, float64
     false_positives: torch.Tensor  # normal values at or above each, float64
     false_positives_above: torch.Tensor  # normal values above each, float64
     num_normal: int
+    thresholds: torch.Tensor  # K equal steps from the lowest of all values up to the highest, which is left out
+    normal_above: torch.Tensor  # normal values above each threshold, float64
     region_sizes: torch.Tensor | None = None  # size of the region that each is a pixel of
 
 
@@ -44,11 +49,23 @@ def rank(normal: torch.Tensor, anomalous: torch.Tensor, region_sizes: torch.Tens
     lookups = ((scores, False), (normal, False), (normal, True))
     counts = torch.stack([len(values) - torch.searchsorted(values, scores, right=right) for values, right in lookups])
     counts = counts.double()
+    thresholds = _equal_steps(torch.cat([normal[:1], normal[-1:], scores[:1], scores[-1:]]))
+    normal_above = (len(normal) - torch.searchsorted(normal, thresholds, right=True)).double()
     if bool(torch.cat([normal[-1:], scores[-1:]]).isnan().any()):  # NaN sorts last
         counts.fill_(torch.nan)
+        normal_above.fill_(torch.nan)
     true, false, false_above = counts
     sizes = None if region_sizes is None else region_sizes[order]
-    return Ranks(scores, true, false, false_above, len(normal), sizes)
+    return Ranks(scores, true, false, false_above, len(normal), thresholds, normal_above, sizes)
+
+
+def _equal_steps(values: torch.Tensor) -> torch.Tensor:
+    """Return 200 thresholds from the lowest value on, the highest left out, in the values' precision; none of none."""
+    if values.numel() == 0:
+        return values
+    low, high = values.double().aminmax()
+    steps = torch.arange(_NUM_THRESHOLDS, dtype=torch.float64, device=values.device)
+    return (low + steps * ((high - low) / _NUM_THRESHOLDS)).to(values.dtype)
 
 
 def auroc(ranks: Ranks) -> torch.Tensor:
@@ -112,9 +129,7 @@ def aupro(ranks: Ranks, fpr_limit: float = 0.3) -> torch.Tensor:
         >>> aupro(rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.8]), sizes), fpr_limit=0.75)
         tensor(0.6667)
     """
-    if ranks.region_sizes is None:
-        msg = "ranks has no region_sizes, which AUPRO needs."
-        raise ValueError(msg)
+    weights = _region_weights(ranks)
     if ranks.scores.numel() * ranks.num_normal == 0:
         return torch.zeros((), device=ranks.scores.device)
     limit = min(fpr_limit, 1.0)
@@ -124,8 +139,59 @@ def aupro(ranks: Ranks, fpr_limit: float = 0.3) -> torch.Tensor:
     ramp = torch.minimum((limit - start).clamp(min=0), width)  # the part of the line that is below the limit
     under_ramp = torch.where(width == 0, 0, ramp**2 / (2 * width))
     areas = under_ramp + (limit - end).clamp(min=0)
-    weights = 1 / ranks.region_sizes.double()  # those of one region sum to 1
     return ((weights * areas).sum() / weights.sum() / limit).float()
+
+
+def official_aupro(ranks: Ranks, fpr_limit: float = 0.3) -> torch.Tensor:
+    r"""AUPRO as MuSc's official release computes it, and with it many published figures.
+
+    At the thresholds :math:`t_k = a + k (b - a) / 200`, :math:`0 \le k < 200`, from the lowest of all values a to the
+    highest b, let :math:`F_k` be the share of normal values above, and :math:`O_k` the mean over the regions of the
+    share of their pixels above. Of the points with :math:`F_k` below the limit the area is taken by trapezoids, the
+    rates rescaled by their own extremes:
+
+    .. math:: \frac{1}{\max F - \min F} \sum_k (F_k - F_{k+1}) \frac{O_k + O_{k+1}}{2}
+
+    :func:`aupro` is the area itself, from 0 to the limit.
+
+    0 without anomalous values or without normal ones. Where the rates below the limit are all the same, which the
+    official release answers with NaN or an error, a warning comes with the largest of their overlaps, or with 0 where
+    no rate is below the limit.
+
+    Args:
+        ranks: A ranking with the sizes of regions.
+        fpr_limit: False positive rate that those of the points taken are below.
+
+    Example:
+        >>> sizes = torch.tensor([1, 1])  # of two regions, each a pixel
+        >>> official_aupro(rank(torch.tensor([0.1, 0.4]), torch.tensor([0.35, 0.8]), sizes), fpr_limit=0.75)
+        tensor(0.5000)
+    """
+    weights = _region_weights(ranks)
+    if ranks.scores.numel() * ranks.num_normal == 0:
+        return torch.zeros((), device=ranks.scores.device)
+    first_above = torch.searchsorted(ranks.scores, ranks.thresholds, right=True)
+    below = torch.cat([weights.new_zeros(1), weights.cumsum(0)])[first_above]  # regions' share at or below, summed
+    overlaps = 1 - below / weights.sum()
+    rates = ranks.normal_above / ranks.num_normal
+    is_kept = ~(rates >= fpr_limit)  # NaN is kept, and makes the result NaN
+    rates, overlaps = rates[is_kept], overlaps[is_kept]
+    if len(rates) == 0 or bool(rates[0] == rates[-1]):  # by descending rate
+        msg = (
+            f"Fewer than two false positive rates at the {_NUM_THRESHOLDS} thresholds lie below fpr_limit={fpr_limit}: "
+            "the official AUPRO has no area, and the largest overlap there is reported. Take the exact one."
+        )
+        warnings.warn(msg, UserWarning, stacklevel=2)
+        return (overlaps[0] if len(overlaps) else rates.new_zeros(())).float()
+    return (torch.trapezoid(overlaps, rates) / (rates[-1] - rates[0])).float()
+
+
+def _region_weights(ranks: Ranks) -> torch.Tensor:
+    """Return what each anomalous pixel adds to the overlap of its region, ``(P,)``; those of one region sum to 1."""
+    if ranks.region_sizes is None:
+        msg = "ranks has no region_sizes, which AUPRO needs."
+        raise ValueError(msg)
+    return 1 / ranks.region_sizes.double()
 
 
 def region_sizes(masks: torch.Tensor) -> torch.Tensor:

@@ -1,27 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where results go: beneath a folder as the images lie beneath theirs, and never half-written."""
 
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 
-def common_folder(paths: Sequence[Path]) -> Path | None:
-    """Return the deepest folder that holds all files, ``None`` where there is none."""
-    try:
-        return Path(os.path.commonpath([path.parent for path in paths]))
-    except ValueError:  # no files, or on several drives
-        return None
-
-
-def place_of(path: Path, root: Path | None, folder: Path) -> Path:
+def mirrored_path(path: Path, root: Path | None, folder: Path) -> Path:
     """Return where a file's result belongs: ``folder / root's name / path from root``; its own parent without root.
 
     Example:
-        >>> place_of(Path("/data/bolts/monday/1.png"), Path("/data/bolts"), Path("images")).as_posix()
+        >>> mirrored_path(Path("/data/bolts/monday/1.png"), Path("/data/bolts"), Path("images")).as_posix()
         'images/bolts/monday/1.png'
     """
     root = root if root is not None and root in path.parents else path.parent
@@ -29,7 +20,7 @@ def place_of(path: Path, root: Path | None, folder: Path) -> Path:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Give a file to write to, which takes its place at ``path`` only once it is whole.
 
     Args:

@@ -13,13 +13,14 @@ import cv2
 import numpy as np
 import torch
 from anomalib.data import ImageBatch
+from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image.functional import visualize_anomaly_map
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from anomalib_musc.output.files import check_writable, common_folder, place_of, whole_file
-from anomalib_musc.pool.source import image_paths
+from anomalib_musc.output.files import atomic_write, check_writable, mirrored_path
+from anomalib_musc.pool.loaders import common_folder, image_paths
 
 HeatmapFormat = Literal["png", "npy"]
 COLUMNS = ("path", "score", "label", "regions", "note")
@@ -121,22 +122,21 @@ class PredictionWriter(Callback):
 
     def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Write the batch before this one."""
-        del pl_module, args
-        self._write_pending(trainer)
+        del args
+        self._write_pending(trainer, pl_module)
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last batch."""
-        del pl_module
-        self._write_pending(trainer)
+        self._write_pending(trainer, pl_module)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the table, with the images that the model says it skipped, if it does."""
-        for path, reason in getattr(pl_module, "skipped_images", {}).items():
+        for path, reason in _all_pools(pl_module, "skipped").items():
             self._rows.append({"path": str(path), "label": "skipped", "note": reason})
         name = "predictions.csv" if trainer.world_size == 1 else f"predictions_{trainer.global_rank}.csv"
         target = self.folder(trainer) / name
         with (
-            whole_file(target) as part,
+            atomic_write(target) as part,
             part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
         ):
             table = csv.DictWriter(file, COLUMNS, restval="")
@@ -145,26 +145,53 @@ class PredictionWriter(Callback):
         counts = Counter(row.get("label", "unlabelled") for row in self._rows)
         rank_zero_info(f"Predictions ({', '.join(f'{n} {label}' for label, n in sorted(counts.items()))}): {target}")
 
-    def _write_pending(self, trainer: Trainer) -> None:
+    def _write_pending(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the predictions of a finished batch and write its heatmaps."""
         predictions, self._pending = self._pending, None
+        sizes = _all_pools(pl_module, "sizes") if predictions is not None else {}
         for item in predictions or ():
-            size = _original_size(item)
+            size = sizes.get(item.image_path) or _original_size(item)
             self._rows.append(_row(item, size))
             if item.anomaly_map is not None and item.image_path is not None:
                 self._write_heatmaps(item, size, self.folder(trainer) / "heatmaps")
 
     def _write_heatmaps(self, item: Any, size: tuple[int, int], folder: Path) -> None:
-        path = place_of(Path(item.image_path), self._root, folder)
+        path = mirrored_path(Path(item.image_path), self._root, folder)
         if self.heatmaps:
             values = cv2.resize(item.anomaly_map.detach().float().cpu().numpy().squeeze(), size)
         if "npy" in self.heatmaps:
-            with whole_file(path.with_name(f"{path.name}.npy")) as part:
+            with atomic_write(path.with_name(f"{path.name}.npy")) as part:
                 np.save(part, values)
         if "png" in self.heatmaps:
-            with whole_file(path.with_name(f"{path.name}.png")) as part:
+            with atomic_write(path.with_name(f"{path.name}.png")) as part:
                 clipped = torch.from_numpy(values).clamp(0, 1)
                 visualize_anomaly_map(clipped, colormap=True, normalize=False).save(part)
+
+
+def check_prediction_writer(prediction_writer: object) -> None:
+    """Raise a ValueError unless an argument is a writer, or whether there is to be one."""
+    if not isinstance(prediction_writer, (bool, PredictionWriter)):
+        msg = f"prediction_writer must be True, False or a PredictionWriter, got {prediction_writer!r}."
+        raise ValueError(msg)
+
+
+def result_folders(trainer: Trainer) -> set[Path]:
+    """Return the folders in which a trainer's callbacks put pictures, which are no images of a product."""
+    results = Path(trainer.default_root_dir)
+    folders = {results / "images", results / "heatmaps"}
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unseen by mypy
+    for callback in callbacks:
+        if isinstance(callback, PredictionWriter):
+            folders.add(callback.folder(trainer) / "heatmaps")
+        elif isinstance(callback, ImageVisualizer) and callback.output_dir is not None:
+            folders.add(Path(callback.output_dir))
+    return {folder.resolve() for folder in folders}
+
+
+def _all_pools(model: LightningModule, attribute: str) -> dict[Any, Any]:
+    """Join a mapping of all pools of a model; nothing where it has no pools."""
+    pools: Sequence[Any] = getattr(model, "pools", ())
+    return {key: value for pool in pools for key, value in getattr(pool, attribute).items()}
 
 
 def _original_size(item: Any) -> tuple[int, int]:

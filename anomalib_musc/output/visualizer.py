@@ -8,9 +8,9 @@ from anomalib.data import ImageBatch
 from anomalib.visualization import ImageVisualizer
 from lightning.pytorch import LightningModule, Trainer
 
-from anomalib_musc.output.files import common_folder, place_of, whole_file
-from anomalib_musc.pool.high_bit_depth import is_deep, read_deep
-from anomalib_musc.pool.source import image_paths
+from anomalib_musc.output.files import atomic_write, mirrored_path
+from anomalib_musc.pool.high_bit_depth import read_image_file
+from anomalib_musc.pool.loaders import common_folder, image_paths
 
 
 class FolderVisualizer(ImageVisualizer):
@@ -44,15 +44,16 @@ class FolderVisualizer(ImageVisualizer):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the pictures of a batch."""
-        del pl_module, outputs, batch_idx, dataloader_idx
+        del outputs, batch_idx, dataloader_idx
+        high_bit_depth = {name for pool in getattr(pl_module, "pools", ()) for name in pool.high_bit_depth}
         folder = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         item: Any
         for item in batch:
             path = Path(item.image_path)
-            if is_deep(path):
-                grey = read_deep(path)
+            if str(path) in high_bit_depth:
+                grey = read_image_file(path).values
                 item.image, item.image_path = (grey / grey.max().clamp_min(1e-9)).expand(3, -1, -1), None
             picture: Any = self.visualize(item)
             if picture is not None:
-                with whole_file(place_of(path, self._root, folder)) as part:
+                with atomic_write(mirrored_path(path, self._root, folder)) as part:
                     picture.save(part)

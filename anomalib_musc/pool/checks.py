@@ -12,11 +12,11 @@ FEW_IMAGES = 6  # below which labels are not to be relied on
 
 
 def check_size(images: Sequence[object] | None, num_references: int = 0) -> None:
-    """Raise a ValueError unless there are enough images to judge each other; ``None`` means not known yet."""
+    """Raise a ValueError unless there are enough images to compare; ``None`` means not known yet."""
     if images is not None and len(images) < (MIN_IMAGES if not num_references else 1):
         which = f" ({images[0]})" if images else ""
         msg = (
-            f"MuSc needs at least {MIN_IMAGES} images of one product in a dataloader, as they judge each other; got "
+            f"MuSc needs at least {MIN_IMAGES} images of one product in a dataloader, which are compared; got "
             f"{len(images)}{which}. Add unlabelled images of the same product; where a datamodule has set images apart "
             "for training or validation, change its split, or predict the folder itself: predict(data_path=...)."
         )
@@ -24,19 +24,17 @@ def check_size(images: Sequence[object] | None, num_references: int = 0) -> None
 
 
 def few_images(num_images: int, num_references: int = 0) -> str:
-    """Return a warning that says how reliable so few images are, as measured in ``benchmarks/README.md``."""
+    """Return a warning that says how little the labels of so few images are to be relied on."""
     images = "1 image" if num_images == 1 else f"{num_images} images"
     return (
-        f"A pool of {images} is small: each is judged by {num_images - 1 + num_references} others. Where 3 to 5 images "
-        "held one defect, it scored highest in 4 to 10 of 10 pools, by product, and was labelled anomalous in 0 to 10 "
-        "of 10; of 2 images seldom one is labelled. Trust the order of scores more than the labels, or add images "
-        "of the product."
+        f"A pool of {images} is small: each is compared with {num_images - 1 + num_references} others, and labels come "
+        "from as few scores. Trust the order of scores more than the labels, or add images of the product."
     )
 
 
-def check_readable(paths: Sequence[Path]) -> None:
-    """Raise a ValueError that names the files whose pixels cannot be decoded."""
-    faults = {path: reason for path in paths if (reason := find_fault(path, decode=True))}
+def check_readable(paths: Sequence[Path], *, decode: bool = False) -> None:
+    """Raise a ValueError that names the files which are no images, see :func:`find_fault`."""
+    faults = {path: reason for path in paths if (reason := find_fault(path, decode=decode))}
     if faults:
         raise unreadable(faults, len(paths))
 
@@ -64,18 +62,21 @@ def find_fault(path: Path, *, decode: bool = False) -> str | None:
         decode: Whether to decode all pixels. PNG and JPEG tell without it whether they are whole.
     """
     try:
-        if path.stat().st_size == 0:
-            return "empty file"
         with Image.open(path) as image:
             if decode or not _is_whole(path, image.format):
                 image.load()
             else:
                 image.verify()
-    except UnidentifiedImageError:
-        return "not an image"
     except Exception as error:  # Pillow's decoders raise whatever they like on broken files
-        return f"{type(error).__name__}: {error}"
+        return describe_fault(path, error)
     return None
+
+
+def describe_fault(path: Path, error: Exception) -> str:
+    """Say in a few words why Pillow could not read a file."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image" if path.stat().st_size else "empty file"
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_whole(path: Path, image_format: str | None) -> bool:

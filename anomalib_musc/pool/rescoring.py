@@ -2,19 +2,20 @@
 """RsCIN for any model's image scores (arXiv 2401.16753, section 3.3): its neighbours need image features alone."""
 
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from anomalib.data import ImageBatch
 from torch import nn
 from tqdm import tqdm
 
+from anomalib_musc.compat.pre_processor import resize_and_normalise
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.rscin import check_windows
-from anomalib_musc.lightning_model import MuSc
 from anomalib_musc.pool.checks import check_readable
-from anomalib_musc.pool.high_bit_depth import DeepImages
+from anomalib_musc.pool.high_bit_depth import read_image_file, white_level_of_files
+from anomalib_musc.pool.reader import ahead
 from anomalib_musc.torch_model import MuScModel
 
 _BATCH = 16
@@ -96,13 +97,13 @@ def image_features(
     Raises:
         ValueError: If a file cannot be read.
     """
-    check_readable([Path(path) for path in paths])
+    files = [Path(path) for path in paths]
+    check_readable(files, decode=True)
     model = MuScModel(backbone, pretrained=pretrained, image_size=image_size).to(device).eval()
-    size, mean, std, interpolation = model.image_size, model.mean, model.std, model.interpolation
-    transform: Any = MuSc.configure_pre_processor(size, mean, std, interpolation).transform
-    deep_images = DeepImages([Path(path) for path in paths])
+    transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
+    white = white_level_of_files(files)
+    images = ahead(lambda path: transform(read_image_file(path).scaled(white)[None]), files)
     features = []
-    for first in tqdm(range(0, len(paths), _BATCH), desc="RsCIN: extracting image features"):
-        images = [transform(deep_images.read(Path(path))) for path in paths[first : first + _BATCH]]
-        features.append(model.extract(torch.cat(images).to(device))[1].cpu())
+    for _ in tqdm(range(0, len(files), _BATCH), desc="RsCIN: extracting image features"):
+        features.append(model.extract(torch.cat(list(islice(images, _BATCH))).to(device))[1].cpu())
     return torch.cat(features)

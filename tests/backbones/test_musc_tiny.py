@@ -86,7 +86,7 @@ class TestNetwork:
             create_backbone("musc-tiny", pretrained=tmp_path / "other.safetensors")
 
     def test_a_misspelt_name_finds_it(self):
-        with pytest.raises(ValueError, match=r"close matches: .*'musc-tiny'"):
+        with pytest.raises(ValueError, match="did you mean 'musc-tiny'"):
             create_backbone("musc_tiny")
 
     def test_exports_and_checkpoint_give_what_lightning_gives(self, mvtec_root, tmp_path, monkeypatch):

@@ -13,12 +13,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import yaml
 from anomalib.data import ImageBatch, MVTecAD
 from anomalib.engine import Engine
 from anomalib.post_processing import PostProcessor
+from runs import relative_scores
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_musc import MuSc
@@ -27,7 +29,6 @@ from anomalib_musc.benchmark.published import published_dataset, published_rows
 from anomalib_musc.benchmark.records import METRICS, Predictions, Record, Store
 from anomalib_musc.benchmark.summary import MEAN, best_of, rows_of
 from anomalib_musc.cli import main
-from anomalib_musc.compat.workarounds import winclip_fault
 from anomalib_musc.functional import rscin
 from anomalib_musc.metrics.ranking import aupro, pro_curve, rank
 from anomalib_musc.pool.rescoring import image_features, rescore
@@ -467,6 +468,8 @@ def test_a_cell_is_another_if_anything_differs(tmp_path, mvtec_root):
     [
         ({}, PUBLISHED),
         ({"image_size": 518, "memory_budget": 2.0}, PUBLISHED),
+        ({"activation": "official"}, PUBLISHED),
+        ({"activation": "weights"}, None),
         ({"image_size": 336}, None),
         ({"aggregation_degrees": [1, 3]}, None),
         ({"interval": [0.0, 0.5]}, None),
@@ -504,6 +507,12 @@ def test_published_figures_have_sources():
         assert all(row.source and row.setting for row in published_rows(dataset))
     methods = {row.method for row in published_rows("MVTec AD")}
     assert methods >= {"GPT-4V-AD", "ViTAD", "DiAD", "FADE", "APRIL-GAN", "WinCLIP"}
+    batch = {row.method for row in published_rows("MVTec AD") if row.setting == "batch zero-shot"}
+    assert batch >= {"CoDeGraph (DINOv2)", "SubspaceAD (batched)", "AnomalyDINO (batched)"}
+    assert {row.setting for row in published_rows("MVTec AD") if row.method in {"WinCLIP", "AnomalyVFM"}} == {
+        "zero-shot",
+        "4-shot",
+    }
     assert {row.method for row in published_rows("MVTec 3D-AD")} >= {"LSFA"}
 
 
@@ -587,7 +596,7 @@ class TestRescore:
         musc = MuSc(own_backbone, visualizer=False)
         make_engine().predict(musc, data_path=folder)
         found = rescore(plain, own_backbone)
-        assert found.tolist() == pytest.approx(musc._pools[0].scores.tolist(), abs=1e-6)
+        assert found.tolist() == pytest.approx(relative_scores(musc.pools[0]), abs=1e-6)
 
     def test_wrong_predictions_are_named(self, folder, own_backbone, tmp_path):
         path = next(folder.rglob("*.png"))
@@ -651,45 +660,55 @@ def test_anomalibs_own_benchmark_takes_musc_beside_patchcore(tmp_path, mvtec_roo
     assert lines["Patchcore"]["pixel_AUPRO"] == ""
 
 
-RANDOM_WINCLIP = """
+SMALL_WINCLIP = """
+from pathlib import Path
+import open_clip
+from anomalib.models import WinClip
+
+open_clip.add_model_config(Path(__file__).with_name("ViT-B-16-plus-240.json"))
+
+class Small(WinClip):
+    pass
+"""
+SMALL_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 240, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+RANDOM_WEIGHTS = """
 import sys
 from pathlib import Path
 import open_clip
+import small_winclip
 from safetensors.torch import save_file
 
-name, tag = "ViT-B-16-plus-240", "laion400m_e31"
-repository = open_clip.get_pretrained_cfg(name, tag)["hf_hub"].strip("/").replace("/", "--")
+name, repository = "ViT-B-16-plus-240", sys.argv[2].strip("/").replace("/", "--")
 home = Path(sys.argv[1]) / "hub" / f"models--{repository}"
 (home / "snapshots/0").mkdir(parents=True)
 (home / "refs").mkdir()
 (home / "refs/main").write_text("0")
-state = open_clip.create_model(name, pretrained=None).half().state_dict()
+state = open_clip.create_model(name, pretrained=None).state_dict()
 save_file({key: value.contiguous() for key, value in state.items()}, home / "snapshots/0/open_clip_model.safetensors")
 """
 
 
-@pytest.mark.skipif(winclip_fault() is None, reason="this open_clip computes WinCLIP rightly")
-def test_winclip_is_refused_where_it_would_be_wrong(tmp_path, mvtec_root, capsys, monkeypatch):
-    config = write_config(tmp_path / "w.yaml", {"class_path": "WinClip"}, widget(mvtec_root))
-    assert "open_clip_torch<2.26.1" in refusal(config, capsys, monkeypatch)
-
-
-@pytest.mark.skipif(winclip_fault() is not None, reason="this open_clip computes WinCLIP wrongly, which is refused")
 def test_winclip_with_random_weights_from_the_hubs_own_cache(tmp_path, mvtec_root):
-    """The real loading path, as anomalib's WinCLIP takes its weights from nowhere else."""
-    subprocess.run(
-        [sys.executable, "-c", RANDOM_WINCLIP, tmp_path / "hf"], check=True, capture_output=True, timeout=120
-    )
-    root = tmp_path / "data/widget"
-    for part, count in (("train/good", 1), ("test/good", 1), ("test/scratch", 1), ("ground_truth/scratch", 1)):
-        (root / part).mkdir(parents=True)
-        for path in sorted((mvtec_root / "widget" / part).iterdir())[:count]:
-            shutil.copy(path, root / part)
-    models = [{"class_path": "WinClip"}, {"name": "MuSc", "class_path": "MuSc", "init_args": TINY}]
-    config = write_config(tmp_path / "w.yaml", {"grid": models}, widget(root.parent))
-    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    """The real loading path, as anomalib's WinCLIP takes its weights from nowhere else; a small CLIP by its name."""
+    repository = open_clip.get_pretrained_cfg("ViT-B-16-plus-240", "laion400m_e31").get("hf_hub")
+    if not repository:
+        pytest.skip("this open_clip takes the weights from elsewhere")
+    (tmp_path / "small_winclip.py").write_text(SMALL_WINCLIP)
+    (tmp_path / "ViT-B-16-plus-240.json").write_text(json.dumps(SMALL_CLIP))
+    search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": search}
+    line = [sys.executable, "-c", RANDOM_WEIGHTS, tmp_path / "hf", repository]
+    subprocess.run(line, check=True, capture_output=True, timeout=120, env={**os.environ, **offline})
+    few_shot = {"name": "few", "class_path": "small_winclip.Small", "init_args": {"k_shot": 2}}
+    models = [{"name": "zero", "class_path": "small_winclip.Small"}, few_shot]
+    config = write_config(tmp_path / "w.yaml", {"grid": models}, widget(mvtec_root))
     status, output = run("anomalib-musc", "benchmark", "--config", config, cwd=tmp_path, **offline)
     assert status == 0, output
     lines = {line["model"]: line for line in lines_of(tmp_path / "results/benchmark/w")}
-    assert set(lines) == {"WinClip", "MuSc"}
-    assert all(lines["WinClip"][name] for name in METRICS)
+    assert set(lines) == {"zero", "few"}
+    assert all(line[name] for line in lines.values() for name in METRICS)
+    assert lines["zero"]["aupro"] != lines["few"]["aupro"]

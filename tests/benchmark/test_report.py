@@ -136,7 +136,7 @@ def test_published_rows_of_the_same_setting_stand_beneath(bench):
     page = bench.report()
     names = [row[1][0] for row in page.rows if row[1][0].startswith(("Ours", "Other", "MuSc"))]
     assert names[0] == "Ours the setting is the paper's"
-    assert names[1].startswith(f"{PAPER} published 0-shot, ICLR 2024")
+    assert names[1].startswith(f"{PAPER} published batch zero-shot, ICLR 2024")
     assert names[2] == "Other"
     assert names[3].startswith("MuSc (DINOv2")
 

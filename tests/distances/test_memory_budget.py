@@ -10,15 +10,12 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from runs import assert_same, by_path, predict_loader
 from torch.testing import assert_close
 
-from anomalib_musc import MuSc
-from anomalib_musc.distances.scheduling import make_plan
-from anomalib_musc.distances.storage import GIB, MemoryBudgetError, file_tensor, free_host_memory, release
+from anomalib_musc.distances import MemoryBudgetError, least_memory
+from anomalib_musc.distances.plan import make_plan, make_workloads
+from anomalib_musc.distances.storage import GIB, file_tensor, free_host_memory, release
 from anomalib_musc.functional import layer_scores, mutual_scores
-from anomalib_musc.functional.layer_scoring import _workloads, least_memory
-from anomalib_musc.pool.feature_store import FeatureStore
 
 CPU = torch.device("cpu")
 DEGREES = (1, 3)
@@ -47,27 +44,29 @@ def test_a_budget_changes_nothing(channels, precision):
 
 @pytest.mark.parametrize("channels", [24, 256])
 def test_budgets_lead_to_every_kind_of_plan(channels):
-    (workload, *_) = _workloads((13, channels, 6, 5), DEGREES, "exact", torch.empty(0))
+    (workload, *_) = make_workloads((13, 30, channels), DEGREES, "exact", torch.empty(0))
     plans = [make_plan(workload, workload.least_bytes * factor / GIB) for factor in FACTORS]
-    assert plans[0].home is None  # a file
-    assert plans[0].tile == plans[0].chunk == 1
-    assert plans[-1].home == CPU
-    assert plans[-1].tile == plans[-1].chunk == plans[-1].sorted_at_once == 13
+    assert plans[0].device is None  # a file
+    assert plans[0].tile == plans[0].chunk == plans[0].block == 1
+    assert plans[-1].device == CPU
+    assert plans[-1].tile == plans[-1].chunk == plans[-1].block == 13
     assert any(1 < plan.tile < 13 for plan in plans)
 
 
 def test_no_plan_exceeds_its_budget():
-    for shape in [(40, 256, 28, 28), (20, 64, 28, 28), (2000, 8, 4, 4), (9, 1024, 37, 37), (3, 8, 1, 1)]:
-        for workload in _workloads(shape, DEGREES, "exact", torch.empty(0)):
+    shapes = [(40, 784, 256), (20, 784, 64), (2000, 16, 8), (9, 1369, 1024), (3, 1, 8), (400, 16, 512), (2, 9, 2000)]
+    for shape in shapes:
+        for workload in make_workloads(shape, DEGREES, "exact", torch.empty(0)):
             for factor in (1, 1.01, 1.1, 1.3, 1.7, 2.5, 4, 10, 100):
                 budget = workload.least_bytes * factor
                 plan = make_plan(workload, budget / GIB)
-                held = plan.chunk * workload.bytes_of_pair + workload.bytes_of_loading
-                distances = shape[0] ** 2 if plan.home else 2 * plan.tile**2
+                held = plan.chunk * workload.pair_bytes + workload.loading_bytes
+                distances = shape[0] ** 2 if plan.device else 2 * plan.tile**2
                 tiles = plan.tile if plan.tile == shape[0] else 2 * plan.tile
-                comparing = tiles * workload.bytes_of_image + distances * workload.bytes_of_distances
-                kept = distances * workload.bytes_of_distances if plan.home else 0
-                sorting = kept + plan.sorted_at_once * workload.bytes_of_sorting
+                comparing = tiles * workload.image_bytes + distances * workload.distances_bytes
+                comparing += plan.block * workload.row_bytes  # the last block of the degree before
+                kept = distances * workload.distances_bytes if plan.device else 0
+                sorting = kept + plan.block * workload.sorting_bytes
                 assert held + max(comparing, sorting) <= budget * 1.001, (shape, factor, plan)
 
 
@@ -84,11 +83,9 @@ def test_too_small_a_budget_names_the_least_that_would_do(precision):
 
 
 @pytest.mark.parametrize("budget", [0, -1, float("nan"), float("inf")])
-def test_a_budget_is_a_positive_number(budget, own_backbone):
+def test_a_budget_is_a_positive_number(budget):
     with pytest.raises(ValueError, match="memory_budget must be a positive number of GiB"):
         mutual_scores(torch.ones(3, 4, 2), memory_budget=budget)
-    with pytest.raises(ValueError, match="memory_budget must be a positive number of GiB"):
-        MuSc(own_backbone, memory_budget=budget)
 
 
 def test_a_tensor_in_a_file_is_a_tensor():
@@ -108,7 +105,7 @@ SCRIPT = """
     import os, resource, signal, sys, threading
     from pathlib import Path
     import torch
-    from anomalib_musc.functional import mutual_scores
+    from anomalib_musc.functional import layer_scores, mutual_scores
     from anomalib_musc.distances.storage import GIB
 
     torch.set_num_threads(1)
@@ -125,15 +122,26 @@ def run(script: str, temporary: Path) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
-def test_the_peak_stays_within_the_budget(tmp_path):
+@pytest.mark.parametrize(
+    "work",
+    [
+        "mutual_scores(features, memory_budget=BUDGET / GIB)",
+        "layer_scores(maps, (1, 3), memory_budget=BUDGET / GIB)",
+        "layer_scores(wide_maps, (1, 3, 5), (0, 50), memory_budget=BUDGET / GIB)",
+    ],
+    ids=["patches", "one degree after the other", "all degrees together"],
+)
+def test_the_peak_stays_within_the_budget(tmp_path, work):
     done = run(
-        """
+        f"""
+        maps, wide_maps = features.mT.reshape(150, 32, 16, 16), torch.randn(60, 256, 16, 16)
+        layer_scores(maps[:4]), layer_scores(wide_maps[:4])
         def status(field):
             return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
 
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
-        mutual_scores(features, memory_budget=BUDGET / GIB)
+        {work}
         print((status("VmHWM") - before) / BUDGET)
         """,
         tmp_path,
@@ -183,39 +191,3 @@ def test_no_room_for_files_is_said_before_the_work(tmp_path):
     assert str(tmp_path) in message
     assert "worked" not in done.stdout
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("num_images", [12, None], ids=["known", "unknown"])
-@pytest.mark.parametrize("budget", [1.0, 2e-5], ids=["memory", "file"])
-def test_features_are_kept_whole(num_images, budget):
-    layers = [maps(12, 8), maps(12, 3, 2, 2)]
-    batches = [[layer[:5] for layer in layers], [layer[5:10] for layer in layers], [layer[10:] for layer in layers]]
-    store = FeatureStore(budget, batches[0], num_images, least=0)
-    for batch in batches:
-        store.append(batch)
-    assert_close(store.layers, layers, rtol=0, atol=0)
-    spent = budget - store.remaining_budget
-    assert (spent < 1e-8) == (budget < 1)
-
-
-def test_features_of_unknown_number_stay_within_half_the_budget_as_they_grow():
-    batch = [torch.zeros(8, 64, 8, 8)]  # 128 KiB
-    room = 4 * batch[0].nbytes  # in memory: half the budget
-    store = FeatureStore(2 * room / GIB, batch, None, least=0)
-    store.append(batch)
-    assert store.remaining_budget < 2 * room / GIB
-    store.append(batch)  # grows to 32 images, the room's, while there are the 8 of before
-    assert store.remaining_budget == 2 * room / GIB
-
-
-def test_musc_within_a_budget(folder, own_backbone, make_engine):
-    reference = by_path(make_engine().predict(MuSc(own_backbone), dataloaders=predict_loader(folder)))
-    model = MuSc(own_backbone, memory_budget=7e-4)
-    assert_same(by_path(make_engine().predict(model, dataloaders=predict_loader(folder))), reference)
-
-
-def test_musc_in_too_small_a_budget_stops_after_one_batch(folder, own_backbone, make_engine):
-    model = MuSc(own_backbone, memory_budget=1e-6)
-    with pytest.raises(MemoryBudgetError, match="memory_budget must be at least"):
-        make_engine().predict(model, dataloaders=predict_loader(folder, batch_size=2))
-    assert own_backbone.num_images == 2

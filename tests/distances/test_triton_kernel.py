@@ -13,8 +13,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed; it belongs to PyTorch for GPUs.")
 
-from anomalib_musc.distances import triton_kernel
-from anomalib_musc.distances.triton_kernel import nearest_pairs
+from anomalib_musc.distances.kernels import triton_kernel
+from anomalib_musc.distances.kernels.triton_kernel import nearest_pairs
 from anomalib_musc.functional import layer_scores, mutual_scores
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

@@ -2,21 +2,18 @@
 """`layer_scores`, which shares work between degrees, and the fast precision, against the equations."""
 
 import functools
-from seeded import assert_close, randn, to_numpy, unit
 
 import golden
 import numpy as np
 import oracle
 import pytest
 import torch
+from seeded import assert_close, randn, to_numpy, unit
 
-from anomalib_musc.distances.products import EightBitProduct, ExactProduct, _convolve, is_convolution_faster
-from anomalib_musc.functional import layer_scores, lnamd, mutual_scores
+from anomalib_musc.functional import layer_scores, mutual_scores
 
-CPU = torch.device("cpu")
 SHARED, SEPARATE = 256, 24  # channels: one product for all degrees, and one for each
 FAST = 5e-3  # of a distance; a map's range is about 1 here
-needs_integers = pytest.mark.skipif(not EightBitProduct.is_supported(CPU), reason="this processor has no AVX-512 VNNI")
 
 
 def by_equations(maps: torch.Tensor, degrees: tuple[int, ...], interval: tuple[float, float] = (0, 0.3)) -> np.ndarray:
@@ -25,7 +22,7 @@ def by_equations(maps: torch.Tensor, degrees: tuple[int, ...], interval: tuple[f
 
 
 @golden.needs_golden
-@pytest.mark.parametrize("name", ["small", "pair_even", "interval"])
+@pytest.mark.parametrize("name", golden.CHAINS)
 def test_layers_and_degrees_equal_golden(name):
     chain = golden.load(name)
     options = golden.settings(chain)
@@ -146,34 +143,3 @@ def test_fast_stays_close_where_one_channel_outweighs_all_others():
     maps[:, 7] *= 60  # as in transformers
     expected = by_equations(maps, (1, 3))
     assert_close(layer_scores(maps, (1, 3), precision="fast"), expected, 2e-2 * np.ptp(expected))
-
-
-@needs_integers
-@pytest.mark.parametrize("channels", [7, 24, 256, 1000])
-def test_eight_bit_products(channels):
-    product, images = EightBitProduct(), randn(5, 9, channels)
-    prepared = product.prepare(images)
-    assert_close(prepared @ prepared.mT, images @ images.mT, 1e-3)  # the basis changes no product
-    encoded = product.encode(prepared)
-    rounded = torch.stack([product.decode(encoded, image) for image in range(5)])
-    largest = prepared.abs().amax(dim=-1, keepdim=True)
-    assert ((rounded - prepared).abs() <= largest / 254 * 1.001).all()
-    expected = torch.stack([image @ rounded[0].T for image in rounded[1:4]])
-    np.testing.assert_allclose(product(encoded, 0, encoded, slice(1, 4)), expected, rtol=1e-4, atol=1e-3)
-
-
-def test_both_ways_to_multiply_are_exact():
-    features = randn(4, 50, 64)
-    expected = features[1:4].double() @ features[1].double().T
-    assert_close(ExactProduct()((features,), 1, (features,), slice(1, 4)), expected, 1e-4)
-    assert_close(_convolve(features[1], features[1:4].flatten(0, 1)).view(3, 50, 50), expected, 1e-4)
-
-
-def test_convolutions_are_for_float32_on_several_threads():
-    assert not is_convolution_faster(CPU, torch.float32, 1)
-    assert not is_convolution_faster(CPU, torch.float64, 2)
-
-
-def test_lnamd_still_equals_the_oracle_at_degrees_beyond_the_map():
-    maps = randn(2, 5, 3, 2)
-    assert_close(lnamd(maps, 9), oracle.lnamd(to_numpy(maps), 9), 1e-6)

@@ -112,7 +112,7 @@ def test_references_judge_few_images_besides(tmp_path, own_backbone, make_engine
     write_products(tmp_path / "one", range(1))
     write_products(tmp_path / "references", range(60, 63))
     model = MuSc(own_backbone, mode="both", references=tmp_path / "references")
-    with pytest.warns(UserWarning, match=r"A pool of 1 image is small: each is judged by 3 others"):
+    with pytest.warns(UserWarning, match=r"A pool of 1 image is small: each is compared with 3 others"):
         make_engine().predict(model, data_path=tmp_path / "one")
 
 
@@ -171,7 +171,7 @@ class NamedWriter(PredictionWriter):
     """A user's own kind of writer."""
 
 
-def test_a_users_own_writer_takes_the_place_of_the_default(folder, own_backbone, make_engine):
+def test_a_users_own_writer_takes_the_mirrored_path_the_default(folder, own_backbone, make_engine):
     engine = make_engine(callbacks=[NamedWriter()])
     engine.predict(MuSc(own_backbone), data_path=folder)
     (writer,) = (callback for callback in engine.trainer.callbacks if isinstance(callback, PredictionWriter))
@@ -275,7 +275,7 @@ def test_pictures_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path)
         engine = Engine(default_root_dir=tmp_path / "pile/results", enable_progress_bar=False)
         assert len(engine.predict(MuSc(own_backbone), data_path=tmp_path / "pile")) == 12
     notes = [row["note"] for row in read_table(tmp_path).values() if row["label"] == "skipped"]
-    assert set(notes) == {"a result of an earlier prediction"}
+    assert set(notes) == {"a result of an earlier run"}
 
 
 def test_heatmaps_of_an_earlier_run_are_no_input(folder, own_backbone, tmp_path, make_engine):
@@ -301,7 +301,7 @@ def test_a_known_pool_is_no_excuse_for_broken_files(tmp_path, folder, own_backbo
     engine, model = make_engine(), MuSc(own_backbone)
     engine.predict(model, dataloaders=predict_loader(tmp_path / "pile"))
     with pytest.raises(ValueError, match=r"1 of 13 images cannot be read.*empty\.png"):
-        engine.predict(model, dataloaders=predict_loader(tmp_path / "pile", num_workers=1))
+        engine.test(model, dataloaders=predict_loader(tmp_path / "pile"))
 
 
 def test_an_interrupted_prediction_leaves_the_dataset_whole(tmp_path, folder, own_backbone, make_engine):
@@ -339,12 +339,19 @@ def test_skipped_files_are_named_each_time(tmp_path, folder, own_backbone, make_
     assert own_backbone.num_images == 12  # the pool was recognised
 
 
+def test_files_are_skipped_where_worker_processes_read(tmp_path, folder, own_backbone, make_engine):
+    shutil.copytree(folder, tmp_path / "pile")
+    (tmp_path / "pile/empty.png").touch()
+    loader = predict_loader(tmp_path / "pile", num_workers=1)
+    files = list(loader.dataset.image_filenames)
+    assert len(by_path(make_engine().predict(MuSc(own_backbone), dataloaders=loader))) == 12
+    assert loader.dataset.image_filenames == files
+
+
 def test_files_that_cannot_be_skipped_are_an_error(tmp_path, folder, own_backbone, make_engine):
     shutil.copytree(folder, tmp_path / "pile")
     (tmp_path / "pile/empty.png").touch()
     with pytest.raises(ValueError, match=r"1 of 13 images cannot be read.*empty\.png \(empty file\)"):
-        make_engine().predict(MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "pile", num_workers=1))
-    with pytest.raises(ValueError, match=r"1 of 13 images cannot be read"):
         make_engine().test(MuSc(own_backbone), dataloaders=predict_loader(tmp_path / "pile"))
     assert own_backbone.num_images == 0
 
@@ -396,7 +403,7 @@ def test_nothing_is_half_written_where_the_disk_is_full(tmp_path, folder):
     assert done.returncode != 0
     assert "cannot be written" in done.stderr
     assert "Make room, or choose another folder" in done.stderr
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".anomalib_run"]
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become a stranger")

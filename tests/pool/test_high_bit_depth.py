@@ -7,14 +7,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from anomalib.data import ImageBatch
+from anomalib.data import ImageItem
+from anomalib.data.utils import read_image
 from anomalib.post_processing import PostProcessor
 from conftest import SIDE, OwnBackbone, grey, product
 from PIL import Image
-from runs import assert_same, by_path, predict_loader
+from runs import assert_same, by_path, predict_loader, relative_scores
 
 from anomalib_musc import MuSc, rescore
-from anomalib_musc.pool.high_bit_depth import DeepImages
+from anomalib_musc.pool.high_bit_depth import corrected_image, read_image_file, white_level_of_files
 
 
 @pytest.mark.parametrize(("bits", "name"), [(16, "{}.png"), (12, "{}.png"), (10, "{}.tif")])
@@ -42,12 +43,15 @@ def test_fractions_and_colour_are_read_as_they_are(tmp_path):
     Image.fromarray((grey(0) / 255).astype(np.float32)).save(fractions)
     colour = tmp_path / "colour.png"
     cv2.imwrite(str(colour), product(0)[0].astype(np.uint16) * 257)
-    images = DeepImages([fractions, colour])
-    assert images.white == 1
-    blank = torch.zeros(1, 3, SIDE, SIDE)
-    batch = ImageBatch(image=blank, image_path=[str(fractions)])
-    torch.testing.assert_close(images.correct(batch)[0, 0], torch.from_numpy(grey(0) / 255).float())
-    assert images.correct(ImageBatch(image=blank, image_path=[str(colour)])).max() == 0
+    assert white_level_of_files([fractions, colour]) == 1
+    expected = torch.from_numpy(grey(0) / 255).float()
+    torch.testing.assert_close(read_image_file(fractions).scaled(1)[0], expected)
+    blank = ImageItem(image=torch.zeros(3, SIDE, SIDE), image_path=str(fractions))
+    torch.testing.assert_close(corrected_image(blank, 1)[0], expected)
+    file = read_image_file(colour)
+    assert not file.has_high_bit_depth
+    torch.testing.assert_close(file.scaled(1), read_image(colour, as_tensor=True).as_subclass(torch.Tensor))
+    assert corrected_image(ImageItem(image=blank.image, image_path=str(colour)), 1).max() == 0
 
 
 def write_deep(folder: Path, seeds: range, brightest: int, *, darker: float = 1.0) -> None:
@@ -95,7 +99,8 @@ def test_deep_images_are_found_whatever_the_sampler(tmp_path, make_engine):
     model = MuSc(OwnBackbone(), visualizer=False)
     plain = by_path(make_engine().predict(model, dataloaders=predict_loader(tmp_path / "deep")))
     sampled = predict_loader(tmp_path / "deep", sampler=list(range(6)))
-    assert_same(by_path(make_engine().predict(MuSc(OwnBackbone(), visualizer=False), dataloaders=sampled)), plain)
+    found = by_path(make_engine().predict(MuSc(OwnBackbone(), visualizer=False), dataloaders=sampled))
+    assert_same(found, plain)
 
 
 def test_rescoring_sees_them_as_musc_does(tmp_path, make_engine):
@@ -106,4 +111,4 @@ def test_rescoring_sees_them_as_musc_does(tmp_path, make_engine):
     make_engine().predict(musc, data_path=tmp_path / "deep")
     found = rescore(predictions, OwnBackbone())
     assert found.std() > 0.01
-    assert found.tolist() == pytest.approx(musc._pools[0].scores.tolist(), abs=1e-6)
+    assert found.tolist() == pytest.approx(relative_scores(musc.pools[0]), abs=1e-6)

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_musc import MuSc
-from anomalib_musc.pool.source import fingerprint
+from anomalib_musc.pool.pool import fingerprint
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_an_interrupted_run_leaves_a_usable_model(folder, predict):
                 raise RuntimeError("interrupted")
             return super().forward(images)
 
-    model, loader = MuSc(Interrupted()), predict_loader(folder)
+    model, loader = MuSc(Interrupted(), batch_size=3), predict_loader(folder)
     with pytest.raises(RuntimeError, match="interrupted"):
         predict(model, loader)
     assert_same(predict(model, loader), fresh(predict, loader))

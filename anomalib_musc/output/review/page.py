@@ -17,7 +17,7 @@ from uuid import uuid4
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from anomalib_musc.output.files import whole_file
+from anomalib_musc.output.files import atomic_write
 from anomalib_musc.output.review.pictures import MAX_GRID, picture_of, quantise, shrink
 from anomalib_musc.output.review.records import Card, Review
 
@@ -102,7 +102,7 @@ def _write(target: Path, pool: dict[str, Any], slots: Sequence[_Slot], others: I
     parts = template.generate(
         pool=pool, slots=slots, others=others, style=style, script="\n".join(scripts), nonce=uuid4().hex
     )
-    with whole_file(target) as part, part.open("w", encoding="utf-8", newline="\n") as file:
+    with atomic_write(target) as part, part.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(parts)
 
 
@@ -121,11 +121,12 @@ def _pool(review: Review, cards: Sequence[Card]) -> dict[str, Any]:
         "mapRange": [float(low), float(high)],
         "warnings": [_text(warning) for warning in review.warnings],
         "skipped": [[_text(path), _text(reason)] for path, reason in review.skipped.items()],
+        "separator": os.sep,
         "root": _text(root),
         "absoluteRoot": _text(absolute_root),
         "names": [_text(name) for name in names],
         # without a name, or one that UTF-8 and so a list of files cannot hold
-        "unlisted": [rank for rank, name in enumerate(names) if not name or _text(name) != name],
+        "unlisted": [rank for rank, name in enumerate(names) if not name or not _is_text(absolute_root + name)],
         "scores": [float(card.score) for card in cards],
     }
 
@@ -173,6 +174,10 @@ def _map_range(cards: Sequence[Card]) -> tuple[float, float]:
 def _text(text: str) -> str:
     """Return text that UTF-8 can hold, as it stands in ``predictions.csv``: of other names, bytes as escapes."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _is_text(text: str) -> bool:
+    return _text(text) == text
 
 
 def _base64(content: bytes) -> str:

@@ -97,7 +97,8 @@ def quantise(anomaly_map: np.ndarray) -> tuple[np.ndarray, float, float]:
         anomaly_map: Shape ``(h, w)``.
 
     Returns:
-        uint8 of the same shape, or of one of at most 64 x 64 by the maximum over cells; lowest value; highest value.
+        uint8 of the same shape, or of one of at most 64 x 64 by the maximum over cells, and of at least 2 x 2; lowest
+        value; highest value.
 
     Example:
         >>> quantise(np.array([[1.0, 2.0], [3.0, 1.5]]))[0].tolist()
@@ -106,6 +107,8 @@ def quantise(anomaly_map: np.ndarray) -> tuple[np.ndarray, float, float]:
     grid = torch.from_numpy(np.ascontiguousarray(anomaly_map, dtype=np.float64))
     if max(grid.shape) > MAX_GRID:
         grid = F.adaptive_max_pool2d(grid[None], [min(side, MAX_GRID) for side in grid.shape])[0]
+    for axis in (0, 1):  # the browser interpolates between two values at least
+        grid = grid.repeat_interleave(2, dim=axis) if grid.shape[axis] == 1 else grid
     low, high = grid.min().item(), grid.max().item()
     levels = (grid - low) / (high - low) * 255 if high > low else torch.zeros_like(grid)
     return levels.round().to(torch.uint8).numpy(), low, high

@@ -34,11 +34,28 @@ const cards = (() => {
     const open = element(
       "button",
       { type: "button", className: "open", tabIndex: -1, "aria-keyshortcuts": "g d u n b z" },
-      element("span", { className: "frame" }, element("span", { className: "picture" }, element("img", { alt: "", draggable: false }), svg)),
+      element(
+        "span",
+        { className: "frame" },
+        element("span", { className: "picture" }, element("img", { alt: "", draggable: false }), svg),
+      ),
       element(
         "span",
         { className: "caption" },
-        element("span", { className: "figures" }, hidden("Rank "), element("b", { textContent: rank + 1 }), hidden(", score "), element("span", { className: "score", textContent: formatScore(pool.scores[rank]) }), element("span", { className: "status" }, element("span", { className: "flag" }), " ", element("span", { className: "mark" }))),
+        element(
+          "span",
+          { className: "figures" },
+          hidden(`Rank ${rank + 1}, score ${formatScore(pool.scores[rank])}`),
+          element("b", { textContent: rank + 1, "aria-hidden": true }),
+          element("span", { className: "score", textContent: formatScore(pool.scores[rank]), "aria-hidden": true }),
+          element(
+            "span",
+            { className: "status" },
+            element("span", { className: "flag" }),
+            " ",
+            element("span", { className: "mark" }),
+          ),
+        ),
         element("span", { className: "name", textContent: name, title: pathOf(rank) }),
         element("span", { className: "folder dim", textContent: folder }),
       ),
@@ -47,7 +64,12 @@ const cards = (() => {
       setCurrent(rank);
       detail.open();
     });
-    const item = element("li", { className: "card", "data-rank": rank }, open, markButtons((mark) => setMark(rank, mark)));
+    const item = element(
+      "li",
+      { className: "card", "data-rank": rank },
+      open,
+      markButtons((mark) => setMark(rank, mark)),
+    );
     items.set(rank, item);
     watcher.observe(item);
   }
@@ -76,10 +98,16 @@ const cards = (() => {
     item.dataset.mark = mark ?? "";
     item.querySelector(".flag").textContent = flagged ? "flagged" : "";
     item.querySelector(".mark").textContent = mark ? `${SYMBOLS[mark]} ${mark}` : "";
-    for (const button of item.querySelectorAll(".marks button")) button.setAttribute("aria-pressed", button.dataset.mark === mark);
+    for (const button of item.querySelectorAll(".marks button"))
+      button.setAttribute("aria-pressed", button.dataset.mark === mark);
   }
 
-  const TESTS = { all: () => true, flagged: isFlagged, unflagged: (rank) => !isFlagged(rank), unmarked: (rank) => !state.marks[rank] };
+  const TESTS = {
+    all: () => true,
+    flagged: isFlagged,
+    unflagged: (rank) => !isFlagged(rank),
+    unmarked: (rank) => !state.marks[rank],
+  };
 
   function filter() {
     const isWanted = TESTS[state.filter] ?? ((rank) => state.marks[rank] === state.filter);
@@ -91,7 +119,8 @@ const cards = (() => {
       section.hidden = !wanted.length;
       shown.push(...wanted);
       const title = section.querySelector(".dim");
-      if (title?.parentElement.tagName === "H2") title.textContent = `${ranks.length} images, ${ranks.filter(isFlagged).length} flagged`;
+      if (title?.parentElement.tagName === "H2")
+        title.textContent = `${ranks.length} images, ${ranks.filter(isFlagged).length} flagged`;
     }
     main.classList.toggle("empty", !shown.length);
     follow();
@@ -100,7 +129,10 @@ const cards = (() => {
   function arrange() {
     const ranks = [...items.keys()];
     const groups = new Map();
-    if (state.order === "threshold") ranks.sort((one, other) => Math.abs(pool.scores[one] - state.threshold) - Math.abs(pool.scores[other] - state.threshold));
+    if (state.order === "threshold")
+      ranks.sort(
+        (one, other) => Math.abs(pool.scores[one] - state.threshold) - Math.abs(pool.scores[other] - state.threshold),
+      );
     for (const rank of ranks) {
       const group = state.order === "folder" ? folderOf(rank)[0] || "./" : "";
       if (!groups.has(group)) groups.set(group, []);
@@ -167,14 +199,31 @@ const cards = (() => {
     for (const rank of items.keys()) if ((state.marks[rank] ?? "") !== items.get(rank).dataset.mark) label(rank);
     if (state.filter !== "all" && !state.filter.endsWith("flagged")) filter();
   });
-  return { start, arrange, filter, focus, neighbour, columns, position: () => [shown.indexOf(state.current) + 1, shown.length] };
+  return {
+    start,
+    arrange,
+    filter,
+    focus,
+    neighbour,
+    columns,
+    position: () => [shown.indexOf(state.current) + 1, shown.length],
+  };
 })();
 
 // Three buttons, and what each does.
 function markButtons(action) {
   const buttons = MARKS.map((mark) => {
-    const button = element("button", { type: "button", "data-mark": mark, "aria-pressed": false, "aria-keyshortcuts": mark[0], title: `${mark} (${mark[0]})` });
-    button.append(element("span", { "aria-hidden": true, textContent: SYMBOLS[mark] }), element("span", { className: "word", textContent: mark }));
+    const button = element("button", {
+      type: "button",
+      "data-mark": mark,
+      "aria-pressed": false,
+      "aria-keyshortcuts": mark[0],
+      title: `${mark} (${mark[0]})`,
+    });
+    button.append(
+      element("span", { "aria-hidden": true, textContent: SYMBOLS[mark] }),
+      element("span", { className: "word", textContent: mark }),
+    );
     button.addEventListener("click", () => action(mark));
     return button;
   });

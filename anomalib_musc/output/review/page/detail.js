@@ -7,7 +7,7 @@ const detail = (() => {
   const stage = find("stage");
   const layers = find("layers");
   const [image, heat, svg] = layers.children;
-  const zoom = { factor: 1, x: 0.5, y: 0.5 }; // how far, and which place of the image is in the middle
+  const zoom = { factor: 1, x: 0.5, y: 0.5, aim: null }; // how far; which place is in the middle; which is to be
   const pointers = new Map(); // those that are down, for dragging and pinching
   let shape = [1, 1];
   let shownRank = null;
@@ -30,7 +30,7 @@ const detail = (() => {
     if (rank !== shownRank) {
       shownRank = rank;
       shape = numbersOf(slot, "size");
-      Object.assign(zoom, { factor: 1, x: 0.5, y: 0.5 });
+      Object.assign(zoom, { factor: 1, x: 0.5, y: 0.5, aim: null });
       layers.classList.remove("compared");
       image.src = pictureOf(rank);
       drawHeatmap(heat, mapOf(rank), shape[0] / shape[1]);
@@ -40,7 +40,8 @@ const detail = (() => {
     drawOutline(svg, rank, state.outline);
     heat.style.opacity = state.opacity;
     find("colour-here").style.left = `${100 * levelOf(mapOf(rank).high)}%`;
-    for (const button of find("detail-marks").querySelectorAll("button")) button.setAttribute("aria-pressed", button.dataset.mark === state.marks[rank]);
+    for (const button of find("detail-marks").querySelectorAll("button"))
+      button.setAttribute("aria-pressed", button.dataset.mark === state.marks[rank]);
     lay();
   }
 
@@ -59,13 +60,24 @@ const detail = (() => {
       facts.push(["Region", `${width} × ${height} at (${x}, ${y}), ${area} pixels${others}`]);
     }
     if (slot.dataset.note) facts.push(["Note", slot.dataset.note]);
-    find("detail-facts").replaceChildren(...facts.flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", { textContent: value })]));
+    find("detail-facts").replaceChildren(
+      ...facts.flatMap(([name, value]) => [
+        element("dt", { textContent: name }),
+        element("dd", { textContent: value }),
+      ]),
+    );
   }
 
   function showSimilar(ranks) {
     const entries = ranks.map((rank, place) => {
       const text = `rank ${rank + 1}, score ${formatScore(pool.scores[rank])}`;
-      const button = element("button", { type: "button", disabled: !isHere(rank), title: pathOf(rank) }, element("img", { alt: "", src: pictureOf(rank) }), element("span", { textContent: text }), element("span", { className: "dim", textContent: nameOf(rank) }));
+      const button = element(
+        "button",
+        { type: "button", disabled: !isHere(rank), title: pathOf(rank) },
+        element("img", { alt: "", src: pictureOf(rank) }),
+        element("span", { textContent: text }),
+        element("span", { className: "dim", textContent: nameOf(rank) }),
+      );
       button.addEventListener("click", () => setCurrent(rank));
       button.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && compare(place));
       button.addEventListener("pointerleave", () => compare(null));
@@ -85,14 +97,22 @@ const detail = (() => {
       zoom[axis] = Math.max(half, Math.min(1 - half, zoom[axis]));
       return room[index] / 2 - zoom[axis] * sizes[index];
     });
-    Object.assign(layers.style, { width: `${sizes[0]}px`, height: `${sizes[1]}px`, left: `${corner[0]}px`, top: `${corner[1]}px` });
+    Object.assign(layers.style, {
+      width: `${sizes[0]}px`,
+      height: `${sizes[1]}px`,
+      left: `${corner[0]}px`,
+      top: `${corner[1]}px`,
+    });
     stage.classList.toggle("zoomed", zoom.factor > 1);
   }
 
   // Zoom by a factor about a place on the screen, by default the stage's middle.
   function zoomBy(factor, clientX, clientY) {
     const box = stage.getBoundingClientRect();
-    const away = [(clientX ?? box.left + box.width / 2) - box.left - box.width / 2, (clientY ?? box.top + box.height / 2) - box.top - box.height / 2];
+    const away = [
+      (clientX ?? box.left + box.width / 2) - box.left - box.width / 2,
+      (clientY ?? box.top + box.height / 2) - box.top - box.height / 2,
+    ];
     const before = zoom.factor;
     zoom.factor = Math.max(1, Math.min(32, before * factor));
     const sides = [layers.clientWidth, layers.clientHeight];
@@ -107,8 +127,9 @@ const detail = (() => {
     if (zoom.factor === 1) {
       const { values, rows, columns, high } = mapOf(shownRank);
       const place = values.indexOf(high);
-      Object.assign(zoom, { x: (place % columns) / (columns - 1), y: Math.floor(place / columns) / (rows - 1) });
+      zoom.aim = { x: (place % columns) / (columns - 1), y: Math.floor(place / columns) / (rows - 1) };
     }
+    Object.assign(zoom, zoom.aim);
     zoomBy(2);
   }
 
@@ -127,7 +148,13 @@ const detail = (() => {
     if (!uri || location.protocol !== "file:" || image.src === uri) return;
     const original = new Image();
     original.onload = () => {
-      if (rank === shownRank && !layers.classList.contains("compared") && original.naturalWidth === shape[0] && original.naturalHeight === shape[1]) image.src = uri;
+      if (
+        rank === shownRank &&
+        !layers.classList.contains("compared") &&
+        original.naturalWidth === shape[0] &&
+        original.naturalHeight === shape[1]
+      )
+        image.src = uri;
     };
     original.src = uri;
   }
@@ -154,16 +181,27 @@ const detail = (() => {
 
   stage.addEventListener("pointerdown", (event) => {
     if (event.button || event.target.closest("button")) return;
+    zoom.aim = null;
     stage.setPointerCapture(event.pointerId);
     pointers.set(event.pointerId, event);
   });
   stage.addEventListener("pointermove", move);
-  for (const end of ["pointerup", "pointercancel"]) stage.addEventListener(end, (event) => pointers.delete(event.pointerId));
-  stage.addEventListener("wheel", (event) => {
-    event.preventDefault();
-    zoomBy(Math.exp(-event.deltaY / 400), event.clientX, event.clientY);
-  }, { passive: false });
-  stage.addEventListener("dblclick", (event) => !event.target.closest("button") && zoomBy(zoom.factor > 1 ? 1 / zoom.factor : 4, event.clientX, event.clientY));
+  for (const end of ["pointerup", "pointercancel"])
+    stage.addEventListener(end, (event) => pointers.delete(event.pointerId));
+  stage.addEventListener(
+    "wheel",
+    (event) => {
+      event.preventDefault();
+      zoom.aim = null;
+      zoomBy(Math.exp(-event.deltaY / 400), event.clientX, event.clientY);
+    },
+    { passive: false },
+  );
+  stage.addEventListener(
+    "dblclick",
+    (event) =>
+      !event.target.closest("button") && zoomBy(zoom.factor > 1 ? 1 / zoom.factor : 4, event.clientX, event.clientY),
+  );
   new ResizeObserver(lay).observe(stage);
 
   function go(places) {
@@ -182,7 +220,12 @@ const detail = (() => {
     show();
   }
 
-  find("detail-marks").replaceWith(Object.assign(markButtons((mark) => keys.mark(mark)), { id: "detail-marks" }));
+  find("detail-marks").replaceWith(
+    Object.assign(
+      markButtons((mark) => keys.mark(mark)),
+      { id: "detail-marks" },
+    ),
+  );
   find("detail-close").addEventListener("click", () => dialog.close());
   find("detail-back").addEventListener("click", () => go(-1));
   find("detail-next").addEventListener("click", () => go(1));
@@ -201,7 +244,9 @@ const detail = (() => {
   function start() {
     find("opacity").value = 100 * state.opacity;
     find("outline").checked = state.outline;
-    [find("colour-low").textContent, find("colour-high").textContent] = pool.mapRange.map((value) => Number(value.toPrecision(3)));
+    [find("colour-low").textContent, find("colour-high").textContent] = pool.mapRange.map((value) =>
+      Number(value.toPrecision(3)),
+    );
     const context = document.querySelector(".colours canvas").getContext("2d");
     COLOURS.forEach(([red, green, blue, alpha], x) => {
       context.fillStyle = `rgb(${red} ${green} ${blue} / ${alpha / 255})`;
@@ -210,7 +255,10 @@ const detail = (() => {
   }
 
   return {
-    start, open, zoomIn, compare,
+    start,
+    open,
+    zoomIn,
+    compare,
     zoomOut: () => zoomBy(1 / 2),
     isOpen: () => dialog.open,
     fit: () => zoomBy(1 / zoom.factor),

@@ -2,7 +2,17 @@
 // Heatmaps and outlines, from grids whose first and last values lie on the image's edges.
 
 // Colours of the scale from its low end to its high one; low values are transparent.
-const STOPS = [[0, 0, 4], [31, 12, 72], [85, 15, 109], [136, 34, 106], [186, 54, 85], [227, 89, 51], [249, 140, 10], [249, 201, 50], [252, 255, 164]];
+const STOPS = [
+  [0, 0, 4],
+  [31, 12, 72],
+  [85, 15, 109],
+  [136, 34, 106],
+  [186, 54, 85],
+  [227, 89, 51],
+  [249, 140, 10],
+  [249, 201, 50],
+  [252, 255, 164],
+];
 const COLOURS = Array.from({ length: 256 }, (_, level) => {
   const place = (level / 255) * (STOPS.length - 1);
   const first = Math.min(Math.floor(place), STOPS.length - 2);
@@ -17,7 +27,8 @@ const levelOf = (value) => {
 
 // Bilinear, onto a canvas in the image's proportions.
 function drawHeatmap(canvas, map, ratio) {
-  [canvas.width, canvas.height] = ratio > 1 ? [256, Math.max(2, Math.round(256 / ratio))] : [Math.max(2, Math.round(256 * ratio)), 256];
+  [canvas.width, canvas.height] =
+    ratio > 1 ? [256, Math.max(2, Math.round(256 / ratio))] : [Math.max(2, Math.round(256 * ratio)), 256];
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(canvas.width, canvas.height);
   for (let y = 0, pixel = 0; y < canvas.height; y++) {
@@ -41,7 +52,30 @@ function interpolate({ values, rows, columns }, row, column) {
 
 // Between which sides of a cell (0 above, 1 right, 2 below, 3 left) the outline runs, by which corners lie above the
 // level: 8 upper left, 4 upper right, 2 lower right, 1 lower left. 5 and 10 are saddles, see below.
-const SIDES = [[], [[3, 2]], [[2, 1]], [[3, 1]], [[0, 1]], [[3, 0], [2, 1]], [[0, 2]], [[3, 0]], [[3, 0]], [[0, 2]], [[0, 1], [3, 2]], [[0, 1]], [[3, 1]], [[2, 1]], [[3, 2]], []];
+const SIDES = [
+  [],
+  [[3, 2]],
+  [[2, 1]],
+  [[3, 1]],
+  [[0, 1]],
+  [
+    [3, 0],
+    [2, 1],
+  ],
+  [[0, 2]],
+  [[3, 0]],
+  [[3, 0]],
+  [[0, 2]],
+  [
+    [0, 1],
+    [3, 2],
+  ],
+  [[0, 1]],
+  [[3, 1]],
+  [[2, 1]],
+  [[3, 2]],
+  [],
+];
 
 // An SVG path around what lies above a level, closed along the image's edges (marching squares).
 function outline({ rows, columns, values }, level, width, height) {
@@ -53,7 +87,12 @@ function outline({ rows, columns, values }, level, width, height) {
   let path = "";
   for (let row = -1; row < rows; row++) {
     for (let column = -1; column < columns; column++) {
-      const [a, b, c, d] = [value(row, column), value(row, column + 1), value(row + 1, column + 1), value(row + 1, column)];
+      const [a, b, c, d] = [
+        value(row, column),
+        value(row, column + 1),
+        value(row + 1, column + 1),
+        value(row + 1, column),
+      ];
       let corners = 8 * (a > level) + 4 * (b > level) + 2 * (c > level) + (d > level);
       if ((corners === 5 || corners === 10) && (a + b + c + d) / 4 <= level) corners = 15 - corners;
       const crossing = (side) =>
@@ -62,7 +101,9 @@ function outline({ rows, columns, values }, level, width, height) {
           () => [x(column + 1), between(y(row), y(row + 1), b, c)],
           () => [between(x(column), x(column + 1), d, c), y(row + 1)],
           () => [x(column), between(y(row), y(row + 1), a, d)],
-        ][side]().map((number) => number.toFixed(2));
+        ]
+          [side]()
+          .map((number) => number.toFixed(2));
       for (const [from, to] of SIDES[corners]) path += `M${crossing(from)}L${crossing(to)}`;
     }
   }

@@ -21,11 +21,11 @@ const histogram = (() => {
     const counts = new Array(BINS).fill(0);
     for (const score of pool.scores) counts[Math.min(BINS - 1, Math.floor(place(score) * BINS))]++;
     const most = Math.max(...counts);
-    const step = WIDTH / BINS;
+    const barWidth = WIDTH / BINS;
     return counts
       .map((count, bin) => {
         const height = count ? Math.max(2.5, (count / most) * (HEIGHT - 18)) : 0; // one image is to be seen
-        return `M${bin * step} ${HEIGHT - 8}v${-height}h${step - 1}v${height}z`;
+        return `M${bin * barWidth} ${HEIGHT - 8}v${-height}h${barWidth - 1}v${height}z`;
       })
       .join("");
   }
@@ -39,7 +39,12 @@ const histogram = (() => {
     const above = shape("clipPath", { id: "above" });
     above.append(clip);
     const path = bars();
-    svg.append(above, shape("path", { d: path, class: "bars" }), shape("path", { d: path, class: "bars above", "clip-path": "url(#above)" }), ticks);
+    svg.append(
+      above,
+      shape("path", { d: path, class: "bars" }),
+      shape("path", { d: path, class: "bars above", "clip-path": "url(#above)" }),
+      ticks,
+    );
   }
 
   function follow() {
@@ -51,14 +56,25 @@ const histogram = (() => {
     handle.setAttribute("aria-valuemin", low);
     handle.setAttribute("aria-valuemax", high);
     handle.setAttribute("aria-valuenow", state.threshold);
-    handle.setAttribute("aria-valuetext", `${formatScore(state.threshold)}: ${flagged} of ${pool.scores.length} flagged`);
+    handle.setAttribute(
+      "aria-valuetext",
+      `${formatScore(state.threshold)}: ${flagged} of ${pool.scores.length} flagged`,
+    );
   }
 
   // Below the bars, a tick for each image that is marked.
   function tick() {
     const marked = Object.entries(state.marks).filter(([, mark]) => mark !== "unsure");
     ticks.replaceChildren(
-      ...marked.map(([rank, mark]) => shape("rect", { x: place(pool.scores[rank]) * WIDTH - 1, y: mark === "good" ? HEIGHT - 3 : HEIGHT - 7, width: 2, height: 3, class: mark })),
+      ...marked.map(([rank, mark]) =>
+        shape("rect", {
+          x: place(pool.scores[rank]) * WIDTH - 1,
+          y: mark === "good" ? HEIGHT - 3 : HEIGHT - 7,
+          width: 2,
+          height: 3,
+          class: mark,
+        }),
+      ),
     );
   }
 
@@ -73,7 +89,16 @@ const histogram = (() => {
     setThreshold(cuts[Math.max(0, Math.min(cuts.length - 1, present + count))]);
   }
 
-  const STEPS = { ArrowLeft: 1, ArrowDown: 1, ArrowRight: -1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: Infinity, End: -Infinity };
+  const STEPS = {
+    ArrowLeft: 1,
+    ArrowDown: 1,
+    ArrowRight: -1,
+    ArrowUp: -1,
+    PageDown: 10,
+    PageUp: -10,
+    Home: Infinity,
+    End: -Infinity,
+  };
   handle.addEventListener("keydown", (event) => {
     if (!(event.key in STEPS)) return;
     event.preventDefault();

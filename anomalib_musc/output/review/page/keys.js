@@ -41,7 +41,9 @@ const keys = (() => {
 
   document.addEventListener("keydown", (event) => {
     const isUndo = event.key === "z" && (event.ctrlKey || event.metaKey);
-    const isField = event.target.matches(event.key.startsWith("Arrow") ? "select, input" : "select, input[type=number]");
+    const isField = event.target.matches(
+      event.key.startsWith("Arrow") ? "select, input" : "select, input[type=number]",
+    );
     if (isField || event.altKey || ((event.ctrlKey || event.metaKey) && !isUndo)) return;
     const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
     const action = ACTIONS[key] ?? (detail.isOpen() ? IN_DETAIL[key] : undefined);
@@ -57,7 +59,10 @@ const keys = (() => {
     const rank = event.target.closest("li")?.dataset.rank;
     if (rank !== undefined && Number(rank) !== state.current) setCurrent(Number(rank));
   });
-  for (const [id, redo] of [["order", cards.arrange], ["filter", cards.filter]]) {
+  for (const [id, redo] of [
+    ["order", cards.arrange],
+    ["filter", cards.filter],
+  ]) {
     find(id).value = state[id];
     find(id).addEventListener("change", (event) => {
       state[id] = event.target.value;

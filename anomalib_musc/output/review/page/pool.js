@@ -90,7 +90,7 @@ const nameOf = (rank) => pool.names[rank] || `image ${rank + 1}`;
 const pathOf = (rank) => (pool.names[rank] ? pool.root + pool.names[rank] : "");
 
 function folderOf(rank) {
-  const cut = Math.max(nameOf(rank).lastIndexOf("/"), nameOf(rank).lastIndexOf("\\"));
+  const cut = nameOf(rank).lastIndexOf(pool.separator);
   return [nameOf(rank).slice(0, Math.max(cut, 0)), nameOf(rank).slice(cut + 1)];
 }
 

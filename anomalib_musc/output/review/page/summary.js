@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Counts, and once enough images are marked, what the marks say of the threshold.
 
-const summary = (() => {
+{
   const find = (id) => document.getElementById(id);
   const input = find("threshold-value");
 
@@ -31,7 +31,13 @@ const summary = (() => {
 
   function tally() {
     const marks = Object.values(state.marks);
-    const parts = MARKS.map((mark) => element("span", { className: mark }, `${SYMBOLS[mark]} ${marks.filter((other) => other === mark).length} ${mark}`));
+    const parts = MARKS.map((mark) =>
+      element(
+        "span",
+        { className: mark },
+        `${SYMBOLS[mark]} ${marks.filter((other) => other === mark).length} ${mark}`,
+      ),
+    );
     find("tally").replaceChildren(...parts);
     find("undo").disabled = !state.history.length;
     find("export-marks").disabled = find("export-list").disabled = !marks.length;
@@ -41,25 +47,66 @@ const summary = (() => {
     const images = judged();
     const missing = ENOUGH_MARKS - images.length;
     const best = bestThreshold(images);
-    if (missing > 0) return [element("p", { className: "dim", textContent: `Mark ${missing} more good or defect for precision and recall, best some on both sides of the threshold.` })];
+    if (missing > 0)
+      return [
+        element("p", {
+          className: "dim",
+          textContent: `Mark ${missing} more good or defect for precision and recall, best some on both sides of the threshold.`,
+        }),
+      ];
     const columns = [["Now", state.threshold]];
     if (best !== null) columns.push(["Best fit", best]);
     const measured = columns.map(([, threshold]) => agreement(images, threshold));
-    const row = (name, values) => element("tr", {}, element("th", { scope: "row", textContent: name }), ...values.map((value) => element("td", { textContent: value })));
+    const row = (name, values) =>
+      element(
+        "tr",
+        {},
+        element("th", { scope: "row", textContent: name }),
+        ...values.map((value) => element("td", { textContent: value })),
+      );
     const table = element(
       "table",
       {},
-      element("thead", {}, element("tr", {}, element("th", { scope: "col", textContent: `${images.length} marks` }), ...columns.map(([name]) => element("th", { scope: "col", textContent: name })))),
+      element(
+        "thead",
+        {},
+        element(
+          "tr",
+          {},
+          element("th", { scope: "col", textContent: `${images.length} marks` }),
+          ...columns.map(([name]) => element("th", { scope: "col", textContent: name })),
+        ),
+      ),
       element(
         "tbody",
         {},
-        row("Threshold", columns.map(([, threshold]) => shortest(threshold))),
-        row("Precision", measured.map(({ precision }) => formatShare(precision))),
-        row("Recall", measured.map(({ recall }) => formatShare(recall))),
-        row("Flagged in all", columns.map(([, threshold]) => countAbove(pool.scores, threshold))),
+        row(
+          "Threshold",
+          columns.map(([, threshold]) => shortest(threshold)),
+        ),
+        row(
+          "Precision",
+          measured.map(({ precision }) => formatShare(precision)),
+        ),
+        row(
+          "Recall",
+          measured.map(({ recall }) => formatShare(recall)),
+        ),
+        row(
+          "Flagged in all",
+          columns.map(([, threshold]) => countAbove(pool.scores, threshold)),
+        ),
       ),
     );
-    return best === null ? [table, element("p", { className: "dim", textContent: "For a best fit, mark at least one good image and one defect." })] : [table, ...advise(best, images)];
+    return best === null
+      ? [
+          table,
+          element("p", {
+            className: "dim",
+            textContent: "For a best fit, mark at least one good image and one defect.",
+          }),
+        ]
+      : [table, ...advise(best, images)];
   }
 
   function advise(best, images) {
@@ -81,11 +128,12 @@ const summary = (() => {
     find("fit").replaceChildren(...fit());
   }
 
-  input.addEventListener("change", () => setThreshold(input.value.trim() === "" ? pool.threshold : Number(input.value)));
+  input.addEventListener("change", () =>
+    setThreshold(input.value.trim() === "" ? pool.threshold : Number(input.value)),
+  );
   input.addEventListener("blur", count);
   find("reset").addEventListener("click", () => setThreshold(pool.threshold));
   find("undo").addEventListener("click", undo);
   changes.addEventListener("threshold", update);
   changes.addEventListener("marks", update);
-  return { update };
-})();
+}

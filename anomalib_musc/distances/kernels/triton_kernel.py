@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nearest patches of many pairs of images in one GPU kernel; imports only where Triton is installed."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
+
+from anomalib_musc.distances.rounding import HalfRounding, NoRounding, Rounding
+from anomalib_musc.distances.tiles import Tile
 
 _INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test: TRITON_INTERPRET=1 before Triton is imported
 _BLOCK_M = 32 if _INTERPRETED else 128
@@ -57,9 +62,9 @@ def _kernel(
         y += tl.minimum(q, num_patches - 1)[None, :] * num_channels + k[:, None]
         product = tl.zeros((block_m, block_n), tl.float32)
         for c in range(0, num_channels, block_k):
-            of_i = _load(x + c, c + k[None, :], num_channels, block_k)
-            of_j = _load(y + c, c + k[:, None], num_channels, block_k)
-            product = tl.dot(of_i, of_j, product, input_precision="tf32x3")  # as exact as float32, on tensor cores
+            part_i = _load(x + c, c + k[None, :], num_channels, block_k)
+            part_j = _load(y + c, c + k[:, None], num_channels, block_k)
+            product = tl.dot(part_i, part_j, product, input_precision="tf32x3")  # as exact as float32, on tensor cores
         norms_j = tl.load(right_half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
         nearest = tl.maximum(nearest, tl.max(product - norms_j[None, :], axis=1))
         column = tl.max(product - norms_i[:, None], axis=0)
@@ -90,16 +95,40 @@ _HALF = _tuned(
 _SINGLE = _tuned((128, 16, False, 8, 3), (64, 32, True, 8, 3), (64, 16, False, 4, 3))
 
 
+class TritonKernel:
+    """Compares images in one GPU kernel, which never writes the products to memory.
+
+    Args:
+        is_half: Whether 16-bit numbers are multiplied; their products are added in float32.
+    """
+
+    channels_to_share = math.inf
+    block = 2**31
+
+    def __init__(self, is_half: bool) -> None:
+        self.rounding: Rounding = HalfRounding() if is_half else NoRounding()
+
+    def pair_bytes(self, num_patches: int) -> int:
+        """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
+        num_partials = triton.cdiv(num_patches, _BLOCK_M) * num_patches
+        return 4 * (num_partials + 4 * num_patches)
+
+    def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
+        (x,), (y,) = left.operands, right.operands
+        (left_half_norms,), (right_half_norms,) = left.half_norms, right.half_norms
+        second = torch.arange(images.start, images.stop, device=x.device)
+        first = torch.full_like(second, image)
+        rows, columns = nearest_pairs(x, left_half_norms, y, right_half_norms, first, second)
+        to_right, to_left = left_half_norms[image] - rows, right_half_norms[images] - columns
+        return to_right.mul_(2).clamp_min_(0)[None], to_left.mul_(2).clamp_min_(0)[None]
+
+
 def is_usable(device: torch.device) -> bool:
     """Whether the kernel runs on a device: NVIDIA's GPUs since Ampere, or a CPU under Triton's interpreter."""
     if device.type == "cuda":
         return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 0)
     return _INTERPRETED and device.type == "cpu"
-
-
-def num_partials(num_patches: int) -> int:
-    """Return how many numbers a pair writes beside its result."""
-    return triton.cdiv(num_patches, _BLOCK_M) * num_patches
 
 
 def nearest_pairs(

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's own module as the backbone: its settings, and whether it keeps the contract."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from anomalib_musc.backbones.base import resolve_image_size
+
+
+def own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """Return (height, width) as given, else as the module's attribute ``image_size`` says.
+
+    Raises:
+        ValueError: If nothing says it.
+    """
+    size = image_size if image_size is not None else getattr(backbone, "image_size", None)
+    if size is None:
+        msg = (
+            f"image_size must be given, in pixels: the backbone {type(backbone).__name__} has no attribute "
+            "'image_size' to take it from."
+        )
+        raise ValueError(msg)
+    return resolve_image_size(size, native=(1, 1), patch_size=None)
+
+
+def check_own_arguments(backbone: nn.Module, **given: object) -> None:
+    """Raise a ValueError if an argument was given that only backbones given by name have."""
+    names = [name for name, value in given.items() if value not in (None, False)]
+    if names:
+        msg = (
+            f"{names[-1]} is for backbones given by name; your own {type(backbone).__name__} already holds its weights "
+            "and decides which maps it returns."
+        )
+        raise ValueError(msg)
+
+
+def check_output(output: object, batch_size: int) -> None:
+    """Raise a ValueError unless a backbone returned finite features, ``(B, C, h, w)`` a layer and ``(B, D)``."""
+    if not (isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[0], (tuple, list))):
+        msg = f"backbone must return a list of feature maps and an image feature, got {type(output).__name__}."
+        raise ValueError(msg)
+    feature_maps, class_tokens = output
+    if not feature_maps or not all(
+        isinstance(m, torch.Tensor) and m.ndim == 4 and len(m) == batch_size for m in feature_maps
+    ):
+        shapes = [getattr(m, "shape", type(m).__name__) for m in feature_maps]
+        msg = f"backbone must return feature maps, tensors of shape ({batch_size}, C, h, w), got {shapes}."
+        raise ValueError(msg)
+    if class_tokens.ndim != 2 or len(class_tokens) != batch_size:
+        msg = f"backbone must return image features of shape ({batch_size}, D), got {tuple(class_tokens.shape)}."
+        raise ValueError(msg)
+    if not all(torch.isfinite(values).all() for values in (*feature_maps, class_tokens)):
+        msg = (
+            "backbone returned NaN or infinite features. Check its weights; where it runs in half precision, "
+            "use bf16-mixed or 32-true instead."
+        )
+        raise ValueError(msg)

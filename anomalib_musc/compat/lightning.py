@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Lightning keeps to itself (2.6)."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+
+def forget_objects(module: LightningModule, **arguments: Any) -> None:
+    """Leave those arguments out of a module's hyper-parameters that are no plain data.
+
+    Lightning's ``save_hyperparameters(ignore=...)`` cannot: anomalib's constructor has already saved them.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, (str, int, float, bool, type(None))):
+            for saved in (module.hparams, module._hparams_initial):
+                saved.pop(name, None)  # type: ignore[union-attr, operator]  # torch's modules hide their types
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Return a module's trainer, ``None`` where there is none yet; ``module.trainer`` would raise an error."""
+    with suppress(RuntimeError):
+        return module.trainer
+    return None
+
+
+def replace_predict_dataloaders(trainer: Trainer, dataloaders: Sequence[Any]) -> None:
+    """Let a prediction that is about to begin read other dataloaders.
+
+    Lightning has no hook for it: loops make their iterators before ``on_predict_start``, while only then a model is on
+    its device and can look at the images.
+
+    Args:
+        trainer: The trainer, in ``on_predict_start``.
+        dataloaders: As many as before.
+    """
+    loop = trainer.predict_loop
+    combined: Any = loop._combined_loader
+    combined.flattened = list(dataloaders)
+    loop._data_source.instance = combined
+    loop.setup_data()
+    loop.reset()

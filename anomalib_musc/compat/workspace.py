@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of its own for every run.
+
+anomalib 2.7.0: ``Engine.test`` and ``predict`` write into ``latest``, whatever is there: the folder that an earlier run
+has filled, or a plain folder of that name, on which the next ``Engine.train`` fails.
+"""
+
+import re
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+
+from anomalib.utils.path import create_versioned_dir
+from lightning.pytorch import Trainer
+
+_MOST_RACES = 20
+MARKER = ".anomalib_run"  # in the folder of every run, whose pictures are no input of later ones
+
+
+class RunFolders:
+    """Gives each run a numbered folder, to which ``latest`` points, where Engine has chosen the place.
+
+    A run is a validation and the test or prediction after it. Other trainers keep their ``default_root_dir``.
+    """
+
+    def __init__(self) -> None:
+        self._begun: Path | None = None
+
+    def enter(self, trainer: Trainer) -> None:
+        """Let a trainer write into a folder of its own, before it fits, validates, tests or predicts."""
+        stage = trainer.state.fn
+        folder = Path(trainer.default_root_dir)
+        goes_on = stage in {"test", "predict"} and folder == self._begun
+        if not goes_on and _is_engines(folder):
+            with suppress(OSError):  # whoever writes there says that it cannot be written to
+                folder = folder if _is_new(folder) else _next(folder.parent)
+                (folder / MARKER).touch()
+                trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]  # set unseen by mypy
+        self._begun = folder if stage in {"fit", "validate"} else None
+
+
+def _is_engines(folder: Path) -> bool:
+    return re.fullmatch(r"latest|v\d+", folder.name) is not None
+
+
+def _is_new(folder: Path) -> bool:
+    """Whether Engine has just made a numbered folder for this run."""
+    return folder.name != "latest" and folder.is_dir() and not any(path.name != MARKER for path in folder.iterdir())
+
+
+def _next(root: Path) -> Path:
+    """Make the next numbered folder; a plain folder ``latest`` becomes the one before it."""
+    latest = root / "latest"
+    if latest.is_dir() and not latest.is_symlink():
+        numbers = [int(path.name[1:]) for path in root.glob("v*") if re.fullmatch(r"v\d+", path.name)]
+        (latest / MARKER).touch()
+        latest.rename(root / f"v{max(numbers, default=-1) + 1}")
+    for _ in range(_MOST_RACES):
+        with suppress(FileExistsError):  # another run has just taken the number
+            return create_versioned_dir(root)
+    return create_versioned_dir(root)
+
+
+def is_result(path: Path) -> bool:
+    """Whether a file lies in the folder of an earlier run, and so is no image of a product."""
+    return any(_is_of_a_run(folder) for folder in path.parents)
+
+
+@lru_cache(maxsize=1024)
+def _is_of_a_run(folder: Path) -> bool:
+    return (folder / MARKER).exists()

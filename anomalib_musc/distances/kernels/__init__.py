@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ways to compare one image with several: plain torch, 8-bit integers, one Triton kernel on a GPU."""
+
+from typing import Literal, Protocol, get_args
+
+import torch
+
+from anomalib_musc.distances.kernels.int8 import EightBitProduct
+from anomalib_musc.distances.kernels.plain import FloatProduct, PlainKernel
+from anomalib_musc.distances.rounding import Rounding
+from anomalib_musc.distances.tiles import Tile
+
+try:
+    from anomalib_musc.distances.kernels import triton_kernel
+except ImportError:  # Triton comes with PyTorch for NVIDIA's GPUs
+    HAS_TRITON = False
+else:
+    HAS_TRITON = True
+
+# Products in a block: what stays in a processor's cache, and what fills a GPU.
+_CPU_BLOCK = 2**20
+_GPU_BLOCK = 2**27
+
+Precision = Literal["exact", "fast"]
+
+
+class Kernel(Protocol):
+    """How one image is compared with several.
+
+    Attributes:
+        rounding: How patches are rounded before.
+        channels_to_share: From so many channels on, one comparison at all degrees is less work than one at each.
+        block: Products that are best computed at once.
+    """
+
+    rounding: Rounding
+    channels_to_share: float
+    block: int
+
+    def pair_bytes(self, num_patches: int) -> int:
+        """Return the working memory of comparing an image with one other."""
+
+    def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compare the image of one tile with c images of another.
+
+        Returns:
+            Squared distances ``(D, c, L)``: of the image's patches to each of the others, and of theirs to it.
+        """
+
+
+def check_precision(precision: str) -> None:
+    """Raise a ValueError unless ``precision`` is ``"exact"`` or ``"fast"``."""
+    if precision not in get_args(Precision):
+        msg = f"precision must be one of {get_args(Precision)}, got {precision!r}."
+        raise ValueError(msg)
+
+
+def make_kernel(precision: Precision, like: torch.Tensor) -> Kernel:
+    """Choose the fastest kernel of this precision for the device and the type of a tensor."""
+    is_fast = precision == "fast"
+    if like.dtype == torch.float32 and HAS_TRITON and triton_kernel.is_usable(like.device):
+        return triton_kernel.TritonKernel(is_half=is_fast)
+    if like.dtype == torch.float32 and is_fast and EightBitProduct.is_supported(like.device):
+        return PlainKernel(EightBitProduct(), _CPU_BLOCK)
+    return PlainKernel(FloatProduct(), _CPU_BLOCK if like.device.type == "cpu" else _GPU_BLOCK)

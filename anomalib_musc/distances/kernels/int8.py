@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of 8-bit integers, on processors that multiply those fast."""
+
+import torch
+
+from anomalib_musc.distances.kernels.plain import has_onednn, reuse_buffer
+from anomalib_musc.distances.rounding import Encoded
+
+_LARGEST = 127
+_SPREAD = 64
+
+
+class EightBitProduct:
+    """Products of 8-bit integers; the largest number of a patch is 127.
+
+    Before, the channels are mixed by an orthogonal matrix, which changes no distance but spreads single large numbers,
+    as transformers have them, over 64 channels: the largest number decides the error of all others.
+    """
+
+    number_bytes = 1
+    result_bytes = 8
+    channels_to_share = 640
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.int32)
+
+    @staticmethod
+    def is_supported(device: torch.device) -> bool:
+        """Whether the processor multiplies 8-bit integers fast and without saturation."""
+        return device.type == "cpu" and has_onednn() and torch.cpu._is_vnni_supported()  # noqa: SLF001
+
+    def prepare(self, patches: torch.Tensor) -> torch.Tensor:
+        """Multiply the channels, as far as a power of two divides C, with signs and a Hadamard matrix."""
+        channels = patches.shape[-1]
+        size = min(channels & -channels, _SPREAD)
+        hadamard = patches.new_ones(1, 1)
+        while len(hadamard) < size:
+            hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
+        signs = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+        mixed = torch.empty_like(patches)
+        for source, target in zip(patches, mixed, strict=True):
+            groups = (source * signs).reshape(-1, size, channels // size).transpose(1, 2)
+            target.copy_((groups @ hadamard / size**0.5).reshape(source.shape))
+        return mixed
+
+    def encode(self, patches: torch.Tensor) -> Encoded:
+        """Return the integers ``(b, L, C)`` and what they are multiplied by, ``(b, L)``."""
+        integers = torch.empty(patches.shape, dtype=torch.int8)
+        scales = patches.new_empty(patches.shape[:2])
+        for index, image in enumerate(patches):
+            largest = image.abs().amax(dim=-1).clamp_min_(torch.finfo(image.dtype).tiny * _LARGEST)
+            scales[index] = largest / _LARGEST
+            integers[index] = (image / scales[index, :, None]).round_()
+        return integers, scales
+
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        integers, scales = encoded
+        return integers[image] * scales[image, :, None]
+
+    def __call__(self, left: Encoded, image: int, right: Encoded, images: slice) -> torch.Tensor:
+        """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
+        (x, scales_x), (y, scales_y) = left, right
+        num_patches, count = x.shape[1], images.stop - images.start
+        size = count * num_patches**2
+        self._buffer = reuse_buffer(self._buffer, 2 * size, self._buffer)
+        integers, products = self._buffer[: 2 * size].view(2, count, num_patches, num_patches)
+        torch._int_mm(y[images].flatten(0, 1), x[image].T, out=integers.flatten(0, 1))  # noqa: SLF001
+        torch.mul(integers, scales_x[image], out=products.view(torch.float32))
+        return products.view(torch.float32).mul_(scales_y[images, :, None])

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distance of every patch to the nearest patch of every other image; see :func:`nearest_distances`."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from anomalib_musc.distances.comparison import compare_tiles
+from anomalib_musc.distances.kernels import Precision, check_precision
+from anomalib_musc.distances.loading import PoolLoader
+from anomalib_musc.distances.plan import Plan, Workload, make_plan, make_workloads
+from anomalib_musc.distances.storage import check_budget, file_tensor, release, trim
+from anomalib_musc.distances.tiles import CancellingWindowsError
+
+Block = tuple[slice, torch.Tensor]
+Progress = Callable[[int], object]
+
+
+def nearest_distances(
+    features: torch.Tensor,
+    degrees: Sequence[int] | None = None,
+    *,
+    images: Sequence[int] | None = None,
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    precision: Precision = "exact",
+    memory_budget: float | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Block]:
+    r"""Compare the patches of all images, and yield each one's distance to the nearest patch of every other image.
+
+    .. math:: d_{ipj} = \min_q \lVert x_{ip} - x_{jq} \rVert_2, \qquad d_{ipi} = \infty
+
+    Patches :math:`x` are compared as they are. Of maps, each patch is first added to its neighbours in a square
+    window, with zeros around the map, and the sum scaled to unit length; several window sizes share one product:
+
+    .. math:: \hat f_p \cdot \hat g_q = \sum_{u \in \mathcal{N}(p)} \sum_{v \in \mathcal{N}(q)} f_u \cdot g_v, \qquad
+              x_p = \hat f_p / \lVert \hat f_p \rVert_2
+
+    Every unordered pair of images is multiplied once: the largest entries of the product's rows give the distances of
+    one image's patches, those of its columns the other's. Arguments are checked at once; the work begins when the first
+    block is asked for, and all images have been compared when it comes. Gradients are not followed.
+
+    Args:
+        features: Patches of N images, shape ``(N, L, C)``; or maps, shape ``(N, C, H, W)``, with L = H * W. They may
+            lie on the host, in a memory-mapped file too, while another device computes.
+        degrees: For maps, the D window sizes, odd numbers. ``None`` for patches, with D = 1.
+        images: Indices of the images that are compared, which are then counted from 0. Defaults to all.
+        prepare: Changes the features of one image, shape ``(1, ...)``, each time that it is loaded to the device; it
+            keeps their shape. So a pool that fits no memory is prepared as it is compared.
+        precision: ``"exact"``: within 1e-4 of float64 for unit vectors. ``"fast"``: products of 8-bit integers on
+            processors that have them (AVX-512 VNNI), of 16-bit numbers on CUDA with Triton; elsewhere as ``"exact"``.
+        memory_budget: GiB that may be taken, beside ``features``, on the device and on the host, and for sorting a
+            block. What does not fit goes to temporary files; no distance depends on it. Defaults to half of what is
+            free.
+        device: Where to compute. Defaults to where ``features`` are.
+        progress: Called with the number of image pairs just compared, each counted once a degree.
+
+    Yields:
+        A slice of n images, and their distances, shape ``(D, n, N, L)``: entry ``[d, i, j, p]`` is that of patch p of
+        image i of the slice to image j; infinite where that is the image itself. float64 for float64 features, else
+        float32, on ``device``. Slices ascend and cover all images once, with all degrees; or, where that is less work
+        (few channels), once for each degree in turn, with D = 1.
+
+    Raises:
+        ValueError: If there are fewer than two images, a feature is not finite, or an argument is out of range.
+        MemoryBudgetError: A ValueError, if the budget does not suffice to compare two images.
+        OSError: If there is no room for temporary files.
+
+    Example:
+        >>> import torch
+        >>> points = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[0.0, 1.0], [3.0, 4.0]]])  # 2 images, 2 patches each
+        >>> for images, distances in nearest_distances(points):
+        ...     print(images, distances[0, :, :, 0])  # of the first patch of each image
+        slice(0, 2, None) tensor([[inf, 1.],
+                [1., inf]])
+        >>> blocks = nearest_distances(torch.randn(4, 8, 5, 6), degrees=(1, 3))
+        >>> [tuple(distances.shape) for images, distances in blocks]  # few channels: one degree after the other
+        [(1, 4, 4, 30), (1, 4, 4, 30)]
+    """
+    _check_features(features, degrees)
+    pool = range(len(features)) if images is None else images
+    if len(set(pool)) < len(pool) or not set(pool) <= set(range(len(features))):
+        msg = f"images must be different indices from 0 to {len(features) - 1}, got {list(pool)[:10]}."
+        raise ValueError(msg)
+    if len(pool) < 2:
+        msg = f"features must hold at least 2 images to compare, got {len(pool)}."
+        raise ValueError(msg)
+    check_precision(precision)
+    check_budget(memory_budget)
+    like = _like(features.dtype, features.device if device is None else torch.device(device))
+    num_patches, channels = features.shape[1:] if degrees is None else (features[0, 0].numel(), features.shape[1])
+    workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like)
+    return _all_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress)
+
+
+def least_memory(shape: Sequence[int], degrees: Sequence[int], precision: Precision, device: torch.device) -> int:
+    """Return the bytes without which :func:`nearest_distances` cannot compare float32 maps.
+
+    Args:
+        shape: That of the maps, ``(N, C, H, W)``.
+        degrees: The window sizes.
+        precision: "exact" or "fast".
+        device: Where to compute.
+    """
+    num_images, channels, height, width = shape
+    like = _like(torch.float32, device)
+    workloads = make_workloads((num_images, height * width, channels), degrees, precision, like)
+    return max(workload.least_bytes for workload in workloads)
+
+
+def check_degrees(degrees: Sequence[int], name: str = "degrees") -> None:
+    """Raise a ValueError that calls the argument ``name`` unless it is a non-empty sequence of positive odd numbers."""
+    is_list = isinstance(degrees, Sequence) and len(degrees) > 0
+    if not is_list or not all(isinstance(degree, int) and degree >= 1 and degree % 2 == 1 for degree in degrees):
+        msg = f"{name} must be a non-empty sequence of positive odd numbers, got {degrees!r}."
+        raise ValueError(msg)
+
+
+def _check_features(features: torch.Tensor, degrees: Sequence[int] | None) -> None:
+    if degrees is not None:
+        check_degrees(degrees)
+    letters = "NLC" if degrees is None else "NCHW"
+    if features.ndim != len(letters) or 0 in features.shape[1:]:
+        other = "maps (N, C, H, W) with degrees" if degrees is None else "patches (N, L, C) without degrees"
+        shape = ", ".join(letters)
+        msg = f"features must have shape ({shape}), none but N of them 0, got {tuple(features.shape)}; or give {other}."
+        raise ValueError(msg)
+
+
+def _like(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+
+def _all_blocks(
+    pool: PoolLoader, workloads: Sequence[Workload], memory_budget: float | None, progress: Progress | None
+) -> Iterator[Block]:
+    for workload in workloads:
+        can_share = True
+        try:
+            yield from _blocks(pool, workload, memory_budget, progress)
+        except CancellingWindowsError:  # rare; before any block, and before any comparison where one tile holds all
+            can_share = False
+        if not can_share:
+            separate = [replace(workload, degrees=(degree,)) for degree in workload.degrees]
+            yield from _all_blocks(pool, separate, memory_budget, progress)
+
+
+def _blocks(
+    pool: PoolLoader, workload: Workload, memory_budget: float | None, progress: Progress | None
+) -> Iterator[Block]:
+    """Compare all images, then yield the distances in blocks; see :func:`nearest_distances`."""
+    plan = make_plan(workload, memory_budget)
+    num_images, num_patches, _ = workload.shape
+    shape = (len(workload.degrees), num_images, num_images, num_patches)
+    if plan.device is None:
+        distances = file_tensor(shape, workload.like.dtype)
+    else:
+        distances = workload.like.new_empty(shape, device=plan.device)
+    with torch.autocast(workload.like.device.type, enabled=False):
+        _compare_all(pool, workload, plan, distances, progress)
+    for first in range(0, num_images, plan.block):
+        images = slice(first, min(first + plan.block, num_images))
+        block = distances[:, images].to(workload.like.device, copy=True)  # the caller's own
+        release(distances)
+        yield images, block
+    trim()
+
+
+def _compare_all(
+    pool: PoolLoader, workload: Workload, plan: Plan, distances: torch.Tensor, progress: Progress | None
+) -> None:
+    """Write to ``distances[d, i, j, p]`` the distance from patch p of image i to image j; infinite where i = j."""
+    num_images = distances.shape[1]
+    tiles = [slice(first, min(first + plan.tile, num_images)) for first in range(0, num_images, plan.tile)]
+    for index, rows in enumerate(tiles):
+        left = pool.tile(workload, rows.start, rows.stop)
+        for columns in tiles[index:]:
+            right = left if columns == rows else pool.tile(workload, columns.start, columns.stop)
+            targets = distances[:, rows, columns], distances[:, columns, rows]
+            blocks = targets
+            if plan.device is None:  # written in long runs: single lines would be slow on a disk
+                blocks = torch.empty_like(targets[0]), torch.empty_like(targets[1])
+            if right is left:
+                blocks = blocks[0], blocks[0]
+                blocks[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
+            for image, images, to_right, to_left in compare_tiles(left, right, workload.kernel, plan.chunk):
+                blocks[0][:, image, images] = to_right
+                blocks[1][:, images, image] = to_left
+                if progress is not None:
+                    progress(to_right.shape[0] * to_right.shape[1])
+            if plan.device is None:
+                for target, block in zip(targets, blocks, strict=True):
+                    for line in range(target.shape[1]):
+                        target[:, line] = block[:, line]
+                        release(distances)
+            del right, targets, blocks
+            trim()

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a budget of memory is divided: what is held where, and how much of it at once."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from anomalib_musc.distances.kernels import Kernel, Precision, make_kernel
+from anomalib_musc.distances.storage import MemoryBudgetError, budget_in_bytes
+
+# Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices.
+_SORTING = 5
+# A block of distances that is yielded takes no more than this, nor than this share of the budget.
+_BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
+# What the libraries of each thread pack their operands into; no more of a small budget than this share.
+_THREAD_BYTES, _THREAD_SHARE = 3 * 2**20, 1 / 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Images that are to be compared with each other.
+
+    Attributes:
+        shape: Images N, patches L and channels C.
+        degrees: The D degrees that are compared together.
+        like: A tensor of the device and type of the comparison.
+        kernel: Compares an image with several.
+    """
+
+    shape: tuple[int, int, int]
+    degrees: tuple[int, ...]
+    like: torch.Tensor
+    kernel: Kernel
+
+    @property
+    def image_bytes(self) -> int:
+        """Memory of an image in a tile."""
+        _, num_patches, channels = self.shape
+        numbers = num_patches * (channels + 2 * len(self.degrees))
+        return numbers * self.like.itemsize + num_patches * channels * self.kernel.rounding.number_bytes
+
+    @property
+    def loading_bytes(self) -> int:
+        """Working memory of loading an image."""
+        return 4 * self.shape[1] * self.shape[2] * self.like.itemsize
+
+    @property
+    def pair_bytes(self) -> int:
+        """Working memory of comparing two images."""
+        return self.kernel.pair_bytes(self.shape[1])
+
+    @property
+    def distances_bytes(self) -> int:
+        """Memory of the distances of the patches of one image to another."""
+        return len(self.degrees) * self.shape[1] * self.like.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Memory of the distances of the patches of one image to all."""
+        return self.shape[0] * self.distances_bytes
+
+    @property
+    def sorting_bytes(self) -> int:
+        """Working memory of sorting the distances of one image."""
+        return _SORTING * self.row_bytes
+
+    @property
+    def tile_bytes(self) -> int:
+        """What the smallest tiles take: an image on each side, their distances, or those of one image to sort."""
+        comparing = 2 * self.image_bytes + 2 * self.distances_bytes + self.row_bytes
+        return max(comparing, self.sorting_bytes)
+
+    @property
+    def least_bytes(self) -> int:
+        """Memory without which no two images can be compared."""
+        return self.pair_bytes + self.loading_bytes + self.tile_bytes
+
+
+def make_workloads(
+    shape: tuple[int, int, int], degrees: Sequence[int], precision: Precision, like: torch.Tensor
+) -> list[Workload]:
+    """Compare all degrees together where that is less work, else one after the other.
+
+    Args:
+        shape: Images N, patches L and channels C.
+        degrees: Their degrees.
+        precision: "exact" or "fast".
+        like: A tensor of the device and type of the comparison.
+    """
+    kernel = make_kernel(precision, like)
+    if shape[2] >= kernel.channels_to_share:
+        return [Workload(shape, tuple(degrees), like, kernel)]
+    return [Workload(shape, (degree,), like, kernel) for degree in degrees]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fits into a budget.
+
+    Attributes:
+        tile: Images that are held at once on each side.
+        chunk: Images that are compared with an image at once.
+        block: Images whose distances are yielded at once.
+        device: Where the buffer of all distances is; ``None`` for a file.
+    """
+
+    tile: int
+    chunk: int
+    block: int
+    device: torch.device | None
+
+
+def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
+    """Divide a budget of GiB, on the device and on the host each.
+
+    Raises:
+        MemoryBudgetError: If it does not suffice to compare two images.
+    """
+    num_images, num_patches, _ = workload.shape
+    budget = budget_in_bytes(memory_budget, workload.like.device)
+    if budget < workload.least_bytes:
+        raise MemoryBudgetError(workload.least_bytes, budget)
+    packing = min(torch.get_num_threads() * _THREAD_BYTES, int(budget * _THREAD_SHARE))
+    budget = max(workload.least_bytes, budget - packing)
+
+    pair_bytes, image_bytes = workload.pair_bytes, workload.image_bytes
+    spared = min(budget // 4, budget - workload.least_bytes + pair_bytes)
+    chunk = max(1, min(workload.kernel.block // num_patches**2, spared // pair_bytes, num_images))
+    rest = budget - chunk * pair_bytes - workload.loading_bytes
+    device = _buffer_device(workload, rest, memory_budget)
+    if device == workload.like.device:
+        rest -= num_images * workload.row_bytes
+    block_bytes = int(min(budget * _BLOCK_SHARE, _BLOCK_BYTES))
+    sortable = 1 + (rest - workload.tile_bytes) // workload.sorting_bytes
+    block = max(1, min(block_bytes // workload.row_bytes, sortable, num_images))
+    rest -= block * workload.row_bytes  # the last block of a degree is still held while the next degree is compared
+    if device is None:
+        written = 2 * workload.distances_bytes  # tile² * written + tile * 2 * image_bytes = rest
+        tile = int((math.sqrt(image_bytes**2 + written * rest) - image_bytes) / written)
+    else:
+        tile = num_images if num_images * image_bytes <= rest else rest // (2 * image_bytes)
+    return Plan(min(max(1, tile), num_images), chunk, block, device)
+
+
+def _buffer_device(workload: Workload, rest: int, memory_budget: float | None) -> torch.device | None:
+    """Return where all distances take at most half of the memory."""
+    distances = workload.shape[0] * workload.row_bytes
+    device, host = workload.like.device, torch.device("cpu")
+    if distances <= min(rest // 2, rest - workload.tile_bytes):
+        return device
+    on_host = device.type != "cpu" and distances <= budget_in_bytes(memory_budget, host) // 2
+    return host if on_host else None

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What dataloaders tell of themselves: their image files, their order, and readers of the same images."""
+
+import copy
+import os
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from anomalib.data import AnomalibDataset, ImageBatch, PredictDataset
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, SequentialSampler, Subset
+
+
+def as_list(dataloaders: Any) -> list[Any]:
+    """Return the dataloaders that a trainer holds, whatever their collection."""
+    if isinstance(dataloaders, dict):
+        return list(dataloaders.values())
+    return list(dataloaders) if isinstance(dataloaders, (list, tuple)) else [dataloaders]
+
+
+def image_paths(dataloaders: Any) -> list[Path]:
+    """Return the image files that dataloaders read, as far as their datasets tell."""
+    datasets = [dataset_of(loader) for loader in as_list(dataloaders)]
+    return [path for dataset in datasets for path in dataset_paths(dataset) or []]
+
+
+def common_folder(paths: Sequence[Path]) -> Path | None:
+    """Return the deepest folder that holds all files, ``None`` where there is none."""
+    try:
+        return Path(os.path.commonpath([path.parent for path in paths]))
+    except ValueError:  # no files, or on several drives
+        return None
+
+
+def dataset_of(loader: Any) -> Any:
+    """Return what a dataloader reads; an iterable of batches is its own dataset."""
+    return getattr(loader, "dataset", loader)
+
+
+def length(sized: Any) -> float:
+    """Return how long something is, infinite if unknown."""
+    try:
+        return len(sized)
+    except TypeError:  # iterable datasets, and the loaders over them
+        return float("inf")
+
+
+def sampler_of(loader: Any) -> Any:
+    """Return what orders the images of a dataloader, or its batches where nothing else does."""
+    if not isinstance(loader, DataLoader):
+        return None
+    # Not loader.sampler: Lightning rebuilds loaders around the batch sampler alone.
+    batches = loader.batch_sampler
+    return loader.sampler if batches is None else getattr(batches, "sampler", batches)
+
+
+def is_sequential(loader: Any) -> bool:
+    """Whether a dataloader reads its images in their order."""
+    return isinstance(sampler_of(loader), (SequentialSampler, NoneType))
+
+
+def is_permutation(loader: Any) -> bool:
+    """Whether a dataloader reads every image once, in a random order."""
+    sampler = sampler_of(loader)
+    is_random = isinstance(sampler, RandomSampler) and not sampler.replacement
+    return is_random and len(sampler) == length(dataset_of(loader))
+
+
+def dataset_paths(dataset: Any) -> list[Path] | None:
+    """Return the image files of anomalib's datasets in their order; ``None`` for a dataset of another kind."""
+    if isinstance(dataset, Subset):
+        paths = dataset_paths(dataset.dataset)
+        return None if paths is None else [paths[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [dataset_paths(part) for part in dataset.datasets]
+        return None if None in parts else [path for part in parts for path in part or []]
+    if hasattr(dataset, "image_filenames"):  # PredictDataset
+        return [Path(path) for path in dataset.image_filenames]
+    if hasattr(dataset, "samples") and "image_path" in dataset.samples:  # AnomalibDataset
+        return [Path(path) for path in dataset.samples["image_path"]]
+    return None
+
+
+def has_plain_files(dataset: Any) -> bool:
+    """Whether the images of a dataset are its files as anomalib reads them, with nothing done to them."""
+    if isinstance(dataset, Subset):
+        return has_plain_files(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(has_plain_files(part) for part in dataset.datasets)
+    if isinstance(dataset, PredictDataset):
+        return type(dataset).__getitem__ is PredictDataset.__getitem__ and dataset.transform is None
+    if isinstance(dataset, AnomalibDataset):
+        return type(dataset).__getitem__ is AnomalibDataset.__getitem__ and dataset.augmentations is None
+    return False
+
+
+def second_reader(loader: Any) -> Any:
+    """Return a loader of the same batches that can be read while the trainer is reading the first one.
+
+    The trainer's iteration would be exhausted otherwise: persistent workers share one iterator, and so does the batch
+    sampler that Lightning wraps for prediction. Where anomalib would join the images of a batch, they come as a list,
+    as it enlarges the smaller ones to the largest.
+    """
+    if not isinstance(loader, DataLoader):
+        return loader
+    reader = copy.copy(loader)
+    vars(reader).update(_iterator=None, batch_sampler=copy.copy(loader.batch_sampler))
+    if loader.collate_fn == ImageBatch.collate:
+        reader.collate_fn = list
+    return reader
+
+
+def without_files(loader: "DataLoader[Any]", files: Collection[Path]) -> "DataLoader[Any]":
+    """Return a new dataloader of a folder for prediction that leaves files out."""
+    dataset: Any = copy.copy(loader.dataset)
+    dataset.image_filenames = [path for path in dataset.image_filenames if Path(path) not in files]
+    return DataLoader(
+        dataset,
+        batch_size=getattr(loader.batch_sampler, "batch_size", loader.batch_size),
+        shuffle=not is_sequential(loader),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=getattr(loader.batch_sampler, "drop_last", loader.drop_last),
+        generator=getattr(sampler_of(loader), "generator", None),
+    )

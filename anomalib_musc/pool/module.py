@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Life of a transductive model in anomalib: pools are scored before a loop, whose steps return their predictions."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import ImageBatch, InferenceBatch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities import rank_zero_info
+
+from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
+from anomalib_musc.compat.validation import NoValidationData
+from anomalib_musc.compat.workspace import RunFolders
+from anomalib_musc.pool.loaders import as_list
+from anomalib_musc.pool.pool import Pool, image_names
+from anomalib_musc.pool.scorer import PoolScorer
+from anomalib_musc.pool.source import PoolSource
+from anomalib_musc.torch_model import MuScModel
+
+
+class PoolModule(NoValidationData):
+    """The part of an ``AnomalibModule`` that has to see all images of a dataloader before it can say anything of one.
+
+    anomalib's callbacks take each batch as it leaves a step, so pools are scored when a loop starts. A pool that was
+    just scored, such as a validation set that is the test set, is not scored again.
+
+    Name it before ``AnomalibModule`` among a model's bases. It is no subclass, as anomalib 2.7.0 takes every direct
+    subclass for a model, and no other class.
+
+    Args:
+        **components: anomalib's components, see ``AnomalibModule``.
+
+    Attributes:
+        model: What a subclass makes.
+        pools: The scored pools of the last loop, one a dataloader.
+    """
+
+    model: MuScModel
+
+    def __init__(self, **components: Any) -> None:
+        super().__init__(**components)
+        self.pools: tuple[Pool, ...] = ()
+        self._are_validation_pools = False
+        self._run_folders = RunFolders()
+
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Give the run a folder of its own; nothing of a run comes before, and some callbacks write in ``setup``."""
+        trainer = trainer_of(self)
+        if trainer is not None:
+            self._run_folders.enter(trainer)
+        return super().configure_callbacks()
+
+    def teardown(self, stage: str) -> None:
+        """Say where the results are."""
+        super().teardown(stage)
+        if stage in {"test", "predict"} and any(Path(self.trainer.default_root_dir).glob("*")):
+            rank_zero_info(f"Results: {self.trainer.default_root_dir}")
+
+    @property
+    def skipped_images(self) -> dict[Path, str]:
+        """Files that the last loop left out, and why."""
+        return {path: reason for pool in self.pools for path, reason in pool.skipped.items()}
+
+    @property
+    def transform(self) -> Any:
+        """What prepares images for the backbone; ``None`` where there is no pre-processor."""
+        return getattr(self.pre_processor, "transform", None)
+
+    @abstractmethod
+    def pool_scorer(self) -> PoolScorer:
+        """Return what scores a pool; called once before each loop."""
+
+    @abstractmethod
+    def pool_settings(self) -> list[object]:
+        """Return what else decides the scores of the same images."""
+
+    @abstractmethod
+    def rescored(self, pool: Pool) -> torch.Tensor:
+        """Return the image scores ``(N,)`` of a pool, from its raw ones."""
+
+    @abstractmethod
+    def calibrate(self) -> None:
+        """Find the thresholds that no labels have given."""
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """One device, as all images must meet in one process."""
+        return {"devices": 1, "num_sanity_val_steps": 0}
+
+    @staticmethod
+    def configure_optimizers() -> None:
+        """Nothing is trained."""
+
+    def on_validation_start(self) -> None:
+        """Score the validation pools."""
+        self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+
+    def on_test_start(self) -> None:
+        """Score the test pools."""
+        self._score_pools(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+        self.calibrate()
+
+    def on_predict_start(self) -> None:
+        """Score the prediction pools, and leave out the files that could not be read."""
+        loaders = as_list(self.trainer.predict_dataloaders)
+        self._score_pools(loaders, self.trainer.num_predict_batches)
+        self.calibrate()
+        if any(pool.skipped for pool in self.pools):
+            pairs = zip(loaders, self.pools, strict=True)
+            readable = [PoolSource(loader).without(pool.skipped) for loader, pool in pairs]
+            replace_predict_dataloaders(self.trainer, readable)
+
+    def validation_step(  # type: ignore[override]
+        self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> ImageBatch:
+        """Return the batch with its predictions: ``pred_score (B,)`` and ``anomaly_map (B, H, W)``."""
+        del batch_idx
+        scores, anomaly_maps = self.predictions(batch, dataloader_idx)
+        return batch.update(pred_score=scores, anomaly_map=anomaly_maps)
+
+    def test_step(  # type: ignore[override]
+        self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> ImageBatch:
+        """Return the batch with its predictions."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:
+        """Return the batch with its predictions."""
+        return self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def predictions(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch of the running loop."""
+        pool = self.pools[dataloader_idx]
+        positions = pool.positions(image_names(batch.image_path, batch.image))
+        anomaly_maps = self.model.anomaly_maps(pool.patch_scores[positions].to(self.device))
+        return pool.scores[positions].to(self.device), anomaly_maps.squeeze(1)
+
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
+        """Score images ``(B, 3, H, W)`` in [0, 1], as an export does; see anomalib's method."""
+        found: Any = super().forward(batch, *args, **kwargs)
+        if isinstance(found, InferenceBatch):
+            return found
+        return InferenceBatch(pred_score=found.pred_score, anomaly_map=found.anomaly_map)  # without a post-processor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take nothing of an evaluator from a file: the one here may have other metrics, or there may be none."""
+        for key in [key for key in state_dict if key.startswith(f"{prefix}evaluator.")]:
+            del state_dict[key]
+        evaluator: Any = getattr(self, "evaluator", None)
+        if evaluator is not None:
+            evaluator.state_dict(destination=state_dict, prefix=f"{prefix}evaluator.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the pools: an export needs none, and a dataloader may not be one that can be pickled."""
+        return {**super().__getstate__(), "pools": ()}
+
+    def _score_pools(self, dataloaders: Any, limits: Sequence[float]) -> None:
+        """Make one pool of each dataloader, taking over those that hold the same images as before."""
+        if self.trainer.world_size > 1:
+            msg = f"MuSc compares all images in one process, got {self.trainer.world_size}; use devices=1, num_nodes=1."
+            raise ValueError(msg)
+        scorer, settings = self.pool_scorer(), [self.trainer.precision, *self.pool_settings()]
+        known, self.pools = list(self.pools), ()
+        pools: list[Pool] = []
+        for loader, limit in zip(as_list(dataloaders), limits, strict=True):
+            source = PoolSource(loader, limit)
+            key = (source.key, settings)
+            is_known = source.is_recognised_by_files or self._are_validation_pools
+            pool = next((pool for pool in known if is_known and pool.key == key), None)
+            pool = scorer.score(source, key) if pool is None else scorer.taken_over(pool, source)
+            known.append(pool)
+            pools.append(pool)
+        self._are_validation_pools = self.trainer.validating
+        self.pools = tuple(pool.with_scores(self.rescored(pool)) for pool in pools)

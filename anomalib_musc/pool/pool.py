@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scored images of one dataloader, and how the same images are recognised."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """The scored images of one dataloader.
+
+    Attributes:
+        key: What decided the scores; a pool with an equal key need not be scored again.
+        names: One name an image, see :func:`image_names`.
+        patch_scores: Shape ``(N, h, w)``.
+        class_tokens: Image features, shape ``(N, D)``.
+        raw_scores: Maxima of the anomaly maps, shape ``(N,)``.
+        scores: Image scores that predictions get, shape ``(N,)``: the raw ones, re-scored or not.
+        skipped: Files that were left out, and why.
+        sizes: (width, height) of image files, by name, as far as they were read here.
+        high_bit_depth: Names of the grey images of more than 8 bits.
+    """
+
+    key: object
+    names: Sequence[str]
+    patch_scores: torch.Tensor
+    class_tokens: torch.Tensor
+    raw_scores: torch.Tensor
+    scores: torch.Tensor
+    skipped: Mapping[Path, str]
+    sizes: Mapping[str, tuple[int, int]]
+    high_bit_depth: frozenset[str]
+
+    def with_scores(self, scores: torch.Tensor) -> Pool:
+        """Return the same images with other image scores ``(N,)``."""
+        return replace(self, scores=scores)
+
+    def positions(self, names: Sequence[str]) -> list[int]:
+        """Return where the named images stand in the pool.
+
+        Raises:
+            RuntimeError: If an image was not there when the pool was scored.
+        """
+        try:
+            return [self._position[name] for name in names]
+        except KeyError as error:
+            msg = (
+                f"Image {error} was not in the pool when it was scored. The dataloader must give the same images each "
+                "time it is read: use no random augmentation on images without a path, and no random subset."
+            )
+            raise RuntimeError(msg) from None
+
+    @cached_property
+    def _position(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+
+def image_names(paths: Sequence[str] | None, images: Any) -> list[str]:
+    """Name each of the pre-processed images ``(B, 3, H, W)``: by its path, or by a digest where it has none."""
+    if paths is not None:
+        return [str(Path(path)) for path in paths]
+    pixels = images.float().cpu().numpy()
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).hexdigest() for image in pixels]
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Digest a sample of every parameter and buffer: other weights give another digest, another device does not."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in module.state_dict().items():
+        values = tensor.detach().flatten()
+        sample = values[:: max(1, len(values) // 64)].cpu().double()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()

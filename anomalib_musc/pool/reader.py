@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a source to batches of images that are ready for the backbone; a file is opened and decoded once."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from anomalib.data import ImageBatch
+
+from anomalib_musc.pool.checks import describe_fault, unreadable
+from anomalib_musc.pool.high_bit_depth import corrected_image, read_image_file, white_level, white_level_of_files
+from anomalib_musc.pool.pool import image_names
+from anomalib_musc.pool.source import PoolSource
+
+_MOST_THREADS = 4  # each holds a decoded image, which may be large
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Prepared(NamedTuple):
+    """Images that are ready for the backbone.
+
+    Attributes:
+        names: One name an image.
+        images: Shape ``(B, 3, H, W)``, on the backbone's device.
+    """
+
+    names: list[str]
+    images: torch.Tensor
+
+
+class _Read(NamedTuple):
+    """What a thread found in a file; no ``image`` ``(3, H, W)`` where the white level is still to be found."""
+
+    size: tuple[int, int]
+    has_high_bit_depth: bool
+    brightest: float
+    image: torch.Tensor | None
+
+
+class PoolReader:
+    """Reads the images of a source and prepares each on its own, so that none depends on those beside it.
+
+    Files are decoded by a few threads, ahead of the backbone.
+
+    Args:
+        source: The source.
+        transform: Prepares images ``(B, 3, H, W)`` in [0, 1] for the backbone; ``None`` where they are.
+        to_device: Brings images to the backbone's device and type.
+        batch_size: How many images are joined.
+        reason_to_skip: Says why a file is left out, ``None`` where it is not, and leaves broken ones out, too. Without
+            it a broken file is an error.
+        white: White level of grey images of more than 8 bits; ``None`` to take it from the images themselves.
+        needs_white: Whether such images are an error where ``white`` is ``None``.
+        needs_paths: Whether images without a path are an error.
+
+    Attributes:
+        skipped: Files that were left out so far, and why.
+        sizes: (width, height) of the files that were read so far, by name.
+        high_bit_depth: Names of the grey images of more than 8 bits.
+        white: White level of those, ``None`` where none was given or found.
+    """
+
+    def __init__(
+        self,
+        source: PoolSource,
+        transform: Function | None,
+        to_device: Function,
+        batch_size: int,
+        *,
+        reason_to_skip: Callable[[Path], str | None] | None = None,
+        white: float | None = None,
+        needs_white: bool = False,
+        needs_paths: bool = False,
+    ) -> None:
+        self.skipped: dict[Path, str] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.high_bit_depth: set[str] = set()
+        self.white = white
+        self._source = source
+        self._transform = transform
+        self._to_device = to_device
+        self._batch_size = batch_size
+        self._reason_to_skip = reason_to_skip
+        self._needs_white = needs_white and white is None
+        self._needs_paths = needs_paths
+
+    def batches(self) -> Iterator[Prepared]:
+        """Read, prepare and join the images.
+
+        Raises:
+            ValueError: If a file is broken that cannot be left out, or nobody knows which value is white.
+        """
+        if self._source.has_plain_files:
+            yield from self._joined(self._images_of_files())
+        else:
+            yield from self._batches_of_loader()
+
+    def _images_of_files(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Read files in their order; those whose white level the last of them tells come at the end."""
+        waiting: list[Path] = []
+        brightest = 0.0
+        for path, found in islice(self._files(self._source.all_paths), self._source.max_images):
+            if found.image is not None:
+                yield str(path), found.image
+            else:
+                waiting.append(path)
+                brightest = max(brightest, found.brightest)
+        if waiting:
+            self.white = self._known(white_level(brightest), waiting[0])
+            yield from ((str(path), found.image) for path, found in self._files(waiting) if found.image is not None)
+
+    def _files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, _Read]]:
+        """Read files, and note what they are."""
+        for path, found in zip(paths, ahead(self._read, paths), strict=True):
+            if isinstance(found, str):
+                if self._reason_to_skip is None:
+                    raise unreadable({path: found}, len(paths))
+                self.skipped[path] = found
+                continue
+            self.sizes[str(path)] = found.size
+            if found.has_high_bit_depth:
+                self.high_bit_depth.add(str(path))
+            yield path, found
+
+    def _read(self, path: Path) -> _Read | str:
+        """Read and prepare one file, in a thread; or say why there is no image."""
+        if self._reason_to_skip is not None and (reason := self._reason_to_skip(path)) is not None:
+            return reason
+        try:
+            file = read_image_file(path)
+        except Exception as error:  # Pillow's decoders raise whatever they like on broken files
+            return describe_fault(path, error)
+        is_waiting = file.has_high_bit_depth and self.white is None
+        image = None if is_waiting else self._prepared(file.scaled(self.white))
+        return _Read(file.size, file.has_high_bit_depth, file.values.max().item() if is_waiting else 0.0, image)
+
+    def _batches_of_loader(self) -> Iterator[Prepared]:
+        """Read the source by its own dataloader, whose images may be others than its files are."""
+        paths = self._source.all_paths if self._source.paths is None else self._source.paths
+        found = white_level_of_files(paths) if self.white is None else self.white
+        self.white = None if found is None else self._known(found, paths[0])
+        batches = self._source.batches()
+        first = next(batches, None)
+        if first is not None and next(iter(first)).image_path is not None:
+            yield from self._joined(pair for batch in chain([first], batches) for pair in self._images_of_items(batch))
+        elif first is not None:
+            yield from map(self._prepared_without_paths, chain([first], batches))
+
+    def _prepared_without_paths(self, batch: Any) -> Prepared:
+        """Prepare a batch as the trainer's will be, whose images are known by their pixels, see :func:`image_names`."""
+        if self._needs_paths:
+            msg = "The images have no image_path, by which anomalib names its pictures; use visualizer=False."
+            raise ValueError(msg)
+        collated: Any = ImageBatch.collate(batch) if isinstance(batch, list) else batch
+        images = self._prepare(self._to_device(collated.image))
+        return Prepared(image_names(None, images), images)
+
+    def _images_of_items(self, items: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        for item in items:
+            (name,) = image_names([item.image_path], None)
+            yield name, self._prepared(corrected_image(item, self.white))
+
+    def _known(self, white: float, path: Path) -> float:
+        """Return a white level that was found; a ValueError where it should have been given."""
+        if self._needs_white and white != 1:  # fractions are known
+            msg = (
+                f"{path} has more than 8 bits and the references have not: nobody knows which value is white. Take "
+                "references of the same camera, or name the value: model.model.bank.white.fill_(4095)."
+            )
+            raise ValueError(msg)
+        return white
+
+    def _prepare(self, images: torch.Tensor) -> torch.Tensor:
+        return images if self._transform is None else self._transform(images)
+
+    def _prepared(self, image: torch.Tensor) -> torch.Tensor:
+        return self._prepare(image[None])[0]
+
+    def _joined(self, named: Iterator[tuple[str, torch.Tensor]]) -> Iterator[Prepared]:
+        """Join images one by one to batches."""
+        while batch := list(islice(named, self._batch_size)):
+            names, images = zip(*batch, strict=True)
+            yield Prepared(list(names), self._to_device(torch.stack(images)))
+
+
+def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """Apply a function to items in a few threads, ahead of whoever takes the results, in the items' order."""
+    threads = min(_MOST_THREADS, os.cpu_count() or 1)
+    pending: deque[Future[Result]] = deque()
+    executor = ThreadPoolExecutor(threads, "read images")
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decisions without labels: ``python benchmarks/decisions.py ROOT CATEGORY [--backbone NAME]``.
+
+Pools with 0 to 50 % defects are drawn from the test images of a product in MVTec AD's layout, and scored. For several
+rules: the share of good images that are flagged in good pools, and F1 of images over the best F1 of any threshold; and
+for the rule that is used, F1 of pixels over the best.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from anomalib.data import MVTecAD
+from same_features import choose_backbone
+
+from anomalib_musc import MuSc, MuScModel, RsCINPostProcessor
+from anomalib_musc.functional import lnamd
+
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+DRAWS = 20
+
+
+def extract(root: str, category: str, backbone: Any) -> tuple[MuScModel, dict[str, Any]]:
+    """Return the model, and distances, class tokens, labels and masks ``(N, H, W)`` of the test images."""
+    torch.manual_seed(0)
+    model = MuSc(backbone, visualizer=False)
+    data = MVTecAD(root=root, category=category, num_workers=0, eval_batch_size=1)
+    data.setup()
+    maps, tokens, labels, masks = [], [], [], []
+    for batch in data.test_dataloader():
+        feature_maps, class_tokens = model.model.extract(model.pre_processor.transform(batch.image))
+        maps.append(feature_maps)
+        tokens.append(class_tokens)
+        labels.append(bool(batch.gt_label))
+        masks.append(torch.nn.functional.interpolate(batch.gt_mask[None].float(), model.model.image_size)[0, 0] > 0)
+    features = all_distances(model.model, maps, tokens)
+    return model.model, {**features, "labels": np.array(labels), "masks": torch.stack(masks)}
+
+
+def all_distances(model: MuScModel, maps: list[Any], tokens: list[torch.Tensor]) -> dict[str, Any]:
+    """Return what pools of these images are scored by: distances, class tokens and the shape of the maps."""
+    layers = [torch.cat(layer) for layer in zip(*maps, strict=True)]
+    degrees = model.aggregation_degrees
+    return {
+        "grid": layers[0].shape[-2:],
+        "distances": torch.stack([distances(lnamd(layer, degree)) for layer in layers for degree in degrees]),
+        "tokens": torch.cat(tokens),
+    }
+
+
+def distances(features: torch.Tensor) -> torch.Tensor:
+    """Return the distance of every patch ``(N, L, C)`` to the nearest patch of every image: ``(N, L, N)``."""
+    of_all = features.flatten(0, 1).T
+    likeness = [(patches @ of_all).unflatten(1, features.shape[:2]).amax(dim=2) for patches in features]
+    return (2 - 2 * torch.stack(likeness)).clamp_min(0).sqrt()
+
+
+def draw(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return the indices of a pool in which this share of the images is anomalous."""
+    generator = np.random.default_rng(seed)
+    normal, anomalous = np.flatnonzero(~labels), np.flatnonzero(labels)
+    num_normal = len(normal) * 4 // 5
+    num_anomalous = round(share * num_normal / (1 - share)) or int(share > 0)
+    if num_anomalous > len(anomalous):
+        num_anomalous, num_normal = len(anomalous), round(len(anomalous) * (1 - share) / share)
+    chosen = generator.choice(normal, num_normal, replace=False), generator.choice(anomalous, num_anomalous, False)
+    return np.sort(np.concatenate(chosen))
+
+
+def f1(truth: np.ndarray, predicted: np.ndarray) -> float:
+    """Return F1, 0 where nothing is true."""
+    return float(2 * (truth & predicted).sum() / max(1, truth.sum() + predicted.sum()))
+
+
+def f1_of_highest(truth: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return F1 of the highest one, two, ... of all values."""
+    hits = np.cumsum(truth[np.argsort(-values, kind="stable")])
+    return 2 * hits / (np.arange(1, len(hits) + 1) + hits[-1])
+
+
+def best_f1(truth: np.ndarray, values: np.ndarray) -> float:
+    """Return the best F1 of any threshold."""
+    return float(f1_of_highest(truth, values).max())
+
+
+RULES = {  # percentiles of the raw scores, and factor; the first is the package's
+    "40th + 2.5 (40th - 10th)": (0.4, 0.1, 2.5),
+    "median + 3 (median - lower quartile)": (0.5, 0.25, 3.0),
+    "45th + 3 (45th - 20th)": (0.45, 0.2, 3.0),
+}
+
+
+class Scored(NamedTuple):
+    """A pool: the scores of its images ``(N,)`` in the unit of a distance, and its anomaly maps ``(N, H, W)``."""
+
+    scores: np.ndarray
+    anomaly_maps: np.ndarray
+
+    def flagged(self, rule: str) -> np.ndarray:
+        """Which images a rule labels anomalous."""
+        upper, lower, factor = RULES[rule]
+        high, low = np.quantile(self.anomaly_maps.max(axis=(1, 2)), (upper, lower))
+        return self.scores > high + factor * (high - low)
+
+
+def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Scored:
+    """Score the chosen images as a pool, by the distances of all."""
+    chosen, count = torch.from_numpy(indices), len(indices) - 1
+    of_chosen = features["distances"][:, chosen][..., chosen]
+    of_chosen.diagonal(dim1=1, dim2=3).fill_(torch.inf)
+    nearest = of_chosen.topk(max(int(model.interval[1] * count), 1), largest=False).values
+    anomaly_maps = model.anomaly_maps(nearest.mean(dim=(0, 3)).unflatten(1, features["grid"]))[:, 0]
+    scores = RsCINPostProcessor().rescore(anomaly_maps.amax(dim=(1, 2)), features["tokens"][chosen])
+    return Scored(scores.double().numpy(), anomaly_maps.numpy())
+
+
+def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+    """Return for each rule the share of images it flags in a good pool, else F1 over the best; and that of pixels."""
+    if not labels.any():
+        return {rule: float(pool.flagged(rule).mean()) for rule in RULES}
+    best = best_f1(labels, pool.scores)
+    found = {rule: f1(labels, pool.flagged(rule)) / best for rule in RULES}
+    is_found = pool.anomaly_maps >= 0.8 * pool.anomaly_maps.max(axis=(1, 2), keepdims=True)
+    is_found &= pool.flagged(next(iter(RULES)))[:, None, None]
+    values = pool.anomaly_maps.ravel()
+    return {**found, "pixels": f1(masks.ravel(), is_found.ravel()) / best_f1(masks.ravel(), values)}
+
+
+def shares(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Return what was measured for each share of defects, means over the draws, and for the set as it is."""
+    labels, masks, rows = features["labels"], features["masks"].numpy(), {}
+    for share in (*SHARES, None):
+        pools = [np.arange(len(labels))] if share is None else [draw(labels, share, seed) for seed in range(DRAWS)]
+        results = [measure(score(model, features, pool), labels[pool], masks[pool]) for pool in pools]
+        row = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
+        rows["all images" if share is None else f"{share:.0%}"] = row
+    return rows
+
+
+def print_table(rows: dict[str, dict[str, float]]) -> None:
+    """Print rows of shares."""
+    columns = list(dict.fromkeys(key for row in rows.values() for key in row))
+    print(f"| defects | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(f'{row[key]:.0%}' if key in row else '' for key in columns)} |")
+
+
+def main() -> None:
+    """Print a table, and add it to a JSON file."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("root")
+    parser.add_argument("category")
+    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
+    parser.add_argument("--weights", help="file that this class takes")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    backbone = choose_backbone(arguments.backbone, arguments.weights)
+    found = shares(*extract(arguments.root, arguments.category, backbone))
+    print_table(found)
+    if arguments.json:
+        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
+        name = f"{arguments.category}, {arguments.backbone.split(':')[-1]}"
+        arguments.json.write_text(json.dumps({**known, name: {"draws": DRAWS, **found}}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way into the distances, against a search in float64."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from seeded import assert_close, randn, to_numpy, unit
+
+from anomalib_musc.distances import MemoryBudgetError, least_memory, nearest_distances
+from anomalib_musc.distances.plan import make_plan, make_workloads
+from anomalib_musc.distances.storage import GIB
+
+CPU = torch.device("cpu")
+TOGETHER, IN_TURN = 256, 24  # channels: one product for all degrees, and one for each
+
+
+def search(features: np.ndarray) -> np.ndarray:
+    """Distances (N, N, L) of patches (N, L, C), patch by patch; infinite to the image itself."""
+    num_images, num_patches, _ = features.shape
+    found = np.full((num_images, num_images, num_patches), np.inf)
+    for i in range(num_images):
+        for j in set(range(num_images)) - {i}:
+            for p in range(num_patches):
+                found[i, j, p] = np.linalg.norm(features[j] - features[i, p], axis=1).min()
+    return found
+
+
+def window_vectors(maps: np.ndarray, degree: int) -> np.ndarray:
+    """Unit vectors (N, L, C) of the sums over the windows of maps (N, C, H, W)."""
+    radius = degree // 2
+    padded = np.pad(maps, ((0, 0), (0, 0), (radius, radius), (radius, radius)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (degree, degree), axis=(2, 3))  # (N, C, H, W, r, r)
+    sums = windows.sum(axis=(4, 5)).reshape(*maps.shape[:2], -1).transpose(0, 2, 1)
+    return sums / np.linalg.norm(sums, axis=2, keepdims=True)
+
+
+def collect(blocks, num_images: int) -> tuple[list[slice], torch.Tensor]:
+    """The slices, and all distances (D, N, N, L), of blocks that hold all degrees or one after the other."""
+    slices, degrees = [], []
+    for images, distances in blocks:
+        if images.start == 0:
+            degrees.append([])
+        slices.append(images)
+        assert distances.shape[1] == images.stop - images.start
+        assert distances.shape[2] == num_images
+        degrees[-1].append(distances)
+    return slices, torch.cat([torch.cat(parts, dim=1) for parts in degrees])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (5, 7, 3), (4, 6, 300)])
+def test_patches_are_compared_as_they_are(shape, dtype):
+    features = (3 * randn(*shape)).to(dtype)
+    ((images, distances),) = nearest_distances(features)
+    assert images == slice(0, shape[0], None)
+    assert distances.shape == (1, shape[0], shape[0], shape[1])
+    assert distances.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert distances[0].diagonal().isposinf().all()
+    expected = search(to_numpy(features))
+    assert_close(distances[0], expected, 1e-4 * shape[2] ** 0.5)  # relative to the norms of patches
+
+
+@pytest.mark.parametrize("degrees", [(1,), (3,), (1, 5, 3), (3, 3)])
+@pytest.mark.parametrize("channels", [TOGETHER, IN_TURN])
+def test_windows_of_maps_are_compared(channels, degrees):
+    maps = randn(4, channels, 3, 5)
+    slices, distances = collect(nearest_distances(maps, degrees), 4)
+    assert slices == [slice(0, 4, None)] * (1 if channels == TOGETHER else len(degrees))
+    expected = [search(window_vectors(to_numpy(maps), degree)) for degree in degrees]
+    assert_close(distances, np.stack(expected), 1e-4)
+
+
+@pytest.mark.parametrize("channels", [TOGETHER, IN_TURN])
+def test_a_budget_that_forces_files_changes_no_distance(channels):
+    maps, degrees = randn(11, channels, 4, 5), (1, 3)
+    _, expected = collect(nearest_distances(maps, degrees), 11)
+    least = least_memory(maps.shape, degrees, "exact", CPU)
+    (workload, *_) = make_workloads((11, 20, channels), degrees, "exact", torch.empty(0))
+    assert make_plan(workload, least / GIB).device is None  # a file
+    slices, distances = collect(nearest_distances(maps, degrees, memory_budget=least / GIB), 11)
+    once = [slice(image, image + 1, None) for image in range(11)]
+    assert slices == once * (1 if channels == TOGETHER else len(degrees))
+    assert_close(distances, expected, 2e-6)
+    with pytest.raises(MemoryBudgetError, match="memory_budget must be at least"):
+        list(nearest_distances(maps, degrees, memory_budget=0.99 * least / GIB))
+
+
+@pytest.mark.parametrize("budget", [None, 2e-3])
+def test_blocks_ascend_and_cover_all_images_once(budget):
+    covered = []
+    for images, distances in nearest_distances(unit(300, 4, 3), memory_budget=budget):
+        covered += range(images.start, images.stop)
+        rows = torch.arange(images.start, images.stop)
+        assert distances[0, torch.arange(len(rows)), rows].isposinf().all()
+        assert distances.isinf().sum() == 4 * len(rows)
+    assert covered == list(range(300))
+
+
+@pytest.mark.parametrize("channels", [TOGETHER, IN_TURN])
+def test_a_block_stays_as_it_was(channels):
+    """Whoever keeps blocks has not kept memory that the next ones are written to."""
+    maps = randn(5, channels, 3, 3)
+    budget = least_memory(maps.shape, (1, 3), "exact", CPU) / GIB
+    kept = list(nearest_distances(maps, (1, 3), memory_budget=budget))
+    again = nearest_distances(maps, (1, 3), memory_budget=budget)
+    assert len(kept) > 1
+    for (images, distances), (same, expected) in zip(kept, again, strict=True):
+        assert images == same
+        torch.testing.assert_close(distances, expected, rtol=0, atol=0)
+
+
+def test_images_are_counted_in_the_order_given():
+    features = unit(7, 5, 4)
+    for chosen in ([5, 0, 3], range(1, 7, 2)):
+        ((images, distances),) = nearest_distances(features, images=chosen)
+        assert images == slice(0, 3, None)
+        assert_close(distances[0], search(to_numpy(features[list(chosen)])), 1e-4)
+
+
+@pytest.mark.parametrize("degrees", [None, (3,), (1, 3)])
+def test_each_image_is_prepared_alone(degrees):
+    features = randn(6, 9, 260) if degrees is None else randn(6, 260, 3, 3)
+    shapes = set()
+
+    def prepare(image: torch.Tensor) -> torch.Tensor:
+        shapes.add(tuple(image.shape))
+        return torch.sin(image) + image.mean()
+
+    chosen = [4, 2, 3]
+    _, distances = collect(nearest_distances(features, degrees, images=chosen, prepare=prepare), 3)
+    assert shapes == {(1, *features.shape[1:])}
+    prepared = torch.stack([torch.sin(features[image]) + features[image].mean() for image in chosen])
+    _, expected = collect(nearest_distances(prepared, degrees), 3)
+    assert_close(distances, expected, 1e-6)
+
+
+def test_progress_counts_each_pair_at_each_degree():
+    for channels in (TOGETHER, IN_TURN):
+        steps = []
+        collect(nearest_distances(randn(6, channels, 2, 2), (1, 3), progress=steps.append), 6)
+        assert sum(steps) == 2 * 15
+
+
+def test_autocast_is_off_within_and_as_before_without():
+    features = unit(4, 6, 40)
+    ((_, expected),) = nearest_distances(features)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _, distances in nearest_distances(features):
+            assert (torch.eye(2) @ torch.eye(2)).dtype == torch.bfloat16
+            torch.testing.assert_close(distances, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"features": torch.ones(3, 4)}, r"features must have shape \(N, L, C\), .* got \(3, 4\)"),
+        ({"features": torch.ones(3, 2, 4, 4)}, r"got \(3, 2, 4, 4\); or give maps \(N, C, H, W\) with degrees"),
+        (
+            {"degrees": (1, 3)},
+            r"features must have shape \(N, C, H, W\), .* patches \(N, L, C\) without degrees",
+        ),
+        ({"features": torch.ones(3, 0, 4)}, r"got \(3, 0, 4\)"),
+        (
+            {"features": torch.ones(3, 2, 4, 4), "degrees": (2,)},
+            r"degrees must be .* odd numbers, got \(2,\)",
+        ),
+        ({"features": torch.ones(1, 4, 2)}, "features must hold at least 2 images to compare, got 1"),
+        ({"images": [0, 3]}, r"images must be different indices from 0 to 2, got \[0, 3\]"),
+        ({"precision": "half"}, r"precision must be one of \('exact', 'fast'\), got 'half'"),
+        ({"memory_budget": 0}, "memory_budget must be a positive number of GiB, got 0"),
+    ],
+)
+def test_bad_arguments_are_named_before_the_first_block(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nearest_distances(**{"features": torch.ones(3, 4, 2), **arguments})
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_images_that_are_not_finite_are_named(value, precision):
+    features = unit(8, 4, 3)
+    features[[3, 6, 7], 1, 2] = value
+    blocks = nearest_distances(features, images=[6, 0, 3, 4], precision=precision)
+    with pytest.raises(ValueError, match=r"features .* must be finite, got NaN or infinity in images \[6, 3\]"):
+        next(blocks)
+
+
+def test_distances_know_nothing_of_the_method():
+    code = """
+import sys, torch
+from anomalib_musc.distances import nearest_distances
+for images, distances in nearest_distances(torch.rand(3, 4, 5, 6), (1, 3), precision="fast"): pass
+print(*sorted(sys.modules))
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert {"torch", "anomalib_musc.distances.nearest"} <= loaded
+    own = {name for name in loaded if name.startswith("anomalib_musc.")}
+    others = {name for name in own if not name.startswith("anomalib_musc.distances")}
+    assert others == {"anomalib_musc.compat", "anomalib_musc.compat.old_names"}  # which the package itself imports
+    assert not loaded & {"anomalib", "lightning", "timm", "open_clip", "torchvision", "cv2", "pandas", "sklearn"}
