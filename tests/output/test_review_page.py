@@ -250,13 +250,15 @@ class TestDetail:
         assert page.execute_script(strongest) == pytest.approx(255 * 1.6 * level, abs=4)
 
     def test_similar_image_is_a_click_or_a_held_key_away(self, page):
+        from selenium.webdriver import ActionChains
+
         click(page, f"{FIRST} .open")
         picture = "return document.querySelector('#layers img').getAttribute('src')"
         own = page.execute_script(picture)
         sources = [image.get_attribute("src") for image in select(page, "#similar img")]
-        page.execute_script("document.dispatchEvent(new KeyboardEvent('keydown', {key: '2'}))")
+        ActionChains(page).key_down("2").perform()
         assert page.execute_script(picture) == sources[1] != own
-        page.execute_script("document.dispatchEvent(new KeyboardEvent('keyup', {key: '2'}))")
+        ActionChains(page).key_up("2").perform()
         assert page.execute_script(picture) == own
         select(page, "#similar button")[1].click()
         settle(page)
