@@ -16,7 +16,7 @@ from review_pool import NUM_IMAGES, RANKED, make_review
 
 from anomalib_musc.output.review import Card, encode_thumbnail, write_review
 from anomalib_musc.output.review.page import SCRIPTS
-from anomalib_musc.output.review.pictures import picture_of, quantise
+from anomalib_musc.output.review.pictures import SMALL_MAX_BYTES, picture_of, quantise
 
 GREY = np.full((60, 80), 128, np.uint8)
 
@@ -88,6 +88,18 @@ class TestFile:
         assert len(re.findall(r'id="card-\d+"', text)) == NUM_IMAGES
         assert set(re.findall(r"https?://[^\s\"']+", text)) == {"http://www.w3.org/2000/svg"}  # SVG's namespace
         assert not re.search(r"<(link|iframe|img[^>]+src)", text)
+
+    def test_of_2000_images_is_below_120_mb_at_worst(self, tmp_path):
+        noise = np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(noise).save(file, "JPEG", quality=95)  # a user's own, far larger than a thumbnail
+        grid = np.random.default_rng(1).gamma(2, size=(518, 518))
+        cards = [Card(f"/data/{index}.png", index, grid, file.getvalue(), similar=range(4)) for index in range(8)]
+        review = replace(make_review(tmp_path / "images"), cards=cards)
+        (page,) = write_review(tmp_path / "review.html", review)
+        (half,) = write_review(tmp_path / "half.html", replace(review, cards=cards[:4]))
+        per_card = (page.stat().st_size - half.stat().st_size) / 4
+        assert 2000 * (per_card + 3 * SMALL_MAX_BYTES * 4 / 3) < 120e6
 
     def test_scripts_and_template_are_in_the_wheel(self, tmp_path):
         command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]

@@ -22,6 +22,7 @@ from anomalib_musc.output.review.pictures import MAX_GRID, picture_of, quantise,
 from anomalib_musc.output.review.records import Card, Review
 
 CARDS_PER_PAGE = 2000
+NUM_SIMILAR = 3
 SCRIPTS = ("pool", "statistics", "drawing", "histogram", "cards", "detail", "summary", "exports", "keys")
 
 
@@ -65,7 +66,7 @@ def write_review(path: Path, review: Review) -> list[Path]:
     order = sorted(range(len(review.cards)), key=lambda index: -review.cards[index].score)
     ranks = {index: rank for rank, index in enumerate(order)}
     cards = [review.cards[index] for index in order]
-    similar = [[ranks[other] for other in card.similar] for card in cards]
+    similar = [[ranks[other] for other in card.similar[:NUM_SIMILAR]] for card in cards]
     starts = range(0, len(cards), CARDS_PER_PAGE)
     targets = [path if not page else _numbered(path, page + 1) for page in range(len(starts))]
     pool = _pool(review, cards) | {"pages": [quote(os.fsencode(target.name)) for target in targets]}

@@ -67,7 +67,9 @@ def encode_thumbnail(image: Image.Image | np.ndarray, side: int = SIDE, max_byte
 def picture_of(card: Card) -> Picture:
     """Return a card's image; its file is opened only where the card holds none."""
     if isinstance(card.image, bytes):
-        return Picture(card.image, card.size or Image.open(io.BytesIO(card.image)).size)
+        image = Image.open(io.BytesIO(card.image))
+        jpeg = card.image if len(card.image) <= MAX_BYTES else encode_thumbnail(image)
+        return Picture(jpeg, card.size or image.size)
     if card.image is not None:
         height, width = card.image.shape[:2]
         return Picture(encode_thumbnail(card.image), card.size or (width, height))

@@ -28,7 +28,8 @@ class Card:
         image: What is shown: RGB ``(H, W, 3)`` or grey ``(H, W)``, uint8, or the JPEG file that
             :func:`~anomalib_musc.output.review.encode_thumbnail` returns. ``None``: ``path`` is read.
         size: (width, height) of the original. Defaults to those of ``image``, or of the file.
-        similar: The most similar other images, as indices into :attr:`Review.cards`, the most similar first.
+        similar: The most similar other images, as indices into :attr:`Review.cards`, the most similar first; three are
+            shown.
         note: Anything to be said about the image.
         regions: Its anomalous regions in pixels of the original, the largest first.
     """
