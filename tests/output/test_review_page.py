@@ -196,6 +196,16 @@ class TestDetail:
         assert not one(page, "#detail").is_displayed()
         assert page.switch_to.active_element.accessible_name.startswith("Rank 2, score")
 
+    def test_buttons(self, page):
+        click(page, f"{FIRST} .open")
+        for button, rank in [("next", 1), ("next", 2), ("back", 1)]:
+            click(page, f"#detail-{button}")
+            assert name_of(rank) in one(page, "#detail-title").text
+        click(page, "#detail-marks button[data-mark=defect]")
+        click(page, "#detail-undo")
+        assert marks_of(page) == {}
+        assert name_of(1) in one(page, "#detail-title").text
+
     def test_zoom_opacity_and_outline(self, page):
         click(page, f"{FIRST} .open")
         width = one(page, "#layers").rect["width"]
