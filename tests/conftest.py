@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.engine import Engine
+from review_fixtures import browser, downloads, page, review  # noqa: F401  # fixtures of the review page's tests
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network, nor wait for one
