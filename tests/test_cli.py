@@ -49,6 +49,7 @@ def test_every_argument_from_the_command_line(tmp_path, mvtec_root):
         *["--model.image_size", "[96, 64]", "--model.layers", "[1, 3, 5]", "--model.aggregation_degrees", "[1]"],
         *["--model.precision", "fast", "--model.num_subsets", "2", "--model.memory_budget", "0.5"],
         *["--model.interval", "[0, 5]", "--model.post_processor", "anomalib_musc.RsCINPostProcessor"],
+        *["--model.evaluator", "anomalib_musc.metrics.PaperEvaluator", "--model.evaluator.aupro", "official"],
         *[
             "--model.post_processor.windows",
             "[1, 8, 9]",
@@ -61,6 +62,7 @@ def test_every_argument_from_the_command_line(tmp_path, mvtec_root):
     )
     assert done.returncode == 0, done.stderr
     assert metric(done.stdout, "image_F1Max") > 0
+    assert metric(done.stdout, "pixel_AUPRO_official") > 0
     assert not list(tmp_path.rglob("*.png"))
 
 

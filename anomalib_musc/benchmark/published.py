@@ -45,16 +45,20 @@ _WHOLE = {
     "test_augmentations": None,
 }
 
-# Beside every published AUPRO; see anomalib_musc.metrics.ranking.official_aupro.
-AUPRO_NOTE = (
-    "Published AUPRO is computed with 200 thresholds, each curve rescaled by its own extremes below a false positive "
-    "rate of 0.3; measured AUPRO is exact, and somewhat higher on the same maps (PaperEvaluator(aupro='official') "
-    "reports it as published)."
+# Methods whose official releases compute AUPRO as anomalib_musc.metrics.ranking.official_aupro does.
+_OFFICIAL_AUPRO = ("MuSc (", "APRIL-GAN", "AnomalyCLIP")
+AUPRO_NOTE = (  # under every table with a published AUPRO
+    "AUPRO is exact where it was measured, AUPRO (official) computed with 200 thresholds, each curve rescaled by its "
+    "own extremes below a false positive rate of 0.3, as in the releases of MuSc, APRIL-GAN and AnomalyCLIP, and "
+    "somewhat lower on the same maps. How a published AUPRO with a question mark was computed is not known here."
 )
 
 
 class Published(NamedTuple):
-    """A row that someone else measured; metrics are fractions, those that were not reported are missing."""
+    """A row that someone else measured; metrics are fractions, those that were not reported are missing.
+
+    AUPRO is ``aupro_official`` where it is known to be computed so, else ``aupro``.
+    """
 
     method: str
     venue: str
@@ -116,11 +120,19 @@ def published_rows(dataset: str) -> list[Published]:
             setting=line["setting"],
             dataset=line["dataset"],
             source=line["source"],
-            metrics={metric: round(float(line[metric]) / 100, 6) for metric in METRICS if line[metric]},
+            metrics=_fractions(line),
         )
         for line in csv.DictReader(table.splitlines())
         if line["dataset"] == dataset
     ]
+
+
+def _fractions(line: dict[str, str]) -> dict[str, float]:
+    """Return the metrics of a line of the table."""
+    metrics = {metric: round(float(line[metric]) / 100, 6) for metric in METRICS if line.get(metric)}
+    if "aupro" in metrics and line["method"].startswith(_OFFICIAL_AUPRO):
+        metrics["aupro_official"] = metrics.pop("aupro")
+    return metrics
 
 
 def published_setting(dataset: str, model: dict[str, Any], data: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.benchmark.records import Predictions
 from anomalib_musc.metrics.evaluator import Ranking
-from anomalib_musc.metrics.ranking import aupro, auroc, average_precision, f1_max, pro_curve
+from anomalib_musc.metrics.ranking import aupro, auroc, average_precision, f1_max, official_aupro, pro_curve
 
 _SIDE = 160  # of the small maps
 
@@ -95,6 +95,7 @@ class Recorder(Callback):
                 "pixel_f1max": float(f1_max(ranks)[0]),
                 "pixel_ap": float(average_precision(ranks)),
                 "aupro": float(aupro(ranks)),
+                "aupro_official": float(official_aupro(ranks)),
             }
         return measured
 

@@ -20,6 +20,7 @@ METRICS = {
     "pixel_f1max": "pixel F1-max",
     "pixel_ap": "pixel AP",
     "aupro": "AUPRO",
+    "aupro_official": "AUPRO (official)",
 }
 
 

@@ -197,6 +197,8 @@ def _metrics(row: Row | Published, best: Mapping[str, float]) -> str:
         text = _percent(value)
         if value is not None and round(value, 3) == best.get(name):
             text = f"<strong>{text}</strong>"
+        if isinstance(row, Published) and name == "aupro" and value is not None:
+            text += " ?"
         if isinstance(row, Row) and name in row.spreads:
             text += f" <small>±{_percent(row.spreads[name])}</small>"
         cells += f"<td>{text}</td>"

@@ -85,7 +85,8 @@ def _table(rows: Sequence[Row], dataset: str) -> str:
     settings = {row.setting for row in rows}
     published = published_rows(dataset)
     for row in sorted(published, key=lambda row: row.method not in settings):  # the paper's beside ours
-        figures = [_percent(row.metrics[name]) if name in row.metrics else "-" for name in METRICS]
+        texts = {name: _percent(value) + (" ?" if name == "aupro" else "") for name, value in row.metrics.items()}
+        figures = [texts.get(name, "-") for name in METRICS]
         name = f"{row.method} ({row.setting}; {row.source})"
         lines.append(f"| *published* | {name} | {' | '.join(figures)} | | |")
     marks = [row for row in rows if row.setting and row.category == MEAN]

@@ -143,7 +143,7 @@ def aupro(ranks: Ranks, fpr_limit: float = 0.3) -> torch.Tensor:
 
 
 def official_aupro(ranks: Ranks, fpr_limit: float = 0.3) -> torch.Tensor:
-    r"""AUPRO as MuSc's official release computes it, and with it many published figures.
+    r"""AUPRO as MuSc's official release computes it, and those of APRIL-GAN and AnomalyCLIP.
 
     At the thresholds :math:`t_k = a + k (b - a) / 200`, :math:`0 \le k < 200`, from the lowest of all values a to the
     highest b, let :math:`F_k` be the share of normal values above, and :math:`O_k` the mean over the regions of the

@@ -30,6 +30,7 @@ from anomalib_musc.benchmark.records import METRICS, Predictions, Record, Store
 from anomalib_musc.benchmark.summary import MEAN, best_of, rows_of
 from anomalib_musc.cli import main
 from anomalib_musc.functional import rscin
+from anomalib_musc.metrics import AUPRO, PaperEvaluator
 from anomalib_musc.metrics.ranking import aupro, pro_curve, rank
 from anomalib_musc.pool.rescoring import image_features, rescore
 
@@ -100,7 +101,7 @@ class TestOffline:
         assert all(path.stat().st_mtime_ns == time for path, time in offline["kept"].items())
         assert f"6 cells, {len(offline['kept'])} of them finished before" in offline["output"]
 
-    def test_every_cell_has_the_same_images_and_seven_metrics(self, offline):
+    def test_every_cell_has_the_same_images_and_all_metrics(self, offline):
         lines = lines_of(offline["results"])
         assert [line["model"] for line in lines[::2]] == ["MuSc", "MuSc without RsCIN", "PatchCore", "PatchCore"]
         assert [line["model"] for line in lines[5::2]] == ["PatchCore + RsCIN"] * 2
@@ -216,9 +217,12 @@ class TestMixed:
     def test_metrics_are_those_of_engine(self, mixed, mvtec_root, tmp_path):
         data = MVTecAD(root=mvtec_root, category="widget", num_workers=0)
         engine = Engine(default_root_dir=tmp_path, logger=False)
-        (expected,) = engine.test(MuSc(**TINY, visualizer=False), datamodule=data)
+        evaluator = PaperEvaluator()
+        evaluator.test_metrics.append(AUPRO(["anomaly_map", "gt_mask"], prefix="pixel_", method="official"))
+        (expected,) = engine.test(MuSc(**TINY, visualizer=False, evaluator=evaluator), datamodule=data)
         found = mixed["records"]["MuSc"]["metrics"]
         names = {"image_auroc": "image_AUROC", "pixel_ap": "pixel_AveragePrecision", "aupro": "pixel_AUPRO"}
+        names["aupro_official"] = "pixel_AUPRO_official"
         for ours, theirs in names.items():
             assert found[ours] == pytest.approx(expected[theirs], abs=1e-5)
 

@@ -16,6 +16,7 @@ from anomalib_musc.benchmark.published import published_rows
 from anomalib_musc.benchmark.records import METRICS, Predictions, Record, Store
 from anomalib_musc.benchmark.report import _ALL_CATEGORIES, write_report
 from anomalib_musc.benchmark.summary import rows_of
+from anomalib_musc.benchmark.tables import write_markdown
 
 PAPER = "MuSc (CLIP ViT-L/14-336 518)"
 DASH = "\N{EN DASH}"
@@ -114,7 +115,7 @@ def test_best_measured_is_bold_and_nothing_published(bench):
     bench.add("B", dataset="MVTec AD", metrics=metrics(0.6, aupro=0.7))
     page = bench.report()
     assert page.row("A")[2] == ["71.0"]
-    assert page.row("B")[2] == ["60.0"] * 6
+    assert page.row("B")[2] == ["60.0"] * 7
     published = [row for row in page.rows if row[0] == "published"]
     assert len(published) == len(published_rows("MVTec AD"))
     assert all("published" in cells[0] and not bold for _, cells, bold in published)
@@ -124,10 +125,24 @@ def test_published_rows_say_where_they_are_from(bench):
     bench.add("A", dataset="MVTec AD")
     page = bench.report()
     _, cells, _ = page.row("ViTAD")
-    assert cells[1:8] == [DASH] * 7
+    assert cells[1:9] == [DASH] * 8
     assert "multi-class one-class, 2023" in cells[0]
-    assert cells[8] == "paper abstract: mean of eight metrics 85.4"
+    assert cells[9] == "paper abstract: mean of eight metrics 85.4"
     assert "Only 1 of the 15 categories of MVTec AD were run" in page.text
+
+
+def test_every_published_aupro_says_how_it_was_computed(bench):
+    bench.add("A", dataset="MVTec AD", metrics=metrics(0.5, aupro=0.9, aupro_official=0.8))
+    page = bench.report()
+    assert page.row("A")[1][7:9] == ["90.0", "80.0"]
+    assert page.row(PAPER)[1][7:9] == [DASH, "93.8"]
+    assert page.row("AnomalyCLIP")[1][7:9] == [DASH, "81.4"]
+    assert page.row("WinCLIP")[1][7:9] == ["64.6 ?", DASH]
+    write_markdown(bench.folder / "results.md", "Bolts", rows_of(bench.records), bench.records)
+    text = (bench.folder / "results.md").read_text(encoding="utf-8")
+    assert re.search(r"WinCLIP \(zero-shot.* \| 64.6 \? \| - \| \| \|\n", text)
+    assert re.search(r"AnomalyCLIP.* \| - \| 81.4 \| \| \|\n", text)
+    assert all("200 thresholds" in each for each in (page.text, text))
 
 
 def test_published_rows_of_the_same_setting_stand_beneath(bench):
@@ -239,7 +254,7 @@ def test_means_over_fewer_categories_do_not_compete(bench):
     bench.add("C", category="bottle", metrics=metrics(0.99))
     page = bench.report()
     assert page.row("C 1 of 2 categories")[2] == []
-    assert page.row("A")[2] == ["55.0"] * 7
+    assert page.row("A")[2] == ["55.0"] * 8
 
 
 def test_without_masks_and_maps(bench):
@@ -248,7 +263,7 @@ def test_without_masks_and_maps(bench):
     page = bench.report()
     assert "There is no PRO curve without masks" in page.text
     assert "pixel AUROC in percent" not in page.html
-    assert page.row("A")[1][4:8] == [DASH] * 4
+    assert page.row("A")[1][4:9] == [DASH] * 5
     assert page.row("test/000")[1][1:] == [DASH, f"{DASH}rank 4 of 4"]
 
 

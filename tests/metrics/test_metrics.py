@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's metrics, against scikit-learn and anomalib."""
 
+from functools import partial
+
 import anomalib.metrics
 import numpy as np
 import pytest
@@ -117,7 +119,7 @@ def test_one_anomalous_value_is_enough():
 def test_a_score_that_is_no_number_makes_the_metrics_none():
     maps, masks = draw_maps(0, 7, 0.3)
     maps[3, 3, 3] = torch.nan
-    for kind in (AUROC, F1Max, AveragePrecision, AUPRO):
+    for kind in (AUROC, F1Max, AveragePrecision, AUPRO, partial(AUPRO, method="official")):
         assert np.isnan(of_pixels(kind, maps, masks))
 
 
@@ -161,7 +163,7 @@ def test_values_are_held_once_on_the_host():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_with_room_sorts_its_values():
     maps, masks = draw_maps(0, 2, 0.1)
-    for kind in (AUROC, F1Max, AveragePrecision, AUPRO):
+    for kind in (AUROC, F1Max, AveragePrecision, AUPRO, partial(AUPRO, method="official")):
         metric = kind(fields=["anomaly_map", "gt_mask"])
         metric.update(pixel_batch(maps.cuda(), masks.cuda()))
         assert metric.compute().is_cuda

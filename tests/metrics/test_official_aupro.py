@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+import anomalib.metrics
 import cv2
 import numpy as np
 import pytest
@@ -58,6 +59,14 @@ def test_it_is_the_loops(shape, decimals, limit):
     )
 
 
+def test_it_is_what_one_computes_by_hand():
+    # Ten normal pixels, 0, 0.05, ..., 0.45, and a region of two, 0.225 and 1: thresholds are 0, 0.005, ..., 0.995.
+    ranks = rank(torch.arange(10) * 0.05, torch.tensor([0.225, 1.0]), torch.tensor([2, 2]))
+    # The overlap is 1 below 0.225, where rates are 0.5 and more, and 1/2 above, where they are 0.5 and less.
+    assert official_aupro(ranks).item() == pytest.approx(0.5)
+    assert official_aupro(ranks, 0.75).item() == pytest.approx((0.2 * 1 + 0.5 * 0.5) / 0.7)
+
+
 def test_it_is_not_the_exact_area():
     ranks = ranked(*blobs(0, (4, 40, 40), 12))
     assert abs(official_aupro(ranks) - aupro(ranks)) > 1e-3
@@ -71,6 +80,11 @@ def test_where_the_official_release_has_no_answer():
         assert official_aupro(ranked(torch.ones(1, 4, 4), masks)) == 0  # constant maps
     with pytest.warns(UserWarning, match="Fewer than two false positive rates"):
         assert official_aupro(ranked(masks.float(), masks)) == 1  # no normal pixel above any threshold
+    masks[0, :2, 2:] = False
+    maps = torch.ones(1, 4, 4)
+    maps[0, 0, 0] = 0
+    with pytest.warns(UserWarning, match="Fewer than two false positive rates .* below fpr_limit=0.3"):
+        assert official_aupro(ranked(maps, masks)) == 0  # every rate is above the limit
 
 
 def test_an_evaluator_may_report_it():
@@ -118,13 +132,32 @@ def test_no_metric_leaves_a_trace():
         False,
         PaperEvaluator(aupro="official"),
         Evaluator(test_metrics=[F1Score(["pred_label", "gt_label"])]),
+        Evaluator(test_metrics=[anomalib.metrics.AUPRO(["anomaly_map", "gt_mask"], fpr_limit=0.1)]),
     ],
-    ids=["default", "none", "official", "anomalib's"],
+    ids=["default", "none", "official", "anomalib's", "anomalib's with a buffer"],
 )
 def test_a_checkpoint_loads_with_any_evaluator(evaluator, old_checkpoint, mvtec_root, make_engine):
     loaded = MuSc.load_from_checkpoint(old_checkpoint, evaluator=evaluator)
     assert bool(loaded.evaluator) == bool(evaluator)
     make_engine().test(MuSc(**TINY, evaluator=evaluator), datamodule=datamodule(mvtec_root), ckpt_path=old_checkpoint)
+
+
+def test_a_limit_is_the_evaluators_and_not_the_files(old_checkpoint):
+    evaluator = Evaluator(test_metrics=[anomalib.metrics.AUPRO(["anomaly_map", "gt_mask"], fpr_limit=0.1)])
+    MuSc.load_from_checkpoint(old_checkpoint, evaluator=evaluator)
+    assert evaluator.test_metrics[0].fpr_limit == pytest.approx(0.1)
+
+
+def test_other_models_load_what_older_versions_wrote():
+    assert PaperEvaluator().load_state_dict({"test_metrics.7.fpr_limit": torch.tensor(0.3)})
+
+
+def test_a_wrong_key_is_still_refused(old_checkpoint, tmp_path):
+    content = torch.load(old_checkpoint, weights_only=True)
+    content["state_dict"]["post_processor.nosuch"] = torch.zeros(1)
+    torch.save(content, tmp_path / "wrong.ckpt")
+    with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "post_processor.nosuch"'):
+        MuSc.load_from_checkpoint(tmp_path / "wrong.ckpt")
 
 
 def test_a_file_of_0_1_loads_without_an_evaluator():
