@@ -11,7 +11,7 @@ from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.pre_processing import PreProcessor
-from anomalib.visualization import ImageVisualizer, Visualizer
+from anomalib.visualization import Visualizer
 from lightning.pytorch import Callback
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
@@ -33,7 +33,15 @@ from anomalib_musc.memory_bank.checkpoint import (
 )
 from anomalib_musc.metrics.evaluator import PaperEvaluator
 from anomalib_musc.output.files import check_writable
-from anomalib_musc.output.prediction_writer import PredictionWriter, check_prediction_writer, result_folders
+from anomalib_musc.output.pool_report import report_of_pools
+from anomalib_musc.output.prediction_writer import (
+    PredictionWriter,
+    check_prediction_writer,
+    result_folders,
+    writes_review,
+)
+from anomalib_musc.output.predictions import PoolReport
+from anomalib_musc.output.review.pictures import thumbnail_of
 from anomalib_musc.output.visualizer import FolderVisualizer
 from anomalib_musc.pool.module import PoolModule
 from anomalib_musc.pool.pool import Pool, fingerprint
@@ -69,9 +77,10 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         pre_processor: anomalib's component, or whether to use the default: resize and normalise as the backbone asks.
         post_processor: Likewise; the default is :class:`~anomalib_musc.RsCINPostProcessor`.
         evaluator: Likewise; the default reports the paper's metrics.
-        visualizer: Likewise; the default is anomalib's ``ImageVisualizer``, with names of its own for the pictures.
-        prediction_writer: Likewise; the default writes ``predictions.csv`` when predicting, see
-            :class:`~anomalib_musc.PredictionWriter`.
+        visualizer: Likewise; the default writes one picture an image, see :class:`FolderVisualizer`; anomalib's
+            ``ImageVisualizer`` works in its place.
+        prediction_writer: Likewise; the default writes ``predictions.csv``, ``predictions.json`` and ``review.html``
+            when predicting, see :class:`~anomalib_musc.PredictionWriter`.
         **model_arguments: Further arguments of :class:`~anomalib_musc.MuScModel`: ``pretrained``, ``image_size``,
             ``layers``, ``activation``, ``aggregation_degrees``, ``interval``, ``precision``, ``num_subsets``.
 
@@ -154,7 +163,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         return PaperEvaluator()
 
     @staticmethod
-    def configure_visualizer() -> ImageVisualizer:
+    def configure_visualizer() -> Visualizer:  # type: ignore[override]  # anomalib's own is an ImageVisualizer
         """Create the default visualizer."""
         return FolderVisualizer()
 
@@ -231,7 +240,14 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             self.transform,
             needs_paths=self.visualizer is not None,
             result_folders=result_folders(self.trainer),
+            thumbnail=thumbnail_of if writes_review(self.trainer) else None,
         )
+
+    def pool_report(self) -> PoolReport:
+        """Return what is known of the images of the last loop, and what decides, for tables and pages."""
+        bank = self.model.bank if self.mode == "reference" else None
+        settings = {**self.hparams, "mode": self.mode, **self.model.arguments}
+        return report_of_pools(self.pools, self.post_processor, self._calibration.rule, bank, settings)
 
     def keep_bank(self, size: int = 16) -> None:
         """Make a bank of the most normal and diverse images of the pools that were just scored.

@@ -161,12 +161,21 @@ class RsCINPostProcessor(PostProcessor):
         found = super().forward(predictions)
         return found if mask is None else found._replace(pred_mask=_within(mask, found.pred_label))
 
+    @property
+    def region_fraction(self) -> float:
+        """Above which share of its own maximum a map is anomalous, where :attr:`finds_regions_by_maximum`."""
+        return 1 - 0.4 * self.pixel_sensitivity
+
+    @property
+    def finds_regions_by_maximum(self) -> bool:
+        """Whether regions are found in each map as it is, as no threshold of pixels decides."""
+        has_no_threshold = "pixel" in self._without_labels and self.fixed_pixel_threshold is None
+        return self.enable_thresholding and has_no_threshold
+
     def _mask_without_masks(self, anomaly_map: torch.Tensor | None) -> torch.Tensor | None:
-        """Return what lies above a share of each map's maximum; ``None`` where a threshold of pixels decides."""
-        decides = not self.enable_thresholding or "pixel" not in self._without_labels
-        if decides or self.fixed_pixel_threshold is not None or anomaly_map is None:
+        if anomaly_map is None or not self.finds_regions_by_maximum:
             return None
-        return anomaly_map >= (1 - 0.4 * self.pixel_sensitivity) * anomaly_map.amax(dim=(-2, -1), keepdim=True)
+        return anomaly_map >= self.region_fraction * anomaly_map.amax(dim=(-2, -1), keepdim=True)
 
 
 def _within(mask: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

@@ -2,11 +2,13 @@
 """Commands in a process of their own, and the tables that they write."""
 
 import csv
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 TINY = {"backbone": "test_vit", "pretrained": False, "image_size": 64}
 SMALL = ["--model.backbone", "test_vit", "--model.pretrained", "false"]
@@ -26,8 +28,19 @@ def metric(output: str, name: str) -> float:
     return float(found.group(1))
 
 
+def read_paths(root: Path) -> dict[str, dict[str, str]]:
+    """Return the rows of the newest ``predictions.csv`` beneath a folder by path."""
+    table = max(root.rglob("predictions.csv"), key=lambda path: path.stat().st_mtime_ns)
+    with table.open(newline="", encoding="utf-8-sig") as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
 def read_table(root: Path) -> dict[str, dict[str, str]]:
     """Return the rows of the newest ``predictions.csv`` beneath a folder by file name."""
-    table = max(root.rglob("predictions.csv"), key=lambda path: path.stat().st_mtime_ns)
-    with table.open(newline="", encoding="utf-8") as file:
-        return {Path(row["path"]).name: row for row in csv.DictReader(file)}
+    return {Path(path).name: row for path, row in read_paths(root).items()}
+
+
+def read_details(root: Path) -> list[dict[str, Any]]:
+    """Return the images of the newest ``predictions.json`` beneath a folder."""
+    file = max(root.rglob("predictions.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(file.read_text())["images"]

@@ -7,7 +7,7 @@ import numpy as np
 from browser import one, settle
 from PIL import Image
 
-from anomalib_musc.output.prediction_writer import Region
+from anomalib_musc.output.regions import Region
 from anomalib_musc.output.review import Card, Review, write_review
 
 NUM_IMAGES = 30

@@ -286,7 +286,7 @@ def test_progress_is_shown_on_lightnings_bar(bar, folder, own_backbone, make_eng
 
 def test_no_progress_where_it_is_switched_off(folder, own_backbone, make_engine, capfd):
     make_engine(enable_progress_bar=False).predict(MuSc(own_backbone), data_path=folder)
-    assert "MuSc" not in capfd.readouterr().out
+    assert "MuSc:" not in capfd.readouterr().out
 
 
 # --- post-processing -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from anomalib_musc.pool.pool import Pool
 from anomalib_musc.post_processor import RsCINPostProcessor
 
 LEVELS = frozenset({"image", "pixel"})
+_RULE_OF_LABELS = "of the best F1 on the validation labels"
 
 
 class Calibration:
@@ -24,7 +25,10 @@ class Calibration:
 
     Attributes:
         without_labels: Which of "image" and "pixel" no labels or masks have given.
+        rule: How the image threshold was found, in words.
     """
+
+    rule: str = _RULE_OF_LABELS
 
     def __init__(self) -> None:
         self.without_labels: frozenset[str] = frozenset()
@@ -49,6 +53,8 @@ class Calibration:
             return tuple(pools)
         self.without_labels |= _uncalibrated(post_processor)
         self._tell(post_processor)
+        if "image" in self.without_labels:
+            self.rule = _rule_of(post_processor)
         return _calibrate_on_pools(post_processor, pools, self.without_labels)
 
     def find_on_bank(self, post_processor: Any, bank: ReferenceBank, *, may_hold_defects: bool) -> None:
@@ -66,16 +72,22 @@ class Calibration:
             self._bank_scores = scores
             self.without_labels |= levels
             self._tell(post_processor)
-            _calibrate_on_bank(post_processor, bank, levels, may_hold_defects=may_hold_defects)
+            rule = _calibrate_on_bank(post_processor, bank, levels, may_hold_defects=may_hold_defects)
+            self.rule = rule or self.rule
 
-    def to_checkpoint(self) -> dict[str, list[Any]]:
+    def to_checkpoint(self) -> dict[str, Any]:
         """Return plain data for a checkpoint."""
-        return {"calibrated_on_pool": sorted(self.without_labels), "calibrated_for": self._bank_scores}
+        return {
+            "calibrated_on_pool": sorted(self.without_labels),
+            "calibrated_for": self._bank_scores,
+            "rule": self.rule,
+        }
 
     def load_checkpoint(self, checkpoint: Mapping[str, Any], post_processor: Any) -> None:
         """Take over what :meth:`to_checkpoint` gave."""
         self.without_labels = frozenset(checkpoint.get("calibrated_on_pool", ()))
         self._bank_scores = checkpoint.get("calibrated_for", [])
+        self.rule = checkpoint.get("rule", self.rule)
         self._tell(post_processor)
 
     def _tell(self, post_processor: Any) -> None:
@@ -103,7 +115,7 @@ def _calibrate_on_pools(
         thresholds = [_threshold_of(post_processor, pool, pool.scores) for pool in pools]
         highest = max(thresholds)
         pairs = zip(pools, thresholds, strict=True)
-        pools = [pool.with_scores(pool.scores + (highest - threshold)) for pool, threshold in pairs]
+        pools = [pool.moved(highest - threshold) for pool, threshold in pairs]
         scores = torch.cat([pool.scores for pool in pools])
         reach = (scores - highest).abs().max().item()
         _load(post_processor, "image", highest - reach, highest + reach, highest)
@@ -128,8 +140,8 @@ def _threshold_of(post_processor: PostProcessor, images: Pool | ReferenceBank, s
 
 def _calibrate_on_bank(
     post_processor: PostProcessor, bank: ReferenceBank, levels: Collection[str], *, may_hold_defects: bool
-) -> None:
-    """Normalise and threshold by the scores of a bank's images against each other.
+) -> str | None:
+    """Normalise and threshold by the scores of a bank's images against each other; return the image threshold's rule.
 
     The highest of them is the threshold, which of M images about one normal image in M + 1 exceeds, moved by up to
     twice their range by the sensitivity; where some may be defects, that of a pool if it is lower. A score of 1 is
@@ -137,7 +149,7 @@ def _calibrate_on_bank(
     to 2, halved.
     """
     if not levels:
-        return
+        return None
     scale = reference_scale(bank.raw_scores).item()
     if scale == 0:
         rank_zero_warn(
@@ -146,7 +158,7 @@ def _calibrate_on_bank(
         )
         for level in levels:
             _load(post_processor, level, 0.0, 2.0, 1.0)
-        return
+        return "the middle of all distances, as the references have no scale"
     threshold, rule = bank.raw_scores.max().item(), "the highest of the references against each other"
     if isinstance(post_processor, RsCINPostProcessor):
         threshold += 4 * (0.5 - post_processor.image_sensitivity) * scale
@@ -154,8 +166,10 @@ def _calibrate_on_bank(
         threshold, rule = of_rule, f"{_rule_of(post_processor)}, of the references"
     for level in levels:
         _load(post_processor, level, threshold - scale, threshold + 3 * scale, threshold)
-    if "image" in levels:
-        _report(post_processor, bank.raw_scores, rule)
+    if "image" not in levels:
+        return None
+    _report(post_processor, bank.raw_scores, rule)
+    return rule
 
 
 def _load(post_processor: PostProcessor, level: str, lowest: float, highest: float, threshold: float) -> None:

@@ -31,10 +31,30 @@ def image_threshold(raw_scores: torch.Tensor, class_tokens: torch.Tensor, factor
         >>> round(image_threshold(scores, torch.eye(6)), 4)
         0.3575
     """
-    scores = raw_scores.double().cpu()
-    distinct = scores[~_is_copy(scores, class_tokens)]
-    low, high = distinct.quantile(distinct.new_tensor([0.1, 0.4])).tolist()
-    return min(high + factor * max(high - low, _ROUNDING), 2.0)
+    center, spread = _center_and_spread(raw_scores, class_tokens)
+    return min(center + factor * spread, 2.0)
+
+
+def deviations(scores: torch.Tensor, raw_scores: torch.Tensor, class_tokens: torch.Tensor) -> torch.Tensor:
+    """Return how far scores lie above the 40th percentile of a pool, in distances of the 10th from there.
+
+    This is what :func:`image_threshold` compares with its factor.
+
+    Args:
+        scores: Image scores, shape ``(M,)``, re-scored or not.
+        raw_scores: Raw image scores of the pool, shape ``(N,)``.
+        class_tokens: Its image features, shape ``(N, D)``.
+
+    Returns:
+        Shape ``(M,)``, negative below the 40th percentile.
+
+    Example:
+        >>> scores = torch.tensor([0.30, 0.32, 0.31, 0.33, 0.34, 0.80])
+        >>> deviations(scores, scores, torch.eye(6))[-1].item() > FACTOR
+        True
+    """
+    center, spread = _center_and_spread(raw_scores, class_tokens)
+    return (scores.double().cpu() - center) / spread
 
 
 def contamination_threshold(scores: torch.Tensor, contamination: float) -> float:
@@ -61,6 +81,14 @@ def factor_of(sensitivity: float) -> float:
         (2.5, 0.0, 10.0)
     """
     return FACTOR * (1 - sensitivity) / sensitivity if sensitivity > 0 else float("inf")
+
+
+def _center_and_spread(raw_scores: torch.Tensor, class_tokens: torch.Tensor) -> tuple[float, float]:
+    """Return the 40th percentile of the raw scores, and how far the 10th lies below it."""
+    scores = raw_scores.double().cpu()
+    distinct = scores[~_is_copy(scores, class_tokens)]
+    low, high = distinct.quantile(distinct.new_tensor([0.1, 0.4])).tolist()
+    return high, max(high - low, _ROUNDING)
 
 
 def _is_copy(scores: torch.Tensor, class_tokens: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predictions as a table, and heatmaps at the size of the images, by a callback for any model of anomalib."""
+"""Predictions as a table, a page and heatmaps, by a callback for any model of anomalib."""
 
-import csv
-import json
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,72 +15,41 @@ from anomalib.data import ImageBatch
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image.functional import visualize_anomaly_map
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
-from anomalib_musc.output.files import atomic_write, check_writable, mirrored_path
-from anomalib_musc.pool.loaders import common_folder, image_paths
+from anomalib_musc.output.files import MirroredFolder, atomic_write, check_writable
+from anomalib_musc.output.pool_report import decision_of
+from anomalib_musc.output.predictions import PoolReport, Prediction
+from anomalib_musc.output.regions import Region, find_regions
+from anomalib_musc.output.review import review_of, write_review
+from anomalib_musc.output.summary import summary
+from anomalib_musc.output.table import write_json, write_table
+from anomalib_musc.output.visualizer import FolderVisualizer
+from anomalib_musc.pool.loaders import image_paths
 
 HeatmapFormat = Literal["png", "npy"]
-COLUMNS = ("path", "score", "label", "regions", "note")
-
-
-@dataclass(frozen=True)
-class Region:
-    """A connected region of a mask, in pixels of the original image.
-
-    Attributes:
-        x: Left edge of its box.
-        y: Upper edge of its box.
-        width: Width of its box.
-        height: Height of its box.
-        area: Number of its pixels.
-    """
-
-    x: int
-    y: int
-    width: int
-    height: int
-    area: int
-
-
-def find_regions(mask: np.ndarray, size: tuple[int, int]) -> list[Region]:
-    """Return the 8-connected regions of a mask, the largest first.
-
-    Args:
-        mask: Shape ``(h, w)``, anything but 0 is anomalous.
-        size: (width, height) of the original image, to whose pixels boxes and areas are scaled.
-
-    Example:
-        >>> mask = np.zeros((4, 4))
-        >>> mask[1, 1:3] = 1
-        >>> find_regions(mask, (40, 20))
-        [Region(x=10, y=5, width=20, height=5, area=100)]
-    """
-    width, height = size
-    columns, rows = mask.shape[1], mask.shape[0]
-    _, _, statistics, _ = cv2.connectedComponentsWithStats((mask != 0).astype(np.uint8), connectivity=8)
-    regions = []
-    for x, y, w, h, area in statistics[1:].tolist():  # the first is the background
-        left, upper = x * width // columns, y * height // rows
-        right, lower = -(-(x + w) * width // columns), -(-(y + h) * height // rows)  # rounded up
-        pixels = max(1, round(area * width * height / (columns * rows)))
-        regions.append(Region(left, upper, right - left, lower - upper, pixels))
-    return sorted(regions, key=lambda region: -region.area)
+_MAX_GRID = 64  # of the maps that the page holds
 
 
 class PredictionWriter(Callback):
-    """Write ``predictions.csv``: path, score, label and anomalous regions of every image that is predicted.
+    """Write ``predictions.csv``, ``predictions.json`` and ``review.html`` when images are predicted.
 
-    ``score`` is the normalised one, ``label`` "anomalous", "normal" or "skipped" with the reason in ``note``,
-    ``regions`` a JSON list of ``{"x", "y", "width", "height", "area"}`` in pixels of the original image, the largest
-    first. :class:`~anomalib_musc.MuSc` has one for ``predict``; any other model takes it as one of
-    ``Engine(callbacks=[...])``. Where several processes predict, each writes a table of its own.
+    The table has a row for every file, from the most anomalous on: path, rank, normalised score, label ("anomalous",
+    "normal" or "skipped" with the reason in ``note``), raw score, deviations, threshold, number of regions, box and
+    area of the largest region in pixels of the original image, picture and note. ``predictions.json`` holds all
+    regions, the settings, versions and warnings. On ``review.html`` a person moves the threshold and marks images.
+
+    :class:`~anomalib_musc.MuSc` has one for ``predict``; any other model takes it as one of
+    ``Engine(callbacks=[...])``. Where several processes predict, each writes files of its own. What fails for one image
+    is a note in its row; where the run fails, the table holds what was known by then.
 
     Args:
-        output_dir: Where to write; by default the trainer's ``default_root_dir``, where ``images/`` is.
+        output_dir: Where to write; by default the trainer's ``default_root_dir``, where ``images/`` is. Where there is
+            a table of an earlier run, a folder ``v1``, ``v2``, ... within it.
         heatmaps: What to write besides, at the size of each image, to ``heatmaps/``: "png", the coloured anomaly map,
             "npy", its values as a float32 array ``(H, W)``, in [0, 1] where the model normalises them, or both.
+        review: Whether to write ``review.html``.
 
     Raises:
         ValueError: If ``heatmaps`` holds anything else.
@@ -91,27 +59,41 @@ class PredictionWriter(Callback):
         >>> Engine(callbacks=[writer]).predict(Patchcore(), ckpt_path="...", data_path="...")  # doctest: +SKIP
     """
 
-    def __init__(self, output_dir: str | Path | None = None, heatmaps: Sequence[HeatmapFormat] = ()) -> None:
+    def __init__(
+        self,
+        output_dir: str | Path | None = None,
+        heatmaps: Sequence[HeatmapFormat] = (),
+        review: bool = True,
+    ) -> None:
         unknown = sorted(set(heatmaps) - set(get_args(HeatmapFormat)))
         if isinstance(heatmaps, str) or unknown:
             msg = f"heatmaps must be a list of {get_args(HeatmapFormat)}, got {heatmaps!r}."
             raise ValueError(msg)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.heatmaps = tuple(heatmaps)
-        self._rows: list[dict[str, str]] = []
-        self._root: Path | None = None
+        self.review = review
+        self._folder: Path | None = None  # while images are predicted
+        self._places = MirroredFolder(Path())
+        self._predictions: list[Prediction] = []
         self._pending: ImageBatch | None = None
+        self._sizes: Mapping[str, tuple[int, int]] = {}
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return where this writes."""
-        return self.output_dir or Path(trainer.default_root_dir)
+        """Return where the next run, or the one that is running, writes."""
+        if self._folder is not None:
+            return self._folder
+        folder = self.output_dir or Path(trainer.default_root_dir)
+        numbered = (folder / f"v{number}" if number else folder for number in range(1_000_000))
+        return next(place for place in numbered if not (place / _table_name(trainer)).exists())
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether results can be written."""
         del pl_module
-        check_writable(self.folder(trainer) / "heatmaps" if self.heatmaps else self.folder(trainer))
-        self._rows, self._pending = [], None
-        self._root = common_folder(image_paths(trainer.predict_dataloaders))
+        self._predictions, self._pending, self._folder, self._sizes = [], None, None, {}
+        self._folder = self.folder(trainer)
+        heatmaps = self._folder / "heatmaps"
+        check_writable(heatmaps if self.heatmaps else self._folder)
+        self._places = MirroredFolder(heatmaps, image_paths(trainer.predict_dataloaders))
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
@@ -121,51 +103,71 @@ class PredictionWriter(Callback):
         self._pending = outputs
 
     def on_predict_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """Write the batch before this one."""
-        del args
-        self._write_pending(trainer, pl_module)
+        """Note the batch before this one."""
+        del trainer, args
+        self._sizes = self._sizes or getattr(pl_module, "image_sizes", {})
+        self._note_pending()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last batch."""
-        self._write_pending(trainer, pl_module)
+        """Note the last batch."""
+        del trainer, pl_module
+        self._note_pending()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the table, with the images that the model says it skipped, if it does."""
-        for path, reason in _all_pools(pl_module, "skipped").items():
-            self._rows.append({"path": str(path), "label": "skipped", "note": reason})
-        name = "predictions.csv" if trainer.world_size == 1 else f"predictions_{trainer.global_rank}.csv"
-        target = self.folder(trainer) / name
-        with (
-            atomic_write(target) as part,
-            part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            table = csv.DictWriter(file, COLUMNS, restval="")
-            table.writeheader()
-            table.writerows(self._rows)
-        counts = Counter(row.get("label", "unlabelled") for row in self._rows)
-        rank_zero_info(f"Predictions ({', '.join(f'{n} {label}' for label, n in sorted(counts.items()))}): {target}")
+        """Write table and page, and say what was found."""
+        self._finish(trainer, pl_module)
 
-    def _write_pending(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write what is known when a prediction fails on its way."""
+        del exception
+        if self._folder is not None and trainer.predicting:
+            self._note_pending()
+            self._finish(trainer, pl_module)
+
+    def _note_pending(self) -> None:
         """Note the predictions of a finished batch and write its heatmaps."""
         predictions, self._pending = self._pending, None
-        sizes = _all_pools(pl_module, "sizes") if predictions is not None else {}
         for item in predictions or ():
-            size = sizes.get(item.image_path) or _original_size(item)
-            self._rows.append(_row(item, size))
-            if item.anomaly_map is not None and item.image_path is not None:
-                self._write_heatmaps(item, size, self.folder(trainer) / "heatmaps")
+            notes: list[str] = []
+            size = None
+            with _noted(notes):
+                size = self._sizes.get(str(item.image_path)) or _original_size(item)
+            if item.anomaly_map is not None and item.image_path is not None and size is not None:
+                with _noted(notes):
+                    self._write_heatmaps(item, size)
+            self._predictions.append(_prediction(item, size, notes))
 
-    def _write_heatmaps(self, item: Any, size: tuple[int, int], folder: Path) -> None:
-        path = mirrored_path(Path(item.image_path), self._root, folder)
+    def _write_heatmaps(self, item: Any, size: tuple[int, int]) -> None:
         if self.heatmaps:
             values = cv2.resize(item.anomaly_map.detach().float().cpu().numpy().squeeze(), size)
         if "npy" in self.heatmaps:
-            with atomic_write(path.with_name(f"{path.name}.npy")) as part:
+            with atomic_write(self._places.place(item.image_path, ".npy")) as part:
                 np.save(part, values)
         if "png" in self.heatmaps:
-            with atomic_write(path.with_name(f"{path.name}.png")) as part:
+            with atomic_write(self._places.place(item.image_path, ".png")) as part:
                 clipped = torch.from_numpy(values).clamp(0, 1)
                 visualize_anomaly_map(clipped, colormap=True, normalize=False).save(part)
+
+    def _finish(self, trainer: Trainer, model: LightningModule) -> None:
+        folder, self._folder = self.folder(trainer), None
+        report = _report_of(model)
+        predictions = _joined(self._predictions, report, model)
+        if not predictions and not report.skipped:
+            return
+        table = folder / _table_name(trainer)
+        files = [table]
+        write_table(table, predictions, report)
+        write_json(table.with_suffix(".json"), predictions, report)
+        if self.review and (review := review_of(predictions, report)) is not None:
+            try:
+                page = table.with_name(table.name.replace("predictions", "review")).with_suffix(".html")
+                files = [*write_review(page, review)[:1], table]
+            except (OSError, ValueError) as error:
+                rank_zero_warn(f"review.html was not written: {error}")
+        if trainer.is_global_zero:
+            encoding = sys.stdout.encoding or "utf-8"
+            text = summary(predictions, report, files).encode(encoding, "backslashreplace").decode(encoding)
+            sys.stdout.write(f"{text}\n")
 
 
 def check_prediction_writer(prediction_writer: object) -> None:
@@ -181,17 +183,71 @@ def result_folders(trainer: Trainer) -> set[Path]:
     folders = {results / "images", results / "heatmaps"}
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unseen by mypy
     for callback in callbacks:
-        if isinstance(callback, PredictionWriter):
-            folders.add(callback.folder(trainer) / "heatmaps")
-        elif isinstance(callback, ImageVisualizer) and callback.output_dir is not None:
+        if isinstance(callback, PredictionWriter) and callback.output_dir is not None:
+            folders |= {callback.output_dir / "heatmaps", *callback.output_dir.glob("v*/heatmaps")}
+        elif isinstance(callback, (ImageVisualizer, FolderVisualizer)) and callback.output_dir is not None:
             folders.add(Path(callback.output_dir))
     return {folder.resolve() for folder in folders}
 
 
-def _all_pools(model: LightningModule, attribute: str) -> dict[Any, Any]:
-    """Join a mapping of all pools of a model; nothing where it has no pools."""
-    pools: Sequence[Any] = getattr(model, "pools", ())
-    return {key: value for pool in pools for key, value in getattr(pool, attribute).items()}
+def writes_review(trainer: Trainer) -> bool:
+    """Whether a trainer predicts and one of its callbacks writes the review page."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unseen by mypy
+    writers = [callback for callback in callbacks if isinstance(callback, PredictionWriter)]
+    return trainer.predicting and any(writer.review for writer in writers)
+
+
+def _table_name(trainer: Trainer) -> str:
+    return "predictions.csv" if trainer.world_size == 1 else f"predictions_{trainer.global_rank}.csv"
+
+
+@contextmanager
+def _noted(notes: list[str]) -> Iterator[None]:
+    """Take down what goes wrong with one image, instead of ending the run."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        notes.append(str(error))
+
+
+def _report_of(model: Any) -> PoolReport:
+    """Return what a model tells of its pools; of one that has none, its decision."""
+    if hasattr(model, "pool_report"):
+        return model.pool_report()
+    return PoolReport(decision=decision_of(getattr(model, "post_processor", None)))
+
+
+def _joined(predictions: Sequence[Prediction], report: PoolReport, model: Any) -> list[Prediction]:
+    """Join what batches, pool and visualizer tell, from the most anomalous image on.
+
+    With them come images of the pool that no batch has brought, where a run has failed.
+    """
+    visualizer = getattr(model, "visualizer", None)
+    pictures, failures = (getattr(visualizer, name, {}) for name in ("pictures", "failures"))
+    seen = {prediction.path for prediction in predictions}
+    not_reached = [
+        replace(other, notes=["the run ended before its regions were found"])
+        for name, other in report.images.items()
+        if name not in seen
+    ]
+    joined = [_with_pool(prediction, report.images.get(prediction.path)) for prediction in predictions]
+    for index, prediction in enumerate(joined):
+        notes = [*prediction.notes, *filter(None, [failures.get(prediction.path)])]
+        joined[index] = replace(prediction, picture=pictures.get(prediction.path), notes=notes)
+    return sorted([*joined, *not_reached], key=lambda prediction: prediction.order)
+
+
+def _with_pool(prediction: Prediction, of_pool: Prediction | None) -> Prediction:
+    """Add what the pool knows of an image; its label and regions are those of its batch."""
+    if of_pool is None:
+        return prediction
+    return replace(
+        of_pool,
+        is_anomalous=prediction.is_anomalous,
+        regions=prediction.regions,
+        notes=prediction.notes,
+        size=prediction.size or of_pool.size,
+    )
 
 
 def _original_size(item: Any) -> tuple[int, int]:
@@ -202,13 +258,21 @@ def _original_size(item: Any) -> tuple[int, int]:
         return image.size
 
 
-def _row(item: Any, size: tuple[int, int]) -> dict[str, str]:
-    row: dict[str, str] = {"path": item.image_path or ""}
-    if item.pred_score is not None:
-        row["score"] = f"{float(item.pred_score):.6f}"
-    if item.pred_label is not None:
-        row["label"] = "anomalous" if bool(item.pred_label) else "normal"
-    if item.pred_mask is not None:
+def _prediction(item: Any, size: tuple[int, int] | None, notes: Sequence[str]) -> Prediction:
+    grid = None
+    if item.anomaly_map is not None:
+        values = item.anomaly_map.detach().float().cpu().squeeze()
+        sides = [min(side, _MAX_GRID) for side in values.shape]
+        grid = torch.nn.functional.adaptive_max_pool2d(values[None], sides)[0].numpy()
+    regions: list[Region] = []
+    if item.pred_mask is not None and size is not None:
         regions = find_regions(item.pred_mask.cpu().numpy().squeeze(), size)
-        row["regions"] = json.dumps([asdict(region) for region in regions])
-    return row
+    return Prediction(
+        path=str(Path(item.image_path)) if item.image_path else "",
+        score=None if item.pred_score is None else float(item.pred_score),
+        is_anomalous=None if item.pred_label is None else bool(item.pred_label),
+        size=size,
+        regions=regions,
+        notes=notes,
+        anomaly_map=grid,
+    )

@@ -1,59 +1,123 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One whole picture for every image, by anomalib's visualizer."""
+"""One picture for every image of a test or a prediction."""
 
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import ImageBatch
-from anomalib.visualization import ImageVisualizer
+import numpy as np
+import torch
+from anomalib.visualization import Visualizer
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
 
-from anomalib_musc.output.files import atomic_write, mirrored_path
+from anomalib_musc.output.files import MirroredFolder, atomic_write
+from anomalib_musc.output.picture import draw_picture
+from anomalib_musc.output.regions import find_regions
 from anomalib_musc.pool.high_bit_depth import read_image_file
-from anomalib_musc.pool.loaders import common_folder, image_paths
+from anomalib_musc.pool.loaders import image_paths
+
+_FORMATS = {".png", ".jpg", ".jpeg"}  # that every viewer shows; pictures of other files are PNG
 
 
-class FolderVisualizer(ImageVisualizer):
-    """Write one whole picture for every image, beneath ``images/`` as the images lie beneath their common folder.
+class FolderVisualizer(Visualizer):
+    """Write one picture for every image, beneath ``images/`` as the images lie beneath their common folder.
 
-    anomalib 2.7.0: ``ImageVisualizer`` names a picture by its image's folder and name alone, so that of ``a/x/1.png``
-    and ``b/x/1.png`` one is overwritten; it leaves half a picture behind when the disk is full; it keeps to the folder
-    of its first run, where the next trainer has another; and it shows grey images of 16 bits white, see
-    :mod:`anomalib_musc.pool.high_bit_depth`; here their brightest value is.
+    A picture shows the image in its own proportions, the true mask where there is one, the heatmap with the outline of
+    the mask, none where the image is normal, and the largest region where it would be too small to be seen; above them
+    are file name, score and label. It is no anomalib ``ImageVisualizer``, of which version 2.7.0 names a picture by its
+    image's folder and name alone, so that of ``a/x/1.png`` and ``b/x/1.png`` one is overwritten, leaves half a picture
+    behind when the disk is full, and shows grey images of 16 bits white.
+
+    Args:
+        output_dir: Where to write; by default ``images/`` in the trainer's ``default_root_dir``.
+
+    Attributes:
+        pictures: Where the pictures of the last run are, by the path of their image.
+        failures: Why there is none.
     """
 
-    _root: Path | None = None
+    def __init__(self, output_dir: str | Path | None = None) -> None:
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.pictures: dict[str, Path] = {}
+        self.failures: dict[str, str] = {}
+        self._places = MirroredFolder(Path())
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder that all images lie in."""
         del pl_module
-        self._root = common_folder(image_paths(trainer.test_dataloaders))
+        self._start(trainer, trainer.test_dataloaders)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder that all images lie in."""
         del pl_module
-        self._root = common_folder(image_paths(trainer.predict_dataloaders))
+        self._start(trainer, trainer.predict_dataloaders)
 
-    def on_test_batch_end(  # type: ignore[override]
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: ImageBatch,
-        batch: ImageBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Write the pictures of a batch."""
-        del outputs, batch_idx, dataloader_idx
+        del trainer, outputs, args
         high_bit_depth = {name for pool in getattr(pl_module, "pools", ()) for name in pool.high_bit_depth}
-        folder = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
-        item: Any
         for item in batch:
-            path = Path(item.image_path)
-            if str(path) in high_bit_depth:
-                grey = read_image_file(path).values
-                item.image, item.image_path = (grey / grey.max().clamp_min(1e-9)).expand(3, -1, -1), None
-            picture: Any = self.visualize(item)
-            if picture is not None:
-                with atomic_write(mirrored_path(path, self._root, folder)) as part:
+            path = str(Path(item.image_path))
+            try:
+                picture = _draw(item, has_high_bit_depth=path in high_bit_depth)
+                suffix = "" if Path(path).suffix.lower() in _FORMATS else ".png"
+                with atomic_write(place := self._places.place(path, suffix)) as part:
                     picture.save(part)
+            except Exception as error:  # Pillow's decoders raise whatever they like on broken files
+                self.failures[path] = f"no picture: {error}"
+            else:
+                self.pictures[path] = place
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        """Write the pictures of a batch."""
+        self.on_test_batch_end(trainer, pl_module, outputs, batch, *args)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of pictures that could not be written."""
+        del trainer, pl_module
+        if self.failures:
+            path, reason = next(iter(self.failures.items()))
+            rank_zero_warn(f"{len(self.failures)} pictures could not be written, such as that of {path}: {reason}")
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn of pictures that could not be written."""
+        self.on_test_end(trainer, pl_module)
+
+    def _start(self, trainer: Trainer, dataloaders: Any) -> None:
+        self.pictures, self.failures = {}, {}
+        folder = self.output_dir or Path(trainer.default_root_dir) / "images"
+        self._places = MirroredFolder(folder, image_paths(dataloaders))
+
+
+def _draw(item: Any, has_high_bit_depth: bool) -> Image.Image:
+    """Draw the picture of one image of a batch."""
+    file = read_image_file(Path(item.image_path))
+    shown = (file.values / file.values.max().clamp_min(1e-9)).expand(3, -1, -1) if has_high_bit_depth else file.values
+    image = (shown.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    mask = _plane(item.pred_mask)
+    if item.pred_label is not None and not bool(item.pred_label):
+        mask = None
+    anomaly_map = None if item.anomaly_map is None else item.anomaly_map.squeeze()
+    regions = [] if mask is None else find_regions(mask, file.size)
+    return draw_picture(image, _caption(item), anomaly_map, mask, _plane(item.gt_mask), regions)
+
+
+def _plane(mask: torch.Tensor | None) -> np.ndarray | None:
+    """Return a mask as ``(h, w)``."""
+    return None if mask is None else mask.detach().cpu().numpy().squeeze()
+
+
+def _caption(item: Any) -> str:
+    parts = [Path(item.image_path).name]
+    if item.pred_score is not None:
+        parts.append(f"score {float(item.pred_score):.3f}")
+    if item.pred_label is not None:
+        parts.append("anomalous" if bool(item.pred_label) else "normal")
+    if getattr(item, "gt_label", None) is not None:
+        parts.append(f"truth: {'anomalous' if bool(item.gt_label) else 'normal'}")
+    return "  ·  ".join(parts)

@@ -2,14 +2,18 @@
 """What dataloaders tell of themselves: their image files, their order, and readers of the same images."""
 
 import copy
+import logging
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from anomalib.data import AnomalibDataset, ImageBatch, PredictDataset
-from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, SequentialSampler, Subset
+import torch
+from anomalib.data import AnomalibDataset, ImageBatch, ImageItem, PredictDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
+
+logger = logging.getLogger(__name__)
 
 
 def as_list(dataloaders: Any) -> list[Any]:
@@ -111,12 +115,35 @@ def second_reader(loader: Any) -> Any:
     return reader
 
 
+class ScoredFiles(Dataset[Any]):
+    """Files whose scores are known, so that one which has vanished since, or is broken now, ends nothing.
+
+    Args:
+        dataset: anomalib's. In place of an image that cannot be read any more it gives a black pixel.
+    """
+
+    def __init__(self, dataset: PredictDataset) -> None:
+        self._dataset = dataset
+        self.image_filenames = dataset.image_filenames
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except Exception:  # Pillow's decoders raise whatever they like
+            path = str(self.image_filenames[index])
+            logger.warning("%s has a score but could not be read again.", path)
+            return ImageItem(image=torch.zeros(3, 1, 1), image_path=path)
+
+
 def without_files(loader: "DataLoader[Any]", files: Collection[Path]) -> "DataLoader[Any]":
-    """Return a new dataloader of a folder for prediction that leaves files out."""
+    """Return a new dataloader of a folder for prediction that leaves files out, and survives the loss of others."""
     dataset: Any = copy.copy(loader.dataset)
     dataset.image_filenames = [path for path in dataset.image_filenames if Path(path) not in files]
     return DataLoader(
-        dataset,
+        ScoredFiles(dataset),
         batch_size=getattr(loader.batch_sampler, "batch_size", loader.batch_size),
         shuffle=not is_sequential(loader),
         num_workers=loader.num_workers,

@@ -65,6 +65,11 @@ class PoolModule(NoValidationData):
         return {path: reason for pool in self.pools for path, reason in pool.skipped.items()}
 
     @property
+    def image_sizes(self) -> dict[str, tuple[int, int]]:
+        """(width, height) of the last loop's image files, by name, as far as they were read here."""
+        return {name: size for pool in self.pools for name, size in pool.sizes.items()}
+
+    @property
     def transform(self) -> Any:
         """What prepares images for the backbone; ``None`` where there is no pre-processor."""
         return getattr(self.pre_processor, "transform", None)
@@ -108,9 +113,9 @@ class PoolModule(NoValidationData):
         loaders = as_list(self.trainer.predict_dataloaders)
         self._score_pools(loaders, self.trainer.num_predict_batches)
         self.calibrate()
-        if any(pool.skipped for pool in self.pools):
-            pairs = zip(loaders, self.pools, strict=True)
-            readable = [PoolSource(loader).without(pool.skipped) for loader, pool in pairs]
+        pairs = zip(loaders, self.pools, strict=True)
+        readable = [PoolSource(loader).without(pool.skipped) for loader, pool in pairs]
+        if readable != loaders:
             replace_predict_dataloaders(self.trainer, readable)
 
     def validation_step(  # type: ignore[override]

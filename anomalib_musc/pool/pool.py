@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ class Pool:
         skipped: Files that were left out, and why.
         sizes: (width, height) of image files, by name, as far as they were read here.
         high_bit_depth: Names of the grey images of more than 8 bits.
+        thumbnails: Small JPEG files, by name, where they were asked for.
+        offset: What was added to the image scores so that one threshold applies to several pools.
     """
 
     key: object
@@ -39,10 +41,16 @@ class Pool:
     skipped: Mapping[Path, str]
     sizes: Mapping[str, tuple[int, int]]
     high_bit_depth: frozenset[str]
+    thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+    offset: float = 0.0
 
     def with_scores(self, scores: torch.Tensor) -> Pool:
         """Return the same images with other image scores ``(N,)``."""
-        return replace(self, scores=scores)
+        return replace(self, scores=scores, offset=0.0)
+
+    def moved(self, offset: float) -> Pool:
+        """Return the same images with something added to their image scores."""
+        return replace(self, scores=self.scores + offset, offset=self.offset + offset)
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """Return where the named images stand in the pool.

@@ -43,6 +43,7 @@ class _Read(NamedTuple):
     has_high_bit_depth: bool
     brightest: float
     image: torch.Tensor | None
+    thumbnail: bytes | None
 
 
 class PoolReader:
@@ -60,11 +61,13 @@ class PoolReader:
         white: White level of grey images of more than 8 bits; ``None`` to take it from the images themselves.
         needs_white: Whether such images are an error where ``white`` is ``None``.
         needs_paths: Whether images without a path are an error.
+        thumbnail: Makes a small picture of an image ``(3, H, W)`` in [0, 1].
 
     Attributes:
         skipped: Files that were left out so far, and why.
         sizes: (width, height) of the files that were read so far, by name.
         high_bit_depth: Names of the grey images of more than 8 bits.
+        thumbnails: Small pictures of the files that were read so far, by name, where they are made.
         white: White level of those, ``None`` where none was given or found.
     """
 
@@ -79,10 +82,12 @@ class PoolReader:
         white: float | None = None,
         needs_white: bool = False,
         needs_paths: bool = False,
+        thumbnail: Callable[[torch.Tensor], bytes] | None = None,
     ) -> None:
         self.skipped: dict[Path, str] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.high_bit_depth: set[str] = set()
+        self.thumbnails: dict[str, bytes] = {}
         self.white = white
         self._source = source
         self._transform = transform
@@ -91,6 +96,7 @@ class PoolReader:
         self._reason_to_skip = reason_to_skip
         self._needs_white = needs_white and white is None
         self._needs_paths = needs_paths
+        self._thumbnail = thumbnail
 
     def batches(self) -> Iterator[Prepared]:
         """Read, prepare and join the images.
@@ -128,6 +134,8 @@ class PoolReader:
             self.sizes[str(path)] = found.size
             if found.has_high_bit_depth:
                 self.high_bit_depth.add(str(path))
+            if found.thumbnail is not None:
+                self.thumbnails[str(path)] = found.thumbnail
             yield path, found
 
     def _read(self, path: Path) -> _Read | str:
@@ -138,9 +146,11 @@ class PoolReader:
             file = read_image_file(path)
         except Exception as error:  # Pillow's decoders raise whatever they like on broken files
             return describe_fault(path, error)
-        is_waiting = file.has_high_bit_depth and self.white is None
-        image = None if is_waiting else self._prepared(file.scaled(self.white))
-        return _Read(file.size, file.has_high_bit_depth, file.values.max().item() if is_waiting else 0.0, image)
+        if file.has_high_bit_depth and self.white is None:
+            return _Read(file.size, True, file.values.max().item(), None, None)
+        image = file.scaled(self.white)
+        thumbnail = None if self._thumbnail is None else self._thumbnail(image)
+        return _Read(file.size, file.has_high_bit_depth, 0.0, self._prepared(image), thumbnail)
 
     def _batches_of_loader(self) -> Iterator[Prepared]:
         """Read the source by its own dataloader, whose images may be others than its files are."""

@@ -57,6 +57,7 @@ class PoolScorer:
         transform: Prepares images ``(B, 3, H, W)`` in [0, 1] for the backbone.
         needs_paths: Whether images without a path are an error.
         result_folders: Folders of earlier results, which are no input.
+        thumbnail: Makes a small picture of each image file, see :class:`~anomalib_musc.pool.reader.PoolReader`.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class PoolScorer:
         transform: Callable[[torch.Tensor], torch.Tensor] | None,
         needs_paths: bool,
         result_folders: Collection[Path] = (),
+        thumbnail: Callable[[torch.Tensor], bytes] | None = None,
     ) -> None:
         self._trainer = trainer
         self._model = model
@@ -78,6 +80,7 @@ class PoolScorer:
         self._transform = transform
         self._needs_paths = needs_paths
         self._result_folders = result_folders
+        self._thumbnail = thumbnail
         self._device = model.bank.class_tokens.device  # not the trainer's, which has moved the model away at its end
 
     def score(self, source: PoolSource, key: object) -> Pool:
@@ -98,6 +101,7 @@ class PoolScorer:
             white=white or None,
             needs_white=self._mode == "reference",
             needs_paths=self._needs_paths,
+            thumbnail=self._thumbnail,
         )
         self._check_before(source, can_skip)
         found = self._score_by_bank(reader, source) if self._mode == "reference" else self._score_pool(reader, source)
@@ -114,6 +118,7 @@ class PoolScorer:
             skipped=skipped,
             sizes=reader.sizes,
             high_bit_depth=frozenset(reader.high_bit_depth),
+            thumbnails=reader.thumbnails,
         )
 
     def extract_references(

@@ -85,8 +85,8 @@ class PoolSource:
         return isinstance(self._dataset, PredictDataset) and self._sampler is None
 
     def without(self, files: Collection[Path]) -> Any:
-        """Return the dataloader, or a new one that leaves files out."""
-        return without_files(self.loader, files) if files else self.loader
+        """Return the dataloader; of a folder for prediction a new one, without some files, that survives broken ones."""
+        return without_files(self.loader, files) if self.can_skip else self.loader
 
     def batches(self) -> Iterator[Any]:
         """Read batches, or lists of items, and beyond the limit until there are enough images to be compared."""

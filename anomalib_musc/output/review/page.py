@@ -8,14 +8,13 @@ import statistics
 from base64 import b64encode
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 from uuid import uuid4
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from anomalib_musc.output.files import atomic_write
 from anomalib_musc.output.review.pictures import MAX_GRID, picture_of, quantise, shrink
@@ -23,6 +22,7 @@ from anomalib_musc.output.review.records import Card, Review
 
 CARDS_PER_PAGE = 2000
 NUM_SIMILAR = 3
+SOURCE = Path(__file__).parent / "page"
 SCRIPTS = ("pool", "statistics", "drawing", "histogram", "cards", "detail", "summary", "exports", "keys")
 
 
@@ -90,15 +90,14 @@ def _numbered(path: Path, number: int) -> Path:
 
 def _write(target: Path, pool: dict[str, Any], slots: Sequence[_Slot], others: Iterator[tuple[int, str]]) -> None:
     environment = Environment(
-        loader=PackageLoader("anomalib_musc.output.review", "page"),
+        loader=FileSystemLoader(SOURCE),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    source = files("anomalib_musc.output.review").joinpath("page")
-    scripts = [source.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
-    style = source.joinpath("style.css").read_text(encoding="utf-8")
+    scripts = [(SOURCE / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    style = (SOURCE / "style.css").read_text(encoding="utf-8")
     template = environment.get_template("page.html.jinja")
     parts = template.generate(
         pool=pool, slots=slots, others=others, style=style, script="\n".join(scripts), nonce=uuid4().hex
@@ -119,6 +118,7 @@ def _pool(review: Review, cards: Sequence[Card]) -> dict[str, Any]:
         "argument": review.argument,
         "argumentScale": [float(value) for value in review.argument_scale],
         "regionFraction": float(review.region_fraction),
+        "pixelThreshold": review.pixel_threshold,
         "mapRange": [float(low), float(high)],
         "warnings": [_text(warning) for warning in review.warnings],
         "skipped": [[_text(path), _text(reason)] for path, reason in review.skipped.items()],

@@ -64,6 +64,11 @@ def encode_thumbnail(image: Image.Image | np.ndarray, side: int = SIDE, max_byte
         side = max(picture.size) * 3 // 4
 
 
+def thumbnail_of(image: torch.Tensor) -> bytes:
+    """Return the thumbnail of an image ``(3, H, W)`` in [0, 1]."""
+    return encode_thumbnail((image.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
 def picture_of(card: Card) -> Picture:
     """Return a card's image; its file is opened only where the card holds none."""
     if isinstance(card.image, bytes):

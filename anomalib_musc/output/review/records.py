@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from anomalib_musc.output.prediction_writer import Region
+    from anomalib_musc.output.regions import Region
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Review:
     """A pool that was predicted.
 
     An image is flagged where its score is above the threshold. The outline of a flagged image encloses what lies above
-    ``region_fraction`` times the maximum of its own map, at whatever threshold; other images have none.
+    ``region_fraction`` times the maximum of its own map, or above ``pixel_threshold``, at whatever threshold; other
+    images have none.
 
     Attributes:
         cards: The images, in any order.
@@ -59,6 +60,7 @@ class Review:
         argument: Command-line argument that sets the threshold; "": the page shows none to paste.
         argument_scale: ``(a, b)`` where that argument takes ``a * threshold + b``, for scores that were normalised.
         region_fraction: See above.
+        pixel_threshold: The value of the maps that the outline encloses instead, where it is given.
         map_range: The values at both ends of the heatmaps' colour scale, one for the pool. Defaults to the median and
             the maximum over all maps.
         warnings: What is to be known about the pool.
@@ -74,7 +76,8 @@ class Review:
     name: str
     argument: str = "--model.post_processor.image_threshold"
     argument_scale: tuple[float, float] = (1.0, 0.0)
-    region_fraction: float = 0.75
+    region_fraction: float = 0.8
+    pixel_threshold: float | None = None
     map_range: tuple[float, float] | None = None
     warnings: Sequence[str] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)

@@ -114,7 +114,8 @@ function outline({ rows, columns, values }, level, width, height) {
 function drawOutline(svg, rank, isShown = true) {
   const [width, height] = numbersOf(slotOf(rank), "size");
   const map = mapOf(rank);
-  const path = isShown && isFlagged(rank) ? outline(map, pool.regionFraction * map.high, width, height) : "";
+  const level = pool.pixelThreshold ?? pool.regionFraction * map.high;
+  const path = isShown && isFlagged(rank) ? outline(map, level, width, height) : "";
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
   for (const line of svg.children) line.setAttribute("d", path);
 }
