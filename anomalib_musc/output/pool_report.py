@@ -18,7 +18,7 @@ from anomalib_musc.post_processor import RsCINPostProcessor
 
 _NUM_SIMILAR = 3
 _ROWS = 1024  # of the matrix of similarities at once
-_ARGUMENT = "--model.post_processor.image_threshold"
+_ARGUMENT = "--model.post_processor anomalib_musc.RsCINPostProcessor --model.post_processor.image_threshold"
 
 
 def report_of_pools(

@@ -26,7 +26,7 @@ from anomalib_musc.output.review import review_of, write_review
 from anomalib_musc.output.summary import summary
 from anomalib_musc.output.table import write_json, write_table
 from anomalib_musc.output.visualizer import FolderVisualizer
-from anomalib_musc.pool.loaders import image_paths
+from anomalib_musc.pool.loaders import common_folder, image_paths
 
 HeatmapFormat = Literal["png", "npy"]
 _MAX_GRID = 64  # of the maps that the page holds
@@ -178,7 +178,7 @@ def check_prediction_writer(prediction_writer: object) -> None:
 
 
 def result_folders(trainer: Trainer) -> set[Path]:
-    """Return the folders in which a trainer's callbacks put pictures, which are no images of a product."""
+    """Return the folders in which a trainer's callbacks put pictures, and nothing else, which are no products."""
     results = Path(trainer.default_root_dir)
     folders = {results / "images", results / "heatmaps"}
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # which Lightning sets unseen by mypy
@@ -187,7 +187,9 @@ def result_folders(trainer: Trainer) -> set[Path]:
             folders |= {callback.output_dir / "heatmaps", *callback.output_dir.glob("v*/heatmaps")}
         elif isinstance(callback, (ImageVisualizer, FolderVisualizer)) and callback.output_dir is not None:
             folders.add(Path(callback.output_dir))
-    return {folder.resolve() for folder in folders}
+    root = common_folder([path.resolve() for path in image_paths(trainer.predict_dataloaders)])
+    above = set() if root is None else {root, *root.parents}
+    return {folder.resolve() for folder in folders} - above
 
 
 def writes_review(trainer: Trainer) -> bool:

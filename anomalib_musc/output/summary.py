@@ -38,7 +38,8 @@ def summary(predictions: Sequence[Prediction], report: PoolReport, files: Sequen
     lines += [f"Warning: {warning}" for warning in report.warnings]
     troubled = [prediction for prediction in predictions if prediction.notes]
     if troubled:
-        lines.append(f"Warning: {len(troubled)} images have a note in the table, such as: {troubled[0].notes[0]}")
+        have = "image has" if len(troubled) == 1 else "images have"
+        lines.append(f"Warning: {len(troubled)} {have} a note in the table, such as: {troubled[0].notes[0]}")
     return "\n".join([*lines, f"Written: {', '.join(str(file) for file in files)}"])
 
 

@@ -65,7 +65,7 @@ class FolderVisualizer(Visualizer):
                 picture = _draw(item, has_high_bit_depth=path in high_bit_depth)
                 suffix = "" if Path(path).suffix.lower() in _FORMATS else ".png"
                 with atomic_write(place := self._places.place(path, suffix)) as part:
-                    picture.save(part)
+                    picture.save(part, compress_level=1)  # of PNG; a third of the time
             except Exception as error:  # Pillow's decoders raise whatever they like on broken files
                 self.failures[path] = f"no picture: {error}"
             else:

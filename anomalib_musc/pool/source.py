@@ -85,7 +85,7 @@ class PoolSource:
         return isinstance(self._dataset, PredictDataset) and self._sampler is None
 
     def without(self, files: Collection[Path]) -> Any:
-        """Return the dataloader; of a folder for prediction a new one, without some files, that survives broken ones."""
+        """Return the dataloader; of a folder for prediction a new one, without files, that survives broken ones."""
         return without_files(self.loader, files) if self.can_skip else self.loader
 
     def batches(self) -> Iterator[Any]:
