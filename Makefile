@@ -18,7 +18,7 @@ demo: environment
 	$(BIN)/anomalib predict --model MuSc $(OFFLINE) --data $(SAMPLE)/fabric/test
 	@echo; echo "Heatmaps:"; \
 	for run in MVTecAD/fabric/latest MVTecAD/gear/latest latest; do echo "  results/MuSc/$$run/images/"; done; \
-	echo "Table: results/MuSc/latest/predictions.csv"
+	echo "Table: results/MuSc/latest/predictions.csv"; echo "Page:  results/MuSc/latest/review.html"
 
 # Linter, types and the rooms' contracts.
 lint: environment
