@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decisions without labels: ``python benchmarks/decisions.py ROOT CATEGORY [--backbone NAME]``.
+"""Decisions without labels: ``python benchmarks/decisions.py ROOT CATEGORY [--backbone NAME] [--image_size N]``.
 
 Pools with 0 to 50 % defects are drawn from the test images of a product in MVTec AD's layout, and scored. For several
 rules: the share of good images that are flagged in good pools, and F1 of images over the best F1 of any threshold; and
@@ -23,10 +23,10 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 DRAWS = 20
 
 
-def extract(root: str, category: str, backbone: Any) -> tuple[MuScModel, dict[str, Any]]:
+def extract(root: str, category: str, backbone: Any, image_size: int | None) -> tuple[MuScModel, dict[str, Any]]:
     """Return the model, and distances, class tokens, labels and masks ``(N, H, W)`` of the test images."""
     torch.manual_seed(0)
-    model = MuSc(backbone, visualizer=False)
+    model = MuSc(backbone, image_size=image_size, visualizer=False)
     data = MVTecAD(root=root, category=category, num_workers=0, eval_batch_size=1)
     data.setup()
     maps, tokens, labels, masks = [], [], [], []
@@ -155,14 +155,15 @@ def main() -> None:
     parser.add_argument("category")
     parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
     parser.add_argument("--weights", help="file that this class takes")
+    parser.add_argument("--image_size", type=int, help="in place of the network's own")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     backbone = choose_backbone(arguments.backbone, arguments.weights)
-    found = shares(*extract(arguments.root, arguments.category, backbone))
+    found = shares(*extract(arguments.root, arguments.category, backbone, arguments.image_size))
     print_table(found)
     if arguments.json:
         known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        name = f"{arguments.category}, {arguments.backbone.split(':')[-1]}"
+        name = f"{arguments.category}, {arguments.backbone.split(':')[-1]}, {arguments.image_size or 'own size'}"
         arguments.json.write_text(json.dumps({**known, name: {"draws": DRAWS, **found}}, indent=2) + "\n")
 
 

@@ -81,27 +81,14 @@ def test_cookies(tmp_path):
 
 
 @needs_lite2
-@pytest.mark.parametrize(
-    ("root", "category", "expected"), [("textile", "textile", (0.54, 0.57)), ("cookies", "cookie", (0.84, 0.90))]
-)
-def test_efficientnet_lite2(root, category, expected):
-    paths = sorted((SHARED / "data" / root / category / "test").rglob("*.*"))
+def test_efficientnet_lite2():
+    paths = sorted((SHARED / "data/cookies/cookie/test").rglob("*.*"))
     model = MuScModel("efficientnet-lite2")
     transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
     features = [model.extract(transform(read_image(path, as_tensor=True)[None])) for path in paths]
     maps = [torch.cat(layer) for layer in zip(*(found for found, _ in features), strict=True)]
     raw_scores = model.anomaly_maps(model.score(maps)).amax(dim=(1, 2, 3))
     labels = [path.parent.name != "good" for path in paths]
-    assert roc_auc_score(labels, raw_scores) == pytest.approx(expected[0], abs=0.01)
+    assert roc_auc_score(labels, raw_scores) == pytest.approx(0.84, abs=0.01)
     rescored = rscin(raw_scores, torch.cat([tokens for _, tokens in features]))
-    assert roc_auc_score(labels, rescored) == pytest.approx(expected[1], abs=0.01)
-
-
-@needs_mobilenet
-def test_magnetic_tile(tmp_path):
-    metrics = measure("magnetic_tile", "tile", tmp_path, "fast")
-    assert metrics["raw_AUROC"] == pytest.approx(0.797, abs=0.02)
-    assert metrics["image_AUROC"] == pytest.approx(0.773, abs=0.02)
-    assert metrics["image_AveragePrecision"] == pytest.approx(0.754, abs=0.02)
-    assert metrics["pixel_AUROC"] == pytest.approx(0.736, abs=0.02)
-    assert metrics["pixel_AveragePrecision"] == pytest.approx(0.240, abs=0.02)
+    assert roc_auc_score(labels, rescored) == pytest.approx(0.90, abs=0.01)
