@@ -21,7 +21,8 @@ from anomalib.pipelines.components import Job
 from anomalib.utils.logging import redirect_logs
 from lightning import seed_everything
 
-from anomalib_musc.benchmark.config import Cell, identify_files, instantiate, instantiate_backbone
+from anomalib_musc.benchmark.arguments import instantiate_backbone
+from anomalib_musc.benchmark.config import Cell, identify_files, instantiate
 from anomalib_musc.benchmark.recorder import Recorder, image_metrics
 from anomalib_musc.benchmark.records import Predictions, Record, Store
 from anomalib_musc.benchmark.resources import PeakMemory, describe, timed, versions

@@ -33,7 +33,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +41,19 @@ from anomalib.data import AnomalibDataModule
 from anomalib.models import AnomalibModule, WinClip
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from anomalib.utils.config import flatten_dict
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from torch import nn
 
 import anomalib_musc.zoo  # noqa: F401  # so that models are found by their bare names
+from anomalib_musc.benchmark.arguments import (
+    backbone_parser,
+    built,
+    checked_arguments,
+    checked_keys,
+    checked_text,
+    filled_in,
+)
 from anomalib_musc.benchmark.published import check_category, published_dataset, published_setting
 from anomalib_musc.benchmark.summary import MEAN, with_rscin
 from anomalib_musc.benchmark.winclip import correct_windows
@@ -116,10 +122,10 @@ def read_config(path: Path, output: Path | None = None) -> BenchmarkConfig:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         msg = f"--config {path} cannot be read: {error}"
         raise ValueError(msg) from error
-    content = _checked(content, _KEYS, {"benchmark"}, str(path))
-    grid = _checked(content["benchmark"], _CELL_KEYS, {"model", "data"}, f"{path}: benchmark")
-    title = _text(content.get("title", path.stem), f"{path}: title")
-    folder = output or Path(_text(content.get("output", f"results/benchmark/{path.stem}"), f"{path}: output"))
+    content = checked_keys(content, _KEYS, {"benchmark"}, str(path))
+    grid = checked_keys(content["benchmark"], _CELL_KEYS, {"model", "data"}, f"{path}: benchmark")
+    title = checked_text(content.get("title", path.stem), f"{path}: title")
+    folder = output or Path(checked_text(content.get("output", f"results/benchmark/{path.stem}"), f"{path}: output"))
     accelerator = _accelerator(content.get("accelerator", "auto"), f"{path}: accelerator")
     cells = [_cell(combination, accelerator, f"{path}: benchmark") for combination in _combinations(grid)]
     _check_names(cells, path)
@@ -128,18 +134,10 @@ def read_config(path: Path, output: Path | None = None) -> BenchmarkConfig:
 
 def instantiate(cell: Cell) -> tuple[AnomalibModule, AnomalibDataModule]:
     """Build the model and the datamodule of a cell."""
-    model: AnomalibModule = _built(AnomalibModule, cell.model)
+    model: AnomalibModule = built(AnomalibModule, cell.model)
     if isinstance(model, WinClip):
         correct_windows(model)
-    return model, _built(AnomalibDataModule, cell.data)
-
-
-def instantiate_backbone(value: str | dict[str, Any]) -> str | nn.Module:
-    """Build a backbone that is given by ``class_path``; a name stays one."""
-    parser = _backbone_parser()
-    built: Any = parser.instantiate_classes(parser.parse_object({"backbone": value}))
-    backbone: str | nn.Module = built.backbone
-    return backbone
+    return model, built(AnomalibDataModule, cell.data)
 
 
 def _combinations(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -152,9 +150,9 @@ def _combinations(grid: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
-    combination = _checked(combination, _CELL_KEYS, {"model", "data"}, where)
-    model = dict(_checked(combination["model"], _MODEL_KEYS, {"class_path"}, f"{where}.model"))
-    data = dict(_checked(combination["data"], _DATA_KEYS, {"class_path"}, f"{where}.data"))
+    combination = checked_keys(combination, _CELL_KEYS, {"model", "data"}, where)
+    model = dict(checked_keys(combination["model"], _MODEL_KEYS, {"class_path"}, f"{where}.model"))
+    data = dict(checked_keys(combination["data"], _DATA_KEYS, {"class_path"}, f"{where}.data"))
     seed = combination.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**32:
         msg = f"{where}.seed must be a whole number from 0 to 2**32 - 1, got {seed!r}."
@@ -166,10 +164,10 @@ def _cell(combination: dict[str, Any], accelerator: str, where: str) -> Cell:
     dataset = data.pop("name", None)
     # The recorder measures, and nobody looks at a thousand pictures.
     model["init_args"] = {**model["init_args"], "evaluator": False, "visualizer": False}
-    full = {"model": _filled(AnomalibModule, model, f"{where}.model: {name}")}
-    full["data"] = _filled(AnomalibDataModule, data, f"{where}.data")
+    full = {"model": filled_in(AnomalibModule, model, f"{where}.model: {name}")}
+    full["data"] = filled_in(AnomalibDataModule, data, f"{where}.data")
     found, category = _names(full["data"], f"{where}.data")
-    dataset = found if dataset is None else _text(dataset, f"{where}.data: name")
+    dataset = found if dataset is None else checked_text(dataset, f"{where}.data: name")
     given = {"accelerator": accelerator, "name": name, "seed": seed, "rscin": rscin, "engine": engine, **full}
     files = identify_files([full, rscin, engine])
     digest = hashlib.sha256(json.dumps([given, files], sort_keys=True).encode()).hexdigest()[:8]
@@ -193,9 +191,9 @@ def identify_files(value: Any) -> list[tuple[str, int, int]]:
 
 def _model_name(model: dict[str, Any], where: str) -> str:
     """Take the name out of a model, its class where it has none, and fill in its arguments."""
-    class_path = _text(model["class_path"], f"{where}.model: class_path")
-    model["init_args"] = _arguments(model.get("init_args") or {}, f"{where}.model: init_args of {class_path}")
-    template = _text(
+    class_path = checked_text(model["class_path"], f"{where}.model: class_path")
+    model["init_args"] = checked_arguments(model.get("init_args") or {}, f"{where}.model: init_args of {class_path}")
+    template = checked_text(
         model.pop("name", class_path.split(".")[-1]), f"{where}.model: name (in quotes where it has braces)"
     )
     return re.sub(r"{(\w+)}", lambda match: str(model["init_args"].get(match[1], match[0])), template)
@@ -203,11 +201,11 @@ def _model_name(model: dict[str, Any], where: str) -> str:
 
 def _rscin(given: dict[str, Any], where: str) -> dict[str, Any]:
     """Fill in the defaults of a second row and check it."""
-    rscin = _checked(given, _RSCIN_KEYS, {"backbone"}, where)
+    rscin = checked_keys(given, _RSCIN_KEYS, {"backbone"}, where)
     rscin = {"pretrained": True, "image_size": None, "windows": [1, 2, 3], **rscin}
     try:
         check_windows(rscin["windows"])
-        _backbone_parser().parse_object({"backbone": rscin["backbone"]})
+        backbone_parser().parse_object({"backbone": rscin["backbone"]})
     except (ArgumentError, ValueError) as error:
         msg = f"{where}: {error}"
         raise ValueError(msg) from error
@@ -216,7 +214,7 @@ def _rscin(given: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _engine(given: Any, where: str) -> dict[str, Any]:
     """Check the names of Engine's arguments."""
-    engine = _arguments(given, where)
+    engine = checked_arguments(given, where)
     known = set(inspect.signature(Trainer).parameters) - _SET_BY_CELL
     if wrong := sorted(engine.keys() - known):
         msg = f"{where} has {', '.join(wrong)}, which no benchmark takes; it may have {', '.join(sorted(known))}."
@@ -251,67 +249,6 @@ def _accelerator(value: Any, where: str) -> str:
         msg = f"{where} must be one of {', '.join(known)}, got {value!r}."
         raise ValueError(msg)
     return str(value)
-
-
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value:
-        msg = f"{where} must be a text, got {value!r}."
-        raise ValueError(msg)
-    return value
-
-
-def _arguments(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        msg = f"{where} must be a mapping of arguments, got {value!r}."
-        raise ValueError(msg)
-    return value
-
-
-def _filled(kind: type, given: dict[str, Any], where: str) -> dict[str, Any]:
-    """Check the arguments of a class and fill in its defaults."""
-    try:
-        filled: dict[str, Any] = json.loads(_parsed(kind, json.dumps(given)))
-    except (ArgumentError, TypeError) as error:
-        msg = f"{where}: {error}"
-        raise ValueError(msg) from error
-    return filled
-
-
-@cache
-def _parsed(kind: type, given: str) -> str:
-    parser = _parser(kind)
-    parsed = parser.parse_object({"it": json.loads(given)})
-    return json.dumps(json.loads(parser.dump(parsed, format="json", skip_none=False))["it"])
-
-
-def _built(kind: type, filled: dict[str, Any]) -> Any:
-    parser = _parser(kind)
-    built: Any = parser.instantiate_classes(parser.parse_object({"it": filled}))
-    return built.it
-
-
-@cache
-def _parser(kind: type) -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(kind, "it", required=True)
-    return parser
-
-
-@cache
-def _backbone_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--backbone", type=str | nn.Module, required=True)
-    return parser
-
-
-def _checked(value: Any, known: set[str], needed: set[str], where: str) -> dict[str, Any]:
-    if isinstance(value, Namespace):
-        value = value.as_dict()
-    if not isinstance(value, dict) or not needed <= value.keys() or not value.keys() <= known:
-        keys = sorted(map(str, value)) if isinstance(value, dict) else repr(value)
-        msg = f"{where} must have the keys {sorted(needed)}, and may have {sorted(known - needed)}; got {keys}."
-        raise ValueError(msg)
-    return value
 
 
 def _check_names(cells: list[Cell], path: Path) -> None:

@@ -28,7 +28,7 @@ def test_it_is_the_sentence():
 
 def test_of_normal_scores_one_in_a_hundred_is_flagged():
     pools = np.random.default_rng(0).normal(0.5, 0.01, (20, 1000))
-    assert np.mean([flagged(pool) for pool in pools]) == pytest.approx(0.0103, abs=0.003)  # beyond 2.32 standard deviations
+    assert np.mean([flagged(pool) for pool in pools]) == pytest.approx(0.0103, abs=0.003)  # beyond 2.32 deviations
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5])
