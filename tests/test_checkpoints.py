@@ -85,7 +85,7 @@ def test_the_checkpoint_knows_the_size_of_a_network_whose_default_may_change(tmp
     assert tuple(saved["image_size"]) == model.model.image_size
 
 
-def test_the_checkpoint_says_who_judges(checkpoint, folder, make_engine):
+def test_the_checkpoint_says_what_images_are_compared_with(checkpoint, folder, make_engine):
     expected = by_path(make_engine().predict(MuSc.load_from_checkpoint(checkpoint), data_path=folder))
     model = MuSc(**TINY)
     assert_same(by_path(make_engine().predict(model, data_path=folder, ckpt_path=checkpoint)), expected)

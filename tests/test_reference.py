@@ -74,7 +74,7 @@ def test_reference_scores_of_what_makes_no_sense(arguments, message):
         reference_scores(*arguments)
 
 
-def test_one_reference_cannot_judge_its_own_copy():
+def test_one_reference_is_not_compared_with_its_own_copy():
     with pytest.raises(ValueError, match="at least 2 images, as each image's own copy is left out, got 1"):
         reference_scores(torch.zeros(1, 4, 8), torch.zeros(1, 4, 8), own_copies=torch.tensor([0]))
 
@@ -253,7 +253,7 @@ def test_without_labels_the_bank_decides(tmp_path, mvtec_root, make_engine):
     assert sum(label for path, label in labels.items() if "good" in path) <= 2
 
 
-def test_judges_of_both_kinds_are_the_pools_union(mvtec_root, folder, make_engine):
+def test_both_compares_with_the_union_of_bank_and_pool(mvtec_root, folder, make_engine):
     model = MuSc(OwnBackbone(), mode="both", references=mvtec_root / "widget/train")
     make_engine().predict(model, data_path=folder)
     (pool,) = model.pools

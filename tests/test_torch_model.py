@@ -20,7 +20,7 @@ def images() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("degrees", "interval"), [((1,), (0.0, 0.3)), ((1, 3, 5), (0.1, 3))])
-def test_a_batch_judges_itself_as_the_equations_say(images, degrees, interval):
+def test_a_batch_is_scored_as_the_equations_say(images, degrees, interval):
     prediction = MuScModel(OwnBackbone(), aggregation_degrees=degrees, interval=interval)(images)
     with torch.no_grad():
         maps, class_tokens = OwnBackbone()(images)
@@ -71,7 +71,7 @@ def test_subsets_are_never_too_small(caplog):
     assert [len(subset) for subset in model.subsets(torch.randn(3, 8))] == [3]
 
 
-def test_each_subset_judges_itself():
+def test_subsets_are_scored_by_themselves():
     images = torch.randn(12, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(2))
     model = MuScModel(OwnBackbone(), num_subsets=2)
     together = model(images)

@@ -41,8 +41,8 @@ def scores_of_each_other(patches: torch.Tensor) -> torch.Tensor:
     pools, images, length, _ = patches.shape
     distances = image_distances(patches.flatten(1, 2), patches).view(pools, images, length, images)
     itself = torch.eye(images, dtype=torch.bool, device=patches.device)[None, :, None]
-    judges = max(int(SHARE * (images - 1)), 1)
-    return distances.masked_fill(itself, torch.inf).topk(judges, largest=False).values.mean(dim=-1)
+    nearest = max(int(SHARE * (images - 1)), 1)
+    return distances.masked_fill(itself, torch.inf).topk(nearest, largest=False).values.mean(dim=-1)
 
 
 def outranked(above: torch.Tensor, below: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:

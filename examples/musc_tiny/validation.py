@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judge weights of ``musc-tiny`` on products that no training has drawn.
+"""Evaluate weights of ``musc-tiny`` on products that no training has drawn.
 
     python examples/musc_tiny/validation.py package random --datasets datasets/sample
 
@@ -87,7 +87,7 @@ def models(weights: str, size: int = IMAGE_SIZE[0]) -> list[MuScModel]:
 
 
 @torch.no_grad()
-def judge(model: MuScModel, pool: Labelled) -> tuple[float, float, float]:
+def evaluate(model: MuScModel, pool: Labelled) -> tuple[float, float, float]:
     """AUROC of images by the maximum of their maps, of images after RsCIN, and of pixels."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (model.mean, model.std))
     feature_maps, class_tokens = model.extract((pool.images - mean) / std)
@@ -109,13 +109,13 @@ def main() -> None:
     arguments = parser.parse_args()
     size = arguments.image_size
     try:
-        judges = {weights: models(weights, size) for weights in arguments.weights}
+        candidates = {weights: models(weights, size) for weights in arguments.weights}
         products = [product for root in arguments.datasets for product in dataset_products(root, size)]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     pools = [*drawn_products(size), *products]
-    for weights, networks in judges.items():
-        rows = np.array([[judge(model, pool) for model in networks] for pool in tqdm(pools, weights)])
+    for weights, networks in candidates.items():
+        rows = np.array([[evaluate(model, pool) for model in networks] for pool in tqdm(pools, weights)])
         print(f"\n{weights}\n| product | image, maximum | image, RsCIN | pixel |\n|---|---|---|---|")
         names = [*(pool.name for pool in pools), "mean of the drawn", "mean of all"]
         means = [rows[:PRODUCTS].mean(axis=0), rows.mean(axis=0)]

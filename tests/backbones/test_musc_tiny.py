@@ -17,7 +17,7 @@ from PIL import Image
 from pools import UNSEEN, draw_material, draw_pool
 from runs import datamodule
 from safetensors.torch import load_file, save_file
-from validation import Labelled, dataset_products, judge, models
+from validation import Labelled, dataset_products, evaluate, models
 
 from anomalib_musc import MuSc
 from anomalib_musc.backbones import WeightsMismatchError, create_backbone
@@ -123,7 +123,7 @@ def test_learned_features_find_what_random_ones_miss():
     masks = [torch.from_numpy(pool.masks) > 0 for pool in pools]
     labelled = [Labelled("", *pair) for pair in zip(images, masks, strict=True) if pair[1].any()]
     learned, *random = (
-        np.mean([judge(model, pool) for pool in labelled], axis=0)
+        np.mean([evaluate(model, pool) for pool in labelled], axis=0)
         for weights in ("package", "random")
         for model in models(weights, 128)
     )
@@ -136,6 +136,6 @@ def test_photographs(root, image, pixel):
     """Of the tiles every second one, for time."""
     (pool,) = dataset_products(SHARED / "data" / root, IMAGE_SIZE[0])
     step = 2 if root == "magnetic_tile" else 1
-    (learned,) = (judge(model, Labelled(root, pool.images[::step], pool.masks[::step])) for model in models("package"))
+    (learned,) = (evaluate(model, Labelled(root, pool.images[::step], pool.masks[::step])) for model in models("package"))
     assert learned[1] > image
     assert learned[2] > pixel

@@ -112,7 +112,7 @@ def test_six_images_are_no_small_pool(folder, own_backbone, make_engine, recwarn
     assert not [warning for warning in recwarn if "is small" in str(warning.message)]
 
 
-def test_references_judge_few_images_besides(tmp_path, own_backbone, make_engine):
+def test_few_images_are_compared_with_references_too(tmp_path, own_backbone, make_engine):
     write_products(tmp_path / "one", range(1))
     write_products(tmp_path / "references", range(60, 63))
     model = MuSc(own_backbone, mode="both", references=tmp_path / "references")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grey images of more than 8 bits: one scale for a pool, and a bank's for all that it judges."""
+"""Grey images of more than 8 bits: one scale for a pool, and a bank's for all that is compared with it."""
 
 from pathlib import Path
 
@@ -73,8 +73,8 @@ def test_a_bank_decides_what_is_white(tmp_path, make_engine):
     together = by_path(engine.predict(model, data_path=tmp_path / "line"))
     engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
     restored = MuSc.load_from_checkpoint(tmp_path / "model.ckpt", backbone=OwnBackbone())
-    for judge in (model, restored):
-        alone = by_path(make_engine().predict(judge, data_path=tmp_path / "line/x/11.png"))
+    for scorer in (model, restored):
+        alone = by_path(make_engine().predict(scorer, data_path=tmp_path / "line/x/11.png"))
         (path,) = alone
         assert_same(alone, {path: together[path]})
         assert alone[path][0] < 1
