@@ -271,7 +271,7 @@ def test_fast_dev_run(mvtec_root, folder, own_backbone, make_engine):
     engine = make_engine(fast_dev_run=True, callbacks=[recorder])
     engine.test(MuSc(own_backbone), datamodule=datamodule(mvtec_root, eval_batch_size=4))
     assert len(by_path(recorder.batches)) == own_backbone.num_images == 4
-    (batch,) = make_engine(fast_dev_run=True).predict(MuSc(own_backbone), data_path=folder)  # one image more than asked for
+    (batch,) = make_engine(fast_dev_run=True).predict(MuSc(own_backbone), data_path=folder)
     assert len(batch.image_path) == 1
 
 

@@ -136,6 +136,7 @@ def test_photographs(root, image, pixel):
     """Of the tiles every second one, for time."""
     (pool,) = dataset_products(SHARED / "data" / root, IMAGE_SIZE[0])
     step = 2 if root == "magnetic_tile" else 1
-    (learned,) = (evaluate(model, Labelled(root, pool.images[::step], pool.masks[::step])) for model in models("package"))
+    labelled = Labelled(root, pool.images[::step], pool.masks[::step])
+    (learned,) = (evaluate(model, labelled) for model in models("package"))
     assert learned[1] > image
     assert learned[2] > pixel

@@ -31,7 +31,7 @@ function midway(lower, upper) {
 }
 
 // Images marked good or defect, by descending score.
-function judged() {
+function surelyMarked() {
   return Object.entries(state.marks)
     .filter(([, mark]) => mark !== "unsure")
     .map(([rank, mark]) => ({ rank: Number(rank), score: pool.scores[rank], isDefect: mark === "defect" }))

@@ -44,7 +44,7 @@
   }
 
   function fit() {
-    const images = judged();
+    const images = surelyMarked();
     const missing = ENOUGH_MARKS - images.length;
     const best = bestThreshold(images);
     if (missing > 0)
