@@ -236,7 +236,7 @@ def _fetch(name: str, tag: str) -> Path:
         hub = config.get("hf_hub", "")
         repository, _, file = hub.rpartition("/")
         source = f"{file or 'open_clip_model.safetensors'} of the Hugging Face repository {repository}" if hub else ""
-        raise WeightsUnavailableError(name, tag, [source, config.get("url", "")]) from error
+        raise WeightsUnavailableError(name, tag, [source, config.get("url", "")], f"{tag}:/path/to/file") from error
 
 
 def _load(tower: Any, path: Path, name: str) -> None:

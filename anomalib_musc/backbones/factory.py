@@ -3,24 +3,24 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import open_clip
 import timm
 import torch
 
 from anomalib_musc.backbones.base import Activation, Backbone
-from anomalib_musc.backbones.clip import create_clip_backbone, no_choice_of_activation
+from anomalib_musc.backbones.clip import create_clip_backbone, no_choice_of_activation, uses_quick_gelu
 from anomalib_musc.backbones.efficientnet import create_efficientnet_backbone
+from anomalib_musc.backbones.near_misses import unknown_name
 from anomalib_musc.backbones.timm import create_timm_backbone
 from anomalib_musc.backbones.tiny import NAME as TINY
 from anomalib_musc.backbones.tiny import create_tiny_backbone
-from anomalib_musc.backbones.weights import LITE2, are_to_come, looks_like_path
+from anomalib_musc.backbones.weights import LITE2, WeightsUnavailableError, are_to_come, looks_like_path
 
 
 class Alias(NamedTuple):
@@ -69,6 +69,8 @@ _PREFIX = re.compile(r"^(?:hf[-_]hub:)?timm/(?=.)", re.IGNORECASE)
 
 _WITHOUT_A_HUB = {TINY: create_tiny_backbone, LITE2: create_efficientnet_backbone}
 
+_TAG_AND_FILE = re.compile(r"(?P<tag>\w[\w.-]+):(?P<file>.+)")  # longer than the letter of a drive
+
 # What the code of DINO and DINOv2 adds to a new grid of their position embedding before it computes the scale.
 _DINO_OFFSET = 0.1
 
@@ -100,8 +102,8 @@ def create_backbone(
             otherwise timm's default tag or the first one that open_clip lists. A tag. A local file, of a grid of its
             own if need be (``.safetensors``, a PyTorch checkpoint, or OpenAI's TorchScript archives): it is taken for
             weights of the default tag under the official release's names; under others its activation is the
-            architecture's own (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU).
-            ``False`` for random weights, the same ones each time.
+            architecture's own (give open_clip's ``-quickgelu`` name for weights trained with QuickGELU). ``TAG:FILE``
+            for a file with the weights of another tag. ``False`` for random weights, the same ones each time.
         image_size: Height and width of the images, or one side of a square; multiples of the patch size. ``None``
             for the official release's sizes for its names, otherwise the size that the weights were made for.
         layers: Transformer blocks, or stages of other networks, to return, counted from 0. ``None`` for the ends of
@@ -152,18 +154,23 @@ def create_backbone(
     elif name in open_clip.list_models():
         create, has_choice = partial(create_clip_backbone, activation=activation), True
     else:
-        raise ValueError(_unknown(name))
+        raise ValueError(unknown_name(name, {*_WITHOUT_A_HUB, *ALIASES}))
     if activation is not None and not has_choice:
         raise no_choice_of_activation(asked, activation)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return create(name, tag=tag, weights=weights, image_size=image_size, layers=layers)
+        try:
+            return create(name, tag=tag, weights=weights, image_size=image_size, layers=layers)
+        except WeightsUnavailableError as error:
+            raise error.of(asked) from error
 
 
 def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str | None]:
     """A file, or whether to fetch weights at all; and the tag if one was named."""
     if isinstance(pretrained, bool):
         return pretrained, None
+    if isinstance(pretrained, str) and (found := _TAG_AND_FILE.fullmatch(pretrained)):
+        return _resolve_pretrained(Path(found["file"]))[0], found["tag"]
     if isinstance(pretrained, str) and pretrained and not looks_like_path(pretrained):
         return True, pretrained
     if are_to_come():
@@ -191,29 +198,19 @@ def _without_prefix(name: str) -> str:
     return name if rest in ALIASES or rest in _WITHOUT_A_HUB else rest  # those are names of no repository
 
 
-def _unknown(name: str) -> str:
-    """Say which known names are like this one, or the end of this path, whatever its case and separators."""
-    ours = {*_WITHOUT_A_HUB, *ALIASES}
-    known = {*ours, *timm.list_models(), *open_clip.list_models()}
+def trained_activation(name: str, pretrained: bool | str | Path) -> Literal["GELU", "QuickGELU"] | None:
+    """Return the activation that the weights of a backbone were trained with, ``None`` where it is no CLIP.
 
-    def order(other: str) -> tuple[bool, float, str]:
-        return other not in ours, -difflib.SequenceMatcher(None, name, other).ratio(), other
-
-    by_letters: dict[str, list[str]] = {}
-    for other in sorted(known, key=order):
-        by_letters.setdefault(_letters(other), []).append(other)
-    whole, end = _letters(name), _letters(name.rpartition("/")[2])
-    close = difflib.get_close_matches(whole, by_letters, n=4) or difflib.get_close_matches(end, by_letters, n=4)
-    names = [other for letters in close for other in by_letters[letters]][:5]
-    meant = f"did you mean {names[0]!r}? Close matches: {names}" if names else "no name is like it"
-    return (
-        f"backbone {name!r} is not known; {meant}. All names: musc-tiny, efficientnet-lite2, "
-        "anomalib_musc.backbones.ALIASES, timm.list_models() and open_clip.list_models(). "
-        "Your own module is passed as an object, in a configuration as class_path and init_args"
-    )
-
-
-def _letters(name: str) -> str:
-    """Letters and figures in lower case, with one spelling of sizes: ``vit-base``, ``base`` and ``vitb`` are one."""
-    letters = "".join(character for character in name.lower() if character.isalnum())
-    return re.sub("(?:vit)?(small|base|large|giant|huge)", lambda size: f"vit{size[1][0]}", letters)
+    Args:
+        name: As for :func:`create_backbone`.
+        pretrained: Likewise; ``True``, ``False`` and a file stand for the name's default tag.
+    """
+    alias = ALIASES.get(name)
+    model = name if alias is None else alias.model
+    if model not in open_clip.list_models():
+        return None
+    tag = None if alias is None else alias.tag
+    if isinstance(pretrained, str):
+        named = _TAG_AND_FILE.fullmatch(pretrained)
+        tag = named["tag"] if named else (tag if looks_like_path(pretrained) else pretrained)
+    return "QuickGELU" if uses_quick_gelu(model, tag) else "GELU"

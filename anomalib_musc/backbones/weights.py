@@ -23,15 +23,20 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 class WeightsUnavailableError(RuntimeError):
     """Pretrained weights could not be fetched; the message says what to download and how to pass it."""
 
-    def __init__(self, name: str, tag: str, sources: list[str]) -> None:
-        """Name the weights and their sources."""
+    def __init__(self, name: str, tag: str, sources: list[str], argument: str = "/path/to/file") -> None:
+        """Name the weights, their sources, and what ``pretrained`` takes once they were downloaded."""
+        self._rest = tag, sources, argument
         readable = [source for source in sources if source and not source.endswith((".npz", ".npy"))]
         places = " or ".join(readable) or "no known location"
         super().__init__(
             f"the weights {tag!r} of the backbone {name!r} could not be fetched. Download them from {places} "
-            f"and pass the file: pretrained='/path/to/file'. Or take a network that needs no hub: {_without_a_hub()}. "
+            f"and pass the file: pretrained={argument!r}. Or take a network that needs no hub: {_without_a_hub()}. "
             f"(HF_HUB_OFFLINE=1 in the environment keeps the hub's client from retrying when there is no network.)"
         )
+
+    def of(self, name: str) -> WeightsUnavailableError:
+        """Return the same error under the name that a user gave."""
+        return WeightsUnavailableError(name, *self._rest)
 
 
 def _without_a_hub() -> str:

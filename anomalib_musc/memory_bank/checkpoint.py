@@ -2,12 +2,13 @@
 """Whether a checkpoint or an export suits a model: its network, its mode, its bank."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from anomalib_musc.backbones.clip import ClipBackbone
+from anomalib_musc.backbones.factory import trained_activation
 from anomalib_musc.memory_bank.bank import ReferenceBank
 
 
@@ -50,16 +51,25 @@ def take_activation(checkpoint: Mapping[str, Any], backbone: nn.Module, argument
     """
     if not isinstance(backbone, ClipBackbone):
         return
-    saved = checkpoint.get("activation", backbone.trained_with)
+    saved: Literal["GELU", "QuickGELU"]
+    saved = checkpoint.get("activation") or _activation_of_old(checkpoint) or backbone.trained_with
     is_told = arguments is None or arguments.get("activation") is not None
     if is_told and saved != backbone.activation:
         wanted = "weights" if saved == backbone.trained_with else "official"
         msg = (
-            f"The checkpoint's CLIP runs with {saved}, this model's with {backbone.activation}. Make the model with "
-            f"activation={wanted!r}; one that is given its backbone by name and no activation takes the checkpoint's."
+            f"The checkpoint's CLIP runs with {saved}, this model's with {backbone.activation}. Make the model, or the "
+            f"backbone that you pass, with activation={wanted!r}; a model that is given its backbone by name and no "
+            "activation takes the checkpoint's."
         )
         raise ValueError(msg)
     backbone.use_activation(saved)
+
+
+def _activation_of_old(checkpoint: Mapping[str, Any]) -> Literal["GELU", "QuickGELU"] | None:
+    """Return what the weights of a checkpoint were trained with, by the name and the tag it was made with."""
+    arguments = checkpoint.get("hyper_parameters", {})
+    name = arguments.get("backbone")
+    return trained_activation(name, arguments.get("pretrained", True)) if isinstance(name, str) else None
 
 
 def mode_of(checkpoint: Mapping[str, Any], here: str) -> str:

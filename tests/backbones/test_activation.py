@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc import MuSc, MuScModel
 from anomalib_musc.backbones import ALIASES, create_backbone
 from anomalib_musc.backbones.factory import Alias
+from anomalib_musc.backbones.weights import weights_to_come
 
 VISION = {"image_size": 32, "layers": 4, "width": 32, "patch_size": 8, "head_width": 16}
 
@@ -232,6 +233,29 @@ def test_a_file_of_the_version_before_computes_what_it_did(name, tmp_path, folde
     assert_same(then, expected)
     with pytest.raises(ValueError, match=r"runs with QuickGELU, this model's with GELU.*activation='weights'"):
         MuSc.load_from_checkpoint(path, activation="official")
+
+
+@pytest.mark.parametrize("here", [{}])
+def test_an_old_file_goes_on_with_what_its_own_tag_was_trained_with(here, tmp_path):
+    with weights_to_come():
+        model = MuSc("ViT-B-32", pretrained="laion2b_s34b_b79k", image_size=64, layers=[0])
+        path = made_old(checkpoint_of(model, tmp_path / "old.ckpt"))
+        loaded = MuSc.load_from_checkpoint(path, **here)
+    assert model.model.backbone.activation == loaded.model.backbone.activation == "GELU"
+
+
+@pytest.mark.parametrize("activation", ["official", "weights"])
+def test_a_file_can_be_of_another_tag_than_the_default(activation, register, tmp_path, monkeypatch):
+    name = register()
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED[name], "other", {"url": "https://localhost/other.pt"})
+    path = weights_of(name, tmp_path)
+    backbone = create_backbone(name, pretrained=f"other:{path}", activation=activation)
+    assert backbone.activation == "GELU"
+    assert create_backbone(name, pretrained=path, activation=activation).activation == "QuickGELU"
+    with pytest.raises(ValueError, match="'third' is no known weights tag"):
+        create_backbone(name, pretrained=f"third:{path}")
+    with pytest.raises(FileNotFoundError, match="is neither a file"):
+        create_backbone(name, pretrained="other:/nowhere/weights.pt")
 
 
 def test_a_file_of_the_version_before_of_another_network(tmp_path):

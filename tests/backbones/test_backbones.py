@@ -494,5 +494,7 @@ def test_images_of_another_shape(shape):
 def test_weights_that_cannot_be_fetched_say_where_they_are(name, place, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(WeightsUnavailableError, match=rf"{place}.*pretrained='/path/to/file'.*backbone='musc-tiny'"):
+    with pytest.raises(
+        WeightsUnavailableError, match=rf"{place}.*pretrained='(openai:)?/path/to/file'.*backbone='musc-tiny'"
+    ):
         create_backbone(name)

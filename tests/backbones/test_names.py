@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names by which users know a network, and what is proposed where a name is nearly one."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -76,10 +78,26 @@ def test_prefixes_of_timms_own_models(prefix):
         ("musc_tiny", "musc-tiny"),
         ("timm/musc-tiny", "musc-tiny"),
         ("efficientnet_lite-2", "efficientnet-lite2"),
+        ("timm/efficientnet-lite2", "efficientnet-lite2"),
+        ("efficientnet_lite", "efficientnet-lite2"),
+        ("lite2", "efficientnet-lite2"),
+        ("facebook/dinov3-vits16-pretrain-lvd1689m", "dinov3_vits16"),
+        ("dinov2_vitb14_pretrain.pth", "dinov2_vitb14"),
+        ("facebook/dinov2-with-registers-base", "dinov2_vitb14_reg"),
+        ("facebook/dinov2-with-registers-small", "dinov2_vits14_reg"),
+        ("openai/clip-vit-large-patch14-336", "ViT-L-14-336"),
+        ("openai/clip-vit-base-patch16", "ViT-B-16"),
+        ("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "ViT-B-32"),
+        ("ViT-L/14@336px", "ViT-L-14-336"),
+        ("dinov2", "dinov2_vitb14"),
+        ("dinov3_vith16", "dinov3_vith16plus"),
+        ("dinov3_vits16+", "dinov3_vits16plus"),
+        ("vit_small_patch14_dinov2_reg4", "vit_small_patch14_reg4_dinov2"),
+        ("resnt18", "resnet18"),
     ],
 )
 def test_a_near_miss_proposes_the_right_name(name, meant):
-    with pytest.raises(ValueError, match=f"backbone '{name}' is not known; did you mean '{meant}'"):
+    with pytest.raises(ValueError, match=re.escape(f"backbone {name!r} is not known; did you mean {meant!r}")):
         create_backbone(name)
 
 
