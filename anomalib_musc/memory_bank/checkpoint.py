@@ -51,7 +51,6 @@ def take_activation(checkpoint: Mapping[str, Any], backbone: nn.Module, argument
     """
     if not isinstance(backbone, ClipBackbone):
         return
-    saved: Literal["GELU", "QuickGELU"]
     saved = checkpoint.get("activation") or _activation_of_old(checkpoint) or backbone.trained_with
     is_told = arguments is None or arguments.get("activation") is not None
     if is_told and saved != backbone.activation:
@@ -62,7 +61,7 @@ def take_activation(checkpoint: Mapping[str, Any], backbone: nn.Module, argument
             "activation takes the checkpoint's."
         )
         raise ValueError(msg)
-    backbone.use_activation(saved)
+    backbone.use_activation(saved)  # type: ignore[arg-type]  # "GELU" or "QuickGELU"
 
 
 def _activation_of_old(checkpoint: Mapping[str, Any]) -> Literal["GELU", "QuickGELU"] | None:
