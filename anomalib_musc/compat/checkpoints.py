@@ -18,11 +18,12 @@ from lightning.pytorch import Trainer
 _OF_MUSC = "model.bank.raw_scores"
 
 
-def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
-    """Open a checkpoint of MuSc, whose tensors stay in the file.
+def read_checkpoint(path: str | Path, *, in_memory: bool = False) -> Mapping[str, Any]:
+    """Open a checkpoint of MuSc.
 
     Args:
         path: The file.
+        in_memory: Whether to read the tensors, too, which else stay in the file.
 
     Returns:
         What Lightning has saved: "hyper_parameters", "state_dict", ...
@@ -37,7 +38,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         raise FileNotFoundError(msg)
     try:
         with anomalib_safe_globals():
-            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            content = torch.load(path, map_location="cpu", mmap=not in_memory, weights_only=True)
     except Exception as error:  # torch raises whatever its readers do
         msg = f"ckpt_path={str(path)!r} cannot be read ({type(error).__name__}), it may be damaged; {where}."
         raise ValueError(msg) from error
