@@ -17,9 +17,11 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 
 from anomalib_musc.backbones.weights import weights_to_come
+from anomalib_musc.compat.checkpoints import read_checkpoint
 from anomalib_musc.compat.export import ExportableModule
 from anomalib_musc.compat.lightning import forget_objects, trainer_of
 from anomalib_musc.compat.pre_processor import MultiLoaderPreProcessor, resize_and_normalise
+from anomalib_musc.compat.termination import stopped_at_once
 from anomalib_musc.decision.calibration import Calibration
 from anomalib_musc.decision.version_0_1 import convert_checkpoint, convert_post_processor
 from anomalib_musc.functional import check_budget
@@ -167,10 +169,9 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         """Create the default visualizer."""
         return FolderVisualizer()
 
-    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+    def configure_callbacks(self) -> list[Callback]:
         """Add the writer to anomalib's components, after the post-processor."""
-        callbacks = super().configure_callbacks()
-        listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        listed = super().configure_callbacks()
         given: Any = getattr(trainer_of(self), "callbacks", [])
         is_given = any(isinstance(callback, PredictionWriter) for callback in given)
         if self.prediction_writer and not (self._writes_by_default and is_given):
@@ -194,9 +195,10 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         """
         super().teardown(stage)
         if stage == "validate" and self.mode != "mutual":
-            self._prepare_bank()
-            if self.mode == "reference":
-                self.calibrate()
+            with stopped_at_once(self.trainer):
+                self._prepare_bank()
+                if self.mode == "reference":
+                    self.calibrate()
 
     def pool_scorer(self) -> PoolScorer:
         """Return what scores a pool, once results can be written and there is a bank."""
@@ -289,10 +291,11 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         self.model.fill_bank(features, size, is_alone=self.mode != "both", white=white, origin=origin)
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> Any:
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model, see Lightning's method, without fetching its backbone's weights: the file holds them."""
+        read_checkpoint(checkpoint_path)
         with weights_to_come():
-            return super().load_from_checkpoint(*args, **kwargs)
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what network this is, with what it compares, and which thresholds no labels have given."""

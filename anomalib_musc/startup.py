@@ -17,7 +17,10 @@ from typing import Any, cast
 
 # The zoo needs both, and either may be imported first, the second then in the middle of the first.
 _TRIGGERS = ("anomalib.models", "anomalib_musc.lightning_model")
-_COMMANDS = "anomalib.cli.pipelines"
+_FOLLOWED_BY = {
+    "anomalib.cli.pipelines": "anomalib_musc.compat.mixed_benchmark",
+    "anomalib.cli.cli": "anomalib_musc.compat.command_line",
+}
 _loaded: set[str] = set()
 _searching: set[str] = set()
 
@@ -36,8 +39,8 @@ class _ReportingLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        if module.__name__ == _COMMANDS:
-            _import("anomalib_musc.compat.mixed_benchmark")
+        if module.__name__ in _FOLLOWED_BY:
+            _import(_FOLLOWED_BY[module.__name__])
             return
         _loaded.add(module.__name__)
         if _loaded.issuperset(trigger for trigger in _TRIGGERS if trigger in sys.modules):

@@ -95,14 +95,18 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = _load(path)
     except Exception as error:
-        msg = f"pretrained='{path}' is not a weight file that can be read: {str(error).splitlines()[0]}"
+        msg = (
+            f"pretrained='{path}' cannot be read as weights ({type(error).__name__}): it is damaged, or holds "
+            f"other things than tensors. Fetch it again, or give a file of weights ({', '.join(SUFFIXES[:4])}), a "
+            "tag, True or False."
+        )
         raise ValueError(msg) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = {k.removeprefix("module."): v for k, v in _items(content) if isinstance(v, torch.Tensor)}
     if not tensors:
-        msg = f"pretrained='{path}' holds no named tensors"
+        msg = f"pretrained='{path}' holds no named tensors; give a file of weights, a tag, True or False."
         raise ValueError(msg)
     return tensors
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.benchmark.records import Predictions
-from anomalib_musc.metrics.evaluator import Ranking
+from anomalib_musc.metrics.curves import Ranking
 from anomalib_musc.metrics.ranking import aupro, auroc, average_precision, f1_max, official_aupro, pro_curve
 
 _SIDE = 160  # of the small maps

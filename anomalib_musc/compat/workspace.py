@@ -2,10 +2,12 @@
 """A folder of its own for every run.
 
 anomalib 2.7.0: ``Engine.test`` and ``predict`` write into ``latest``, whatever is there: the folder that an earlier run
-has filled, or a plain folder of that name, on which the next ``Engine.train`` fails.
+has filled, or a plain folder of that name, on which the next ``Engine.train`` fails. ``Engine.export`` without a run
+before it writes to one and the same path, whatever the product.
 """
 
 import re
+import sys
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -37,6 +39,33 @@ class RunFolders:
                 (folder / MARKER).touch()
                 trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]  # set unseen by mypy
         self._begun = folder if stage in {"fit", "validate"} else None
+
+
+def export_folder(root: Path | str, model: str, file: str) -> Path:
+    """Return the folder for an export: the root that a user has chosen; else that of the run, or a new one.
+
+    Args:
+        root: What anomalib's ``to_torch``, ``to_onnx`` or ``to_openvino`` is given.
+        model: Name of the model.
+        file: What will be written, from there; an earlier one is never overwritten where nobody has chosen the place.
+    """
+    folder = Path(root)
+    if not _is_engines_choice(folder) or (_is_engines(folder) and not (folder / file).exists()):
+        return folder
+    folder = _next(folder.parent if _is_engines(folder) else folder / model)
+    (folder / MARKER).touch()
+    return folder
+
+
+def _is_engines_choice(root: Path) -> bool:
+    """Whether ``Engine.export`` is running and its caller has named no root, which nothing but its frame tells."""
+    from anomalib.engine import Engine  # which imports the models, and this file with them
+
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code is not Engine.export.__code__:
+        frame = frame.f_back
+    engine = frame.f_locals.get("self")
+    return isinstance(engine, Engine) and root == Path(engine.trainer.default_root_dir)
 
 
 def _is_engines(folder: Path) -> bool:

@@ -11,7 +11,10 @@ from anomalib.data import ImageBatch, InferenceBatch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from anomalib_musc.compat.checkpoints import check_checkpoints
 from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
+from anomalib_musc.compat.sharing import OneThread
+from anomalib_musc.compat.termination import TerminationStatus, stop_if_terminated, stopped_at_once
 from anomalib_musc.compat.validation import NoValidationData
 from anomalib_musc.compat.workspace import RunFolders
 from anomalib_musc.pool.loaders import as_list
@@ -45,17 +48,23 @@ class PoolModule(NoValidationData):
         self.pools: tuple[Pool, ...] = ()
         self._are_validation_pools = False
         self._run_folders = RunFolders()
+        self._one_thread = OneThread()
 
-    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+    def configure_callbacks(self) -> list[Callback]:
         """Give the run a folder of its own; nothing of a run comes before, and some callbacks write in ``setup``."""
         trainer = trainer_of(self)
         if trainer is not None:
+            self._one_thread.enter(self, trainer)
+            check_checkpoints(trainer)
             self._run_folders.enter(trainer)
-        return super().configure_callbacks()
+        callbacks: Any = super().configure_callbacks()
+        listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
+        return [*listed, self._one_thread, TerminationStatus()]
 
     def teardown(self, stage: str) -> None:
-        """Say where the results are."""
+        """Say where the results are, and end here if told to: another stage may be to follow."""
         super().teardown(stage)
+        stop_if_terminated(self.trainer)
         if stage in {"test", "predict"} and any(Path(self.trainer.default_root_dir).glob("*")):
             rank_zero_info(f"Results: {self.trainer.default_root_dir}")
 
@@ -101,18 +110,21 @@ class PoolModule(NoValidationData):
 
     def on_validation_start(self) -> None:
         """Score the validation pools."""
-        self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+        with stopped_at_once(self.trainer):
+            self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
 
     def on_test_start(self) -> None:
         """Score the test pools."""
-        self._score_pools(self.trainer.test_dataloaders, self.trainer.num_test_batches)
-        self.calibrate()
+        with stopped_at_once(self.trainer):
+            self._score_pools(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+            self.calibrate()
 
     def on_predict_start(self) -> None:
         """Score the prediction pools, and leave out the files that could not be read."""
         loaders = as_list(self.trainer.predict_dataloaders)
-        self._score_pools(loaders, self.trainer.num_predict_batches)
-        self.calibrate()
+        with stopped_at_once(self.trainer):
+            self._score_pools(loaders, self.trainer.num_predict_batches)
+            self.calibrate()
         pairs = zip(loaders, self.pools, strict=True)
         readable = [PoolSource(loader).without(pool.skipped) for loader, pool in pairs]
         if readable != loaders:
@@ -138,6 +150,7 @@ class PoolModule(NoValidationData):
 
     def predictions(self, batch: ImageBatch, dataloader_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the image scores ``(B,)`` and anomaly maps ``(B, H, W)`` of a batch of the running loop."""
+        stop_if_terminated(self.trainer)
         pool = self.pools[dataloader_idx]
         positions = pool.positions(image_names(batch.image_path, batch.image))
         anomaly_maps = self.model.anomaly_maps(pool.patch_scores[positions].to(self.device))

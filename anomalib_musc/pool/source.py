@@ -94,6 +94,7 @@ class PoolSource:
         for index, batch in enumerate(second_reader(self.loader)):
             if index >= self.limit and num_images >= MIN_IMAGES:
                 return
+            _check_batch(batch)
             yield batch
             num_images += len(batch) if isinstance(batch, list) else len(batch.image)
 
@@ -109,6 +110,19 @@ class PoolSource:
     def _sampler(self) -> object:
         """A sampler that may leave images out, ``None`` for one that does not."""
         return None if is_sequential(self.loader) or is_permutation(self.loader) else sampler_of(self.loader)
+
+
+def _check_batch(batch: Any) -> None:
+    """Raise a TypeError unless a dataloader gives anomalib's batches, or lists of its items."""
+    items = batch if isinstance(batch, list) else [batch]
+    if not items or not all(hasattr(item, "image_path") for item in items):
+        kind = type(batch).__name__ + (f" of {type(items[0]).__name__}" if batch is items and items else "")
+        msg = (
+            f"dataloaders must give anomalib's ImageBatch, got {kind}. Let the dataset return ImageItem(image=...) and "
+            "pass DataLoader(dataset, collate_fn=ImageBatch.collate), both of anomalib.data; or predict a folder: "
+            "predict(data_path=...)."
+        )
+        raise TypeError(msg)
 
 
 def transform_leaves(transform: nn.Module | Any) -> list[Any]:

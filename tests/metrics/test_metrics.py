@@ -15,15 +15,8 @@ from runs import Recorder, datamodule
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from anomalib_musc import MuSc, RsCINPostProcessor
-from anomalib_musc.metrics.evaluator import (
-    AUPRO,
-    AUROC,
-    AveragePrecision,
-    F1Max,
-    PaperEvaluator,
-    free_bytes,
-    sorting_bytes,
-)
+from anomalib_musc.metrics.curves import AUPRO, AUROC, AveragePrecision, F1Max, free_bytes, sorting_bytes
+from anomalib_musc.metrics.evaluator import PaperEvaluator
 
 
 def scikit_learns(truth, scores) -> dict[str, float]:

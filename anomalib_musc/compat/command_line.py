@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""anomalib's command line, where a checkpoint brings the arguments and weights of its model.
+
+anomalib 2.7.0 makes the model before it opens ``--ckpt_path``: every argument of training had to be given again, and
+default weights were fetched in vain. ``export`` makes it anew from the file, and drops what was given.
+:mod:`anomalib_musc.startup` puts this class in the place of anomalib's when that command line is loaded.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from anomalib.cli import cli
+from jsonargparse import Namespace
+
+from anomalib_musc.compat.checkpoints import read_checkpoint
+
+_READS_CHECKPOINT_FIRST = ("validate", "test", "predict", "export")
+
+
+class CheckpointCLI(cli.AnomalibCLI):
+    """anomalib's command line; other models than MuSc are as they are."""
+
+    def instantiate_classes(self) -> None:
+        """Make the model with a checkpoint's arguments where none are given, and without other weights."""
+        self._checkpoint = self._checkpoint_of_musc()
+        if self._checkpoint is None:
+            super().instantiate_classes()
+            return
+        from anomalib_musc.backbones.weights import weights_to_come
+
+        model: Namespace = self.config[self.subcommand]["model"]
+        given = model.get("init_args") or Namespace()
+        model["init_args"] = Namespace(_arguments(read_checkpoint(self._checkpoint), given.as_dict()))
+        with weights_to_come():
+            super().instantiate_classes()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Let an export take the model that was made here, with what the checkpoint holds."""
+        arguments: dict[str, Any] = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "export" and self._checkpoint is not None:
+            checkpoint = dict(read_checkpoint(self._checkpoint, in_memory=True))
+            self.model.on_load_checkpoint(checkpoint)
+            self.model.load_state_dict(checkpoint["state_dict"])
+            arguments["ckpt_path"] = None
+        return arguments
+
+    def _checkpoint_of_musc(self) -> Path | None:
+        if self.subcommand not in _READS_CHECKPOINT_FIRST:
+            return None
+        path, model = (self.config[self.subcommand].get(name) for name in ("ckpt_path", "model"))
+        is_musc = model is not None and str(model.get("class_path")).rpartition(".")[2] == "MuSc"
+        return Path(path) if is_musc and path not in (None, "best", "last", "hpc") else None
+
+
+def _arguments(checkpoint: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a model: those given that are not the defaults, else the checkpoint's."""
+    from anomalib_musc.lightning_model import MuSc
+    from anomalib_musc.torch_model import MuScModel
+
+    known = {**inspect.signature(MuScModel).parameters, **inspect.signature(MuSc).parameters}
+    saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
+    chosen = {name: value for name, value in given.items() if value != known[name].default}
+    return {**given, **saved, **chosen}
+
+
+cli.AnomalibCLI = CheckpointCLI  # type: ignore[misc]
