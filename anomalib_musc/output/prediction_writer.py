@@ -149,9 +149,10 @@ class PredictionWriter(Callback):
         """Note the predictions of a finished batch and write its heatmaps."""
         predictions, self._pending = self._pending, None
         sizes = _all_pools(pl_module, "sizes") if predictions is not None else {}
+        notes = _all_pools(pl_module, "notes") if predictions is not None else {}
         for item in predictions or ():
             size = sizes.get(item.image_path) or _original_size(item)
-            self._rows.append(_row(item, size))
+            self._rows.append(_row(item, size) | {"note": notes.get(item.image_path, "")})
             if item.anomaly_map is not None and item.image_path is not None:
                 self._write_heatmaps(item, size, self.folder(trainer) / "heatmaps")
 

@@ -18,8 +18,8 @@ class FolderVisualizer(ImageVisualizer):
 
     anomalib 2.7.0: ``ImageVisualizer`` names a picture by its image's folder and name alone, so that of ``a/x/1.png``
     and ``b/x/1.png`` one is overwritten; it leaves half a picture behind when the disk is full; it keeps to the folder
-    of its first run, where the next trainer has another; and it shows grey images of 16 bits white, see
-    :mod:`anomalib_musc.pool.high_bit_depth`; here their brightest value is.
+    of its first run, where the next trainer has another; and it shows grey images of 16 bits white and takes no notice
+    of EXIF orientation, see :mod:`anomalib_musc.pool.high_bit_depth`; here images are as they were scored.
     """
 
     _root: Path | None = None
@@ -45,14 +45,13 @@ class FolderVisualizer(ImageVisualizer):
     ) -> None:
         """Write the pictures of a batch."""
         del outputs, batch_idx, dataloader_idx
-        high_bit_depth = {name for pool in getattr(pl_module, "pools", ()) for name in pool.high_bit_depth}
+        pools = {name: pool for pool in getattr(pl_module, "pools", ()) for name in pool.read_otherwise}
         folder = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
         item: Any
         for item in batch:
             path = Path(item.image_path)
-            if str(path) in high_bit_depth:
-                grey = read_image_file(path).values
-                item.image, item.image_path = (grey / grey.max().clamp_min(1e-9)).expand(3, -1, -1), None
+            if (pool := pools.get(str(path))) is not None:
+                item.image, item.image_path = read_image_file(path).scaled(pool.grey_range), None
             picture: Any = self.visualize(item)
             if picture is not None:
                 with atomic_write(mirrored_path(path, self._root, folder)) as part:
