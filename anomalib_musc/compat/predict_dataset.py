@@ -6,6 +6,7 @@ beneath it were passed over; and one link that leads nowhere ends it.
 """
 
 from functools import wraps
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,16 @@ def _remember_path() -> None:
         try:
             make(self, path, *args, **kwargs)
         except FileNotFoundError:
-            files = [file for file in sorted(Path(path).resolve().glob("**/*")) if is_listed(file) and file.exists()]
-            if not files or not Path(path).is_dir():
+            if not Path(path).is_dir():
                 raise
-            make(self, files[0], *args, **kwargs)
+            files = [file for file in sorted(Path(path).resolve().glob("**/*")) if is_listed(file) and file.exists()]
+            if not files:
+                msg = f"Found 0 images in {path}"
+                raise ValueError(msg) from None
+            given = signature(make).bind(self, path, *args, **kwargs)
+            given.apply_defaults()
             self.image_filenames = files
+            self.transform, self.image_size = given.arguments["transform"], given.arguments["image_size"]
         self.musc_path = Path(path).resolve()  # type: ignore[attr-defined]
 
     PredictDataset.__init__ = make_and_remember  # type: ignore[method-assign]

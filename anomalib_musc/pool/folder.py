@@ -49,7 +49,7 @@ class InputFolder:
                 folders.clear()
                 continue
             links = [Path(name, folder) for folder in folders if Path(name, folder).is_symlink()]
-            outward = [link for link in links if self._root not in link.resolve().parents]
+            outward = [link for link in links if not link.resolve().is_relative_to(self._root)]
             found |= dict.fromkeys(outward, "a link to a folder, which is not followed")
             rest = [path for path in (Path(name, file) for file in files) if path not in known]
             reasons = {path: self.reason_to_skip(path) or _reason_unlisted(path) for path in rest}
