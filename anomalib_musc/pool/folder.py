@@ -21,11 +21,11 @@ class InputFolder:
 
     Args:
         source: The images that anomalib lists in it; of a single one nothing else is looked at.
-        own: The folder of this run, whose files are no input.
+        own: The folder of this run, whose files are no input, if it has one.
         result_folders: Folders of earlier results.
     """
 
-    def __init__(self, source: PoolSource, own: str | Path, result_folders: Collection[Path]) -> None:
+    def __init__(self, source: PoolSource, own: str | Path = "", result_folders: Collection[Path] = ()) -> None:
         self._listed = source.all_paths
         self._root = source.folder or (common_folder(self._listed) if len(self._listed) > 1 else None)
         self._own = Path(own).resolve()

@@ -3,6 +3,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
@@ -184,7 +185,10 @@ class PoolModule(NoValidationData):
         self.calibrate()
         if isinstance(self.post_processor, PostProcessor) and self.post_processor.enable_thresholding:
             threshold = self.post_processor.image_threshold.item()
-            self.pools = tuple(pool.with_warnings(warn_of_labels(pool.scores, threshold)) for pool in self.pools)
+            warnings = [warn_of_labels(pool.scores, threshold) for pool in self.pools]
+            for warning in chain(*warnings):
+                rank_zero_warn(warning)
+            self.pools = tuple(map(Pool.with_warnings, self.pools, warnings))
 
     def _score_pools(self, dataloaders: Any, limits: Sequence[float]) -> None:
         """Make one pool of each dataloader, taking over those that hold the same images as before."""

@@ -114,6 +114,11 @@ class PoolScorer:
         for sentence in folder.what_was_taken(found.names, skipped) if folder else []:
             rank_zero_info(sentence)
         self._say_grey_range(reader)
+        if reader.orientations:
+            rank_zero_info(
+                f"{len(reader.orientations)} images are turned as viewers show them, by their EXIF orientation; masks "
+                "are taken to lie so, too."
+            )
         return Pool(
             key,
             found.names,
