@@ -98,13 +98,17 @@ def corrected_image(item: Any, grey_range: GreyRange | None, *, is_as_stored: bo
     Args:
         item: anomalib's item; where its file has a high bit depth, that is read again.
         grey_range: Black and white of those, ``None`` to leave them.
-        is_as_stored: Whether anomalib has read the file, as it is stored; else it was a user, and nobody knows.
+        is_as_stored: Whether anomalib has read the file, as it is stored. Else it was a user: the image is taken to lie
+            as it should, and may be a part of the file, which is read again only where it has the same size.
     """
     image: torch.Tensor = item.image
     if item.image_path is None:
         return image, UPRIGHT
+    if not is_as_stored and (grey_range is None or not Path(item.image_path).is_file()):
+        return image, UPRIGHT
     with Image.open(item.image_path) as file:
-        is_deep = grey_range is not None and _is_high_bit_depth(file)
+        is_same = is_as_stored or file.size == (image.shape[-1], image.shape[-2])
+        is_deep = grey_range is not None and _is_high_bit_depth(file) and is_same
         orientation = orientation_of(file) if is_as_stored else UPRIGHT
     image = turned_tensor(image, orientation)
     if not is_deep:

@@ -88,17 +88,17 @@ def test_a_threshold_that_flags_most(folder, make_engine):
 
 
 class Tiles(Dataset):
-    """A user's tiles, which share the path of their photograph."""
+    """A user's tiles, which share the path of their photograph, or have names of their own."""
 
-    def __init__(self, path: Path, *, is_one: bool = False) -> None:
-        self.path, self.is_one = path, is_one
+    def __init__(self, path: Path, *, is_one: bool = False, name: str = "") -> None:
+        self.path, self.is_one, self.name = path, is_one, name
 
     def __len__(self) -> int:
         return 6
 
     def __getitem__(self, index: int) -> ImageItem:
         image = torch.from_numpy(product(0 if self.is_one else index)[0]).permute(2, 0, 1) / 255
-        return ImageItem(image=image, image_path=str(self.path))
+        return ImageItem(image=image, image_path=f"{self.path}{self.name.format(index)}")
 
 
 def test_different_images_of_one_path_are_refused(tmp_path, make_engine):
@@ -109,6 +109,13 @@ def test_different_images_of_one_path_are_refused(tmp_path, make_engine):
         make_engine().predict(MuSc(backbone), dataloaders=loader)
     loader = DataLoader(Tiles(path, is_one=True), collate_fn=ImageBatch.collate)
     assert len(make_engine().predict(MuSc(OwnBackbone()), dataloaders=loader)) == 6
+
+
+def test_tiles_with_names_of_their_own_are_scored_as_they_are(tmp_path, make_engine):
+    loader = DataLoader(Tiles(tmp_path / "photograph.tif", name="#{}"), collate_fn=ImageBatch.collate, batch_size=4)
+    model = MuSc(OwnBackbone(), prediction_writer=False, grey_range=(0, 4095), **QUIET)
+    make_engine().predict(model, dataloaders=loader)
+    assert len(set(model.pools[0].raw_scores.tolist())) == 6
 
 
 # --- real data -----------------------------------------------------------------------------------------------------
