@@ -3,9 +3,10 @@
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from anomalib_musc.compat.predict_dataset import is_listed
 from anomalib_musc.compat.workspace import is_result
@@ -69,16 +70,25 @@ class InputFolder:
 
 def say_skipped(skipped: Mapping[Path, str]) -> list[str]:
     """Return sentences that name skipped files, one a reason."""
-    reasons: dict[str, list[Path]] = {}
-    for path, reason in skipped.items():
-        reasons.setdefault(reason, []).append(path)
-    return [_say(paths, reason) for reason, paths in reasons.items()]
+    return [f"Skipped {files}: {reason}." for reason, files in _by_text(skipped).items()]
 
 
-def _say(paths: list[Path], reason: str) -> str:
-    named = ", ".join(map(str, paths[:_MOST_NAMED]))
+def say_notes(notes: Mapping[str, str]) -> list[str]:
+    """Return sentences that say what is to be noted of files, one a note."""
+    return [f"Of {files} {text}." for text, files in _by_text(notes).items()]
+
+
+def _by_text(texts: Mapping[Any, str]) -> dict[str, str]:
+    """Return for each text some of the files that it is said of, in words."""
+    files: dict[str, list[str]] = {}
+    for path, text in texts.items():
+        files.setdefault(text, []).append(str(path))
+    return {text: _some(paths) for text, paths in files.items()}
+
+
+def _some(paths: Sequence[str]) -> str:
     more = f" and {len(paths) - _MOST_NAMED} more" if len(paths) > _MOST_NAMED else ""
-    return f"Skipped {'' if len(paths) == 1 else f'{len(paths)} files: '}{named}{more}: {reason}."
+    return f"{'' if len(paths) == 1 else f'{len(paths)} files: '}{', '.join(paths[:_MOST_NAMED])}{more}"
 
 
 def _reason_of_mask(path: Path, root: Path) -> str | None:

@@ -21,7 +21,7 @@ from anomalib_musc.pool.checks import (
     unreadable,
 )
 from anomalib_musc.pool.feature_store import FeatureStore
-from anomalib_musc.pool.folder import InputFolder, say_skipped
+from anomalib_musc.pool.folder import InputFolder, say_notes, say_skipped
 from anomalib_musc.pool.grey_range import GreyRange
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.reader import PoolReader
@@ -109,7 +109,7 @@ class PoolScorer:
         skipped = reader.skipped | (folder.passed_over() if folder else {})
         references = median_features(self._model.bank.feature_maps) if self._num_references else None
         warnings = warn_of_pool(found.names, reader.looks, found.median_features, references, raw_scores)
-        for sentence in [*say_skipped(skipped), *warnings]:
+        for sentence in [*say_skipped(skipped), *say_notes(reader.notes), *warnings]:
             rank_zero_warn(sentence)
         for sentence in folder.what_was_taken(found.names, skipped) if folder else []:
             rank_zero_info(sentence)

@@ -59,7 +59,7 @@ def test_a_folder_of_links_and_odd_files_does_not_hang(tmp_path):
     assert set(notes(rows)) == {"pipe.png", "folder.png"}
 
 
-def test_further_pages_and_frames_are_named(tmp_path):
+def test_further_pages_and_frames_are_named(tmp_path, recwarn):
     paths = write_products(tmp_path / "pile", range(6))
     pages = [Image.fromarray(product(seed)[0]) for seed in range(10, 13)]
     pages[0].save(tmp_path / "pile/pages.tif", save_all=True, append_images=pages[1:])
@@ -69,6 +69,10 @@ def test_further_pages_and_frames_are_named(tmp_path):
         assert rows[name]["score"]
         assert rows[name]["note"] == "only the first of 3 pages or frames is looked at"
     assert not rows[paths[0].name]["note"]
+    said = [str(warning.message) for warning in recwarn if "only the first of 3 pages" in str(warning.message)]
+    assert len(said) == 1
+    assert said[0].startswith("Of 2 files: ")
+    assert all(name in said[0] for name in ("pages.tif", "frames.webp"))
 
 
 def test_masks_of_a_dataset_are_no_products(mvtec_root, tmp_path, caplog):
