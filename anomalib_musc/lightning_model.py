@@ -45,6 +45,7 @@ from anomalib_musc.output.prediction_writer import (
 from anomalib_musc.output.predictions import PoolReport
 from anomalib_musc.output.review.pictures import thumbnail_of
 from anomalib_musc.output.visualizer import FolderVisualizer
+from anomalib_musc.pool.grey_range import GreyRange, check_grey_range, widest
 from anomalib_musc.pool.module import PoolModule
 from anomalib_musc.pool.pool import Pool, fingerprint
 from anomalib_musc.pool.references import FOLDER, POOL, TRAINING_IMAGES, BankArguments, coreset_of
@@ -76,6 +77,9 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             Defaults to the datamodule's training images.
         k_shot: How many of the datamodule's training images to take. Defaults to all.
         bank_size: How many references to keep, the most normal and diverse ones. Defaults to all.
+        grey_range: Values that are shown black and white of grey images of more than 8 bits, such as ``(0, 4095)``.
+            By default those of the references, or of the validation whose labels gave the thresholds, else found in
+            the images themselves, see :func:`~anomalib_musc.pool.grey_range.find_grey_range`; the log says them.
         pre_processor: anomalib's component, or whether to use the default: resize and normalise as the backbone asks.
         post_processor: Likewise; the default is :class:`~anomalib_musc.RsCINPostProcessor`.
         evaluator: Likewise; the default reports the paper's metrics.
@@ -109,6 +113,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         references: str | Path | None = None,
         k_shot: int | None = None,
         bank_size: int | None = None,
+        grey_range: tuple[float, float] | None = None,
         pre_processor: nn.Module | bool = True,
         post_processor: nn.Module | bool = True,
         evaluator: Evaluator | bool = True,
@@ -118,6 +123,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
     ) -> None:
         check_budget(memory_budget)
         check_count("batch_size", batch_size)
+        named_range = check_grey_range(grey_range)
         bank_arguments = BankArguments(mode, references, k_shot, bank_size)
         check_prediction_writer(prediction_writer)
         model = MuScModel(backbone, **model_arguments)
@@ -131,6 +137,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         self.batch_size = batch_size
         self.mode: str = mode
         self.bank_arguments = bank_arguments
+        self.grey_range = named_range
         self._writes_by_default = prediction_writer is True
         self.prediction_writer = PredictionWriter() if prediction_writer is True else prediction_writer or None
         self._calibration = Calibration()
@@ -206,7 +213,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
         if self.mode != "mutual":
             self._prepare_bank()
-        return self._scorer()
+        return self._scorer(self._known_range())
 
     def pool_settings(self) -> list[object]:
         """Return what else decides the scores of the same images."""
@@ -232,7 +239,15 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         else:
             self.pools = self._calibration.find_on_pools(self.post_processor, self.pools)
 
-    def _scorer(self) -> PoolScorer:
+    def _known_range(self) -> GreyRange | None:
+        """Return black and white of images of more than 8 bits, where they are not to be found in the images."""
+        if self.grey_range is not None:
+            return self.grey_range
+        if self.mode != "mutual" and (of_bank := self.model.bank.grey_range) is not None:
+            return GreyRange(*of_bank)
+        return self._validation_range if self._calibration.is_by_labels(self.post_processor) else None
+
+    def _scorer(self, grey_range: GreyRange | None) -> PoolScorer:
         return PoolScorer(
             self.trainer,
             self.model,
@@ -242,6 +257,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             self.transform,
             needs_paths=self.visualizer is not None,
             result_folders=result_folders(self.trainer),
+            grey_range=grey_range,
             thumbnail=thumbnail_of if writes_review(self.trainer) else None,
         )
 
@@ -265,7 +281,8 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             ValueError: If ``size`` is no whole number of at least 1.
         """
         check_count("size", size)
-        self._fill_bank(coreset_of(self.pools, size), size=None)
+        in_pools = self.grey_range or widest(pool.grey_range for pool in self.pools)
+        self._fill_bank(coreset_of(self.pools, size), None, in_pools)
         self.pools, self._bank_of = (), POOL
         self.mode = self.hparams["mode"] = "reference"
         self._calibration.forget(self.post_processor)
@@ -279,16 +296,18 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             return
         is_another, device = len(bank) > 0, bank.class_tokens.device
         self.to(self.trainer.strategy.root_device)  # from which Lightning has taken it before teardown
-        self._fill_bank(found.source, self.bank_arguments.bank_size, found.origin)
+        self._fill_bank(found.source, self.bank_arguments.bank_size, self.grey_range, found.origin)
         self._bank_of = found.kind
         if is_another:
             self._calibration.forget(self.post_processor)
         self.to(device)
 
-    def _fill_bank(self, source: PoolSource, size: int | None, origin: object = None) -> None:
-        features, white = self._scorer().extract_references(source, size)
-        white = white or self.model.bank.white.item()  # which a user may have named
-        self.model.fill_bank(features, size, is_alone=self.mode != "both", white=white, origin=origin)
+    def _fill_bank(
+        self, source: PoolSource, size: int | None, grey_range: GreyRange | None, origin: object = None
+    ) -> None:
+        features, found = self._scorer(grey_range).extract_references(source, size)
+        of_bank = found or self.model.bank.grey_range or (0.0, 0.0)  # which a user may have named
+        self.model.fill_bank(features, size, is_alone=self.mode != "both", grey_range=of_bank, origin=origin)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -308,6 +327,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         checkpoint.update(network=self.model.describe(name), scores_are_distances=True)
         checkpoint.update(mode=self.mode, references=self.bank_arguments.given, bank_of=self._bank_of)
         checkpoint.update(self._calibration.to_checkpoint())
+        checkpoint["validation_range"] = None if self._validation_range is None else list(self._validation_range)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over with what images are compared, and where the bank and the thresholds came from.
@@ -323,6 +343,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         warn_of_kept_bank(checkpoint, self.bank_arguments.given)
         super().on_load_checkpoint(checkpoint)
         self._bank_of = checkpoint.get("bank_of", self._bank_of)
+        self._validation_range = check_grey_range(checkpoint.get("validation_range"))
         self._calibration.load_checkpoint(checkpoint, self.post_processor)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -206,7 +206,7 @@ class MuScModel(nn.Module):
         size: int | None = None,
         *,
         is_alone: bool = True,
-        white: float = 0.0,
+        grey_range: tuple[float, float] = (0.0, 0.0),
         origin: object = None,
     ) -> None:
         """Make a bank of features, see :meth:`build_bank`.
@@ -215,7 +215,7 @@ class MuScModel(nn.Module):
             batches: Feature maps and image features, as :meth:`extract` returns them.
             size: How many images to keep. Defaults to all.
             is_alone: Whether images are compared with the bank alone, without a pool.
-            white: See :class:`~anomalib_musc.memory_bank.bank.ReferenceBank`.
+            grey_range: See :class:`~anomalib_musc.memory_bank.bank.ReferenceBank`.
             origin: Likewise.
         """
         check_count("size", size, none="all")
@@ -233,7 +233,7 @@ class MuScModel(nn.Module):
             kept = select_coreset(raw_scores, tokens, size)
             layers, tokens = [maps[kept] for maps in layers], tokens[kept]
             raw_scores, patch_scores = self._scores_of_each_other(layers)
-        self.bank.fill(layers, tokens, raw_scores, patch_scores, white=white, origin=origin)
+        self.bank.fill(layers, tokens, raw_scores, patch_scores, grey_range=grey_range, origin=origin)
 
     def check_bank_size(self, num_images: int, size: int | None) -> None:
         """Raise a ValueError where the interval does not suit a bank of ``size`` of the images, without a pool."""

@@ -540,3 +540,9 @@ def test_train_predict_export_from_the_command_line(tmp_path, mvtec_root, folder
     assert done.returncode == 0, done.stderr
     (table,) = tmp_path.rglob("predictions.csv")
     assert len(table.read_text().splitlines()) == 2
+
+
+def test_masks_of_a_dataset_are_no_references(mvtec_root, folder, make_engine):
+    model = MuSc(OwnBackbone(), mode="reference", references=mvtec_root / "widget", visualizer=False)
+    make_engine().predict(model, data_path=folder)
+    assert len(model.model.bank) == 16

@@ -12,6 +12,8 @@ from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+import anomalib.models
+from anomalib.models.components import AnomalibModule
 from anomalib.utils.path import create_versioned_dir
 from lightning.pytorch import Trainer
 
@@ -97,4 +99,13 @@ def is_result(path: Path) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_of_a_run(folder: Path) -> bool:
-    return (folder / MARKER).exists()
+    return (folder / MARKER).exists() or (_is_engines(folder) and _is_of_anomalib(folder))
+
+
+def _is_of_anomalib(folder: Path) -> bool:
+    """Whether a folder that is named as Engine names them lies beside its link, or beneath the name of a model."""
+    link = folder.parent / "latest"
+    if link.is_symlink() and _is_engines(link.resolve()):
+        return True
+    found = (getattr(anomalib.models, parent.name, None) for parent in list(folder.parents)[:3])
+    return any(isinstance(model, type) and issubclass(model, AnomalibModule) for model in found)

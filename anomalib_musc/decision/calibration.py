@@ -8,7 +8,14 @@ import torch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from anomalib_musc.decision.thresholds import FACTOR, RULE, contamination_threshold, factor_of, image_threshold
+from anomalib_musc.decision.thresholds import (
+    FACTOR,
+    RULE,
+    contamination_threshold,
+    factor_of,
+    image_threshold,
+    threshold_above_all,
+)
 from anomalib_musc.functional import reference_scale
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.pool.pool import Pool
@@ -42,6 +49,11 @@ class Calibration:
             names = [name for level in levels for name in (f"{level}_min", f"{level}_max", f"_{level}_threshold")]
             post_processor.load_state_dict(dict.fromkeys(names, unknown), strict=False)
             self._tell(post_processor)
+
+    def is_by_labels(self, post_processor: Any) -> bool:
+        """Whether labels or masks of a validation have given a threshold that holds for other pools."""
+        is_known = isinstance(post_processor, PostProcessor)
+        return is_known and bool(LEVELS - self.without_labels - _uncalibrated(post_processor))
 
     def find_on_pools(self, post_processor: Any, pools: Sequence[Pool]) -> tuple[Pool, ...]:
         """Find what labels have not given, each time anew, as the pools may be others than before.
@@ -129,6 +141,8 @@ def _calibrate_on_pools(
 
 def _threshold_of(post_processor: PostProcessor, images: Pool | ReferenceBank, scores: torch.Tensor) -> float:
     """Return the threshold by hand, that which the expected share of ``scores (N,)`` exceeds, or the rule's."""
+    if isinstance(images, Pool) and images.shows_nothing and _fixed_of(post_processor) is None:
+        return threshold_above_all(scores)
     if not isinstance(post_processor, RsCINPostProcessor):
         return image_threshold(images.raw_scores, images.class_tokens)
     if post_processor.fixed_image_threshold is not None:
@@ -136,6 +150,10 @@ def _threshold_of(post_processor: PostProcessor, images: Pool | ReferenceBank, s
     if post_processor.contamination != "auto":
         return contamination_threshold(scores, float(post_processor.contamination))
     return image_threshold(images.raw_scores, images.class_tokens, factor_of(post_processor.image_sensitivity))
+
+
+def _fixed_of(post_processor: PostProcessor) -> float | None:
+    return post_processor.fixed_image_threshold if isinstance(post_processor, RsCINPostProcessor) else None
 
 
 def _calibrate_on_bank(

@@ -73,6 +73,11 @@ def contamination_threshold(scores: torch.Tensor, contamination: float) -> float
     return ordered[max(count - 1, 0) : count + 1].mean().item()
 
 
+def threshold_above_all(scores: torch.Tensor) -> float:
+    """Return a threshold that no score ``(N,)`` exceeds, for a pool that shows nothing."""
+    return min(scores.max().item() + FACTOR * max((scores.max() - scores.min()).item(), _ROUNDING), 2.0)
+
+
 def factor_of(sensitivity: float) -> float:
     """Return the rule's factor for a sensitivity from 0 to 1: 2.5 at 0.5, less above, infinite at 0.
 

@@ -20,12 +20,14 @@ class ReferenceBank(nn.Module):
         interval: Which of the ascending distances to the references are averaged.
 
     Attributes:
-        white: White level of grey images of more than 8 bits, shape ``()``; 0 where no reference is one.
+        black: Value of grey images of more than 8 bits that is shown black, shape ``()``.
+        white: Likewise white; not above ``black`` where no reference is such an image.
         origin: What tells the references from others; ``None`` for those of a checkpoint or of a caller.
     """
 
     class_tokens: torch.Tensor
     raw_scores: torch.Tensor
+    black: torch.Tensor
     white: torch.Tensor
     origin: object
 
@@ -38,6 +40,7 @@ class ReferenceBank(nn.Module):
         self._own_patch_scores: torch.Tensor | None = None  # found again after loading, if asked for
         self.register_buffer("class_tokens", torch.empty(0, 0))
         self.register_buffer("raw_scores", torch.empty(0))
+        self.register_buffer("black", torch.zeros(()))
         self.register_buffer("white", torch.zeros(()))
 
     def clear(self) -> None:
@@ -47,10 +50,16 @@ class ReferenceBank(nn.Module):
             del self._buffers[name]
         self.num_layers, self.origin, self._own_patch_scores = 0, None, None
         self.class_tokens, self.raw_scores = self.class_tokens.new_empty(0, 0), self.raw_scores.new_empty(0)
-        self.white = torch.zeros_like(self.white)
+        self.black, self.white = torch.zeros_like(self.black), torch.zeros_like(self.white)
 
     def __len__(self) -> int:
         return len(self.raw_scores)
+
+    @property
+    def grey_range(self) -> tuple[float, float] | None:
+        """:attr:`black` and :attr:`white`, ``None`` where nobody has named them."""
+        black, white = self.black.item(), self.white.item()
+        return (black, white) if white > black else None
 
     @property
     def feature_maps(self) -> list[torch.Tensor]:
@@ -64,7 +73,7 @@ class ReferenceBank(nn.Module):
         raw_scores: torch.Tensor,
         patch_scores: torch.Tensor | None = None,
         *,
-        white: float = 0.0,
+        grey_range: tuple[float, float] = (0.0, 0.0),
         origin: object = None,
     ) -> None:
         """Put M images into the bank in place of those that are there.
@@ -74,13 +83,13 @@ class ReferenceBank(nn.Module):
             class_tokens: Image features, shape ``(M, D)``.
             raw_scores: Raw scores of the images against each other, shape ``(M,)``.
             patch_scores: Their patch scores, shape ``(M, h, w)``, if known.
-            white: See the class.
+            grey_range: ``black`` and ``white``, see the class.
             origin: See the class.
         """
         device = self.class_tokens.device
         self.clear()
         self.num_layers, self.origin = len(feature_maps), origin
-        self.white = self.white.new_tensor(white)
+        self.black, self.white = (self.white.new_tensor(value) for value in grey_range)
         self.class_tokens = class_tokens.to(device)
         self.raw_scores = raw_scores.to(device)
         self._own_patch_scores = None if patch_scores is None else patch_scores.cpu()
@@ -155,4 +164,5 @@ class ReferenceBank(nn.Module):
             self.fill(maps, state_dict[f"{prefix}class_tokens"], state_dict[f"{prefix}raw_scores"])
         elif f"{prefix}raw_scores" in state_dict:
             self.clear()
+        state_dict.setdefault(f"{prefix}black", torch.zeros(()))  # of version 0.1
         super()._load_from_state_dict(state_dict, prefix, *args)

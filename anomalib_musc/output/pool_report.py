@@ -54,7 +54,8 @@ def report_of_pools(
             region_fraction=post_processor.region_fraction,
             pixel_threshold=_pixel_threshold(post_processor),
         )
-    return PoolReport(images, decision, skipped, settings=settings or {})
+    warnings = list(dict.fromkeys(warning for pool in pools for warning in pool.warnings))
+    return PoolReport(images, decision, skipped, warnings, settings or {})
 
 
 def decision_of(post_processor: Any) -> Decision:
@@ -83,6 +84,7 @@ def _images_of(pool: Pool, post_processor: Any, bank: ReferenceBank | None) -> d
             size=pool.sizes.get(name),
             anomaly_map=grids[index],
             thumbnail=pool.thumbnails.get(name),
+            notes=[pool.notes[name]] if name in pool.notes else [],
             similar=[pool.names[other] for other in similar[index]],
         )
         for index, name in enumerate(pool.names)

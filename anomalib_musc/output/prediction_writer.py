@@ -228,7 +228,7 @@ def _joined(predictions: Sequence[Prediction], report: PoolReport, model: Any) -
     pictures, failures = (getattr(visualizer, name, {}) for name in ("pictures", "failures"))
     seen = {prediction.path for prediction in predictions}
     not_reached = [
-        replace(other, notes=["the run ended before its regions were found"])
+        replace(other, notes=[*other.notes, "the run ended before its regions were found"])
         for name, other in report.images.items()
         if name not in seen
     ]
@@ -247,7 +247,7 @@ def _with_pool(prediction: Prediction, of_pool: Prediction | None) -> Prediction
         of_pool,
         is_anomalous=prediction.is_anomalous,
         regions=prediction.regions,
-        notes=prediction.notes,
+        notes=[*of_pool.notes, *prediction.notes],
         size=prediction.size or of_pool.size,
     )
 

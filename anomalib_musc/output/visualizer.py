@@ -14,6 +14,7 @@ from PIL import Image
 from anomalib_musc.output.files import MirroredFolder, atomic_write
 from anomalib_musc.output.picture import draw_picture
 from anomalib_musc.output.regions import find_regions
+from anomalib_musc.pool.grey_range import GreyRange
 from anomalib_musc.pool.high_bit_depth import read_image_file
 from anomalib_musc.pool.loaders import image_paths
 
@@ -27,7 +28,8 @@ class FolderVisualizer(Visualizer):
     the mask, none where the image is normal, and the largest region where it would be too small to be seen; above them
     are file name, score and label. It is no anomalib ``ImageVisualizer``, of which version 2.7.0 names a picture by its
     image's folder and name alone, so that of ``a/x/1.png`` and ``b/x/1.png`` one is overwritten, leaves half a picture
-    behind when the disk is full, and shows grey images of 16 bits white.
+    behind when the disk is full, shows grey images of 16 bits white and takes no notice of EXIF orientation. Here
+    images are shown as they were scored.
 
     Args:
         output_dir: Where to write; by default ``images/`` in the trainer's ``default_root_dir``.
@@ -58,11 +60,12 @@ class FolderVisualizer(Visualizer):
     ) -> None:
         """Write the pictures of a batch."""
         del trainer, outputs, args
-        high_bit_depth = {name for pool in getattr(pl_module, "pools", ()) for name in pool.high_bit_depth}
+        pools = getattr(pl_module, "pools", ())
+        ranges = {name: pool.grey_range for pool in pools for name in pool.high_bit_depth}
         for item in batch:
             path = str(Path(item.image_path))
             try:
-                picture = _draw(item, has_high_bit_depth=path in high_bit_depth)
+                picture = _draw(item, ranges.get(path))
                 suffix = "" if Path(path).suffix.lower() in _FORMATS else ".png"
                 with atomic_write(place := self._places.place(path, suffix)) as part:
                     picture.save(part, compress_level=1)  # of PNG; a third of the time
@@ -94,11 +97,11 @@ class FolderVisualizer(Visualizer):
         self._places = MirroredFolder(folder, image_paths(dataloaders))
 
 
-def _draw(item: Any, has_high_bit_depth: bool) -> Image.Image:
-    """Draw the picture of one image of a batch."""
+def _draw(item: Any, grey_range: GreyRange | None) -> Image.Image:
+    """Draw the picture of one image of a batch; ``grey_range`` is that of images of more than 8 bits."""
     file = read_image_file(Path(item.image_path))
-    shown = (file.values / file.values.max().clamp_min(1e-9)).expand(3, -1, -1) if has_high_bit_depth else file.values
-    image = (shown.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    shown = file.scaled(grey_range).clamp(0, 1).permute(1, 2, 0)
+    image = np.ascontiguousarray((shown * 255).round().to(torch.uint8).numpy())
     mask = _plane(item.pred_mask)
     if item.pred_label is not None and not bool(item.pred_label):
         mask = None

@@ -2,6 +2,7 @@
 """What must hold before the long work starts: enough images, readable files, a place to write to."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 MIN_IMAGES = 2
 FEW_IMAGES = 6  # below which labels are not to be relied on
+NO_FILE = "no file with content, but a folder, device or pipe"
 
 
 def check_size(images: Sequence[object] | None, num_references: int = 0) -> None:
@@ -46,14 +48,6 @@ def unreadable(faults: Mapping[Path, str], num_images: int) -> ValueError:
     return ValueError(f"{len(faults)} of {num_images} images cannot be read; repair or remove them: {named}.")
 
 
-def closed_folders(root: Path | None) -> dict[Path, str]:
-    """Return the folders beneath ``root`` whose content this user may not list, and why."""
-    errors: list[OSError] = []
-    for _ in os.walk(root or os.devnull, onerror=errors.append):
-        pass
-    return {Path(error.filename): f"{type(error).__name__}: {error.strerror}" for error in errors if root}
-
-
 def find_fault(path: Path, *, decode: bool = False) -> str | None:
     """Return why a file is no image, ``None`` if it is one.
 
@@ -61,6 +55,8 @@ def find_fault(path: Path, *, decode: bool = False) -> str | None:
         path: The file.
         decode: Whether to decode all pixels. PNG and JPEG tell without it whether they are whole.
     """
+    if not path.is_file() and path.exists():
+        return NO_FILE
     try:
         with Image.open(path) as image:
             if decode or not _is_whole(path, image.format):
@@ -76,6 +72,12 @@ def describe_fault(path: Path, error: Exception) -> str:
     """Say in a few words why Pillow could not read a file."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image" if path.stat().st_size else "empty file"
+    if isinstance(error, Image.DecompressionBombError):
+        pixels = re.search(r"\d+", str(error))
+        return (
+            f"{pixels.group() if pixels else 'too many'} pixels, more than twice Pillow's limit of "
+            f"{Image.MAX_IMAGE_PIXELS}; for files that you trust set PIL.Image.MAX_IMAGE_PIXELS = None before the run"
+        )
     return f"{type(error).__name__}: {error}"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files as anomalib reads them, but for grey ones of more than 8 bits, as industrial cameras take them.
+"""Image files as a viewer shows them, and grey ones of more than 8 bits, as industrial cameras take them.
 
 anomalib 2.7.0 reads images by Pillow's conversion to RGB, which makes every value above 255 white: a picture of 16 bits
-comes out empty. Colour images of 16 bits are read well.
+comes out empty. Colour images of 16 bits are read well. And it takes no notice of EXIF orientation.
 """
 
 from collections.abc import Sequence
@@ -15,43 +15,65 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype, to_image
 
+from anomalib_musc.pool.grey_range import GreyRange, find_grey_range, sample
+from anomalib_musc.pool.orientation import UPRIGHT, is_sideways_tiff, orientation_of, turned, turned_tensor
+
+_SINGLE_PICTURES = {"MPO"}  # a camera's, whose further pictures are previews
+
 
 class ImageFile(NamedTuple):
-    """A decoded image file.
+    """A decoded image file, as a viewer shows it.
 
     Attributes:
         values: Shape ``(3, H, W)``, in [0, 1]; of a grey image of more than 8 bits ``(1, H, W)``, the values as they
-            are stored, 0 where there is no finite one. float32.
+            are stored. float32.
         has_high_bit_depth: Whether it is one of those.
+        orientation: Its EXIF orientation, 1 to 8, as it is stored.
+        num_frames: How many pages or frames the file has; only the first is read.
     """
 
     values: torch.Tensor
     has_high_bit_depth: bool
+    orientation: int = UPRIGHT
+    num_frames: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.values.shape[-1], self.values.shape[-2]
 
-    def scaled(self, white: float | None) -> torch.Tensor:
+    def scaled(self, grey_range: GreyRange | None) -> torch.Tensor:
         """Return the image ``(3, H, W)`` in [0, 1].
 
         Args:
-            white: White level of grey images of more than 8 bits, see :func:`white_level`.
+            grey_range: Black and white of grey images of more than 8 bits, see :func:`find_grey_range`.
         """
-        if not self.has_high_bit_depth or white is None:
+        if not self.has_high_bit_depth or grey_range is None:
             return self.values
-        return (self.values / white).clamp(0, 1).expand(3, -1, -1)
+        return grey_range.apply(self.values).expand(3, -1, -1)
 
 
 def read_image_file(path: Path) -> ImageFile:
-    """Open and decode an image file once; raises what Pillow raises on broken ones."""
+    """Open and decode the first picture of a file once; raises what Pillow raises on broken ones."""
     with Image.open(path) as image:
-        if _is_high_bit_depth(image):
-            values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
-            return ImageFile(torch.from_numpy(values)[None], True)
-        rgb: torch.Tensor = to_dtype(to_image(image.convert("RGB")), torch.float32, scale=True)
-    return ImageFile(rgb.as_subclass(torch.Tensor), False)
+        if not is_sideways_tiff(image):
+            return _decode(image)
+    with path.open("rb") as file, Image.open(file) as image:  # Pillow 13 swaps height and width where it maps a path
+        return _decode(image)
+
+
+def _decode(image: Image.Image) -> ImageFile:
+    num_frames = 1 if image.format in _SINGLE_PICTURES else getattr(image, "n_frames", 1)
+    has_high_bit_depth = _is_high_bit_depth(image)
+    picture = image if has_high_bit_depth else image.convert("RGB")
+    picture.load()
+    orientation = orientation_of(image)
+    picture = turned(picture, orientation)
+    if has_high_bit_depth:
+        values = torch.from_numpy(np.array(picture, dtype=np.float32))[None]
+    else:
+        values = to_dtype(to_image(picture), torch.float32, scale=True).as_subclass(torch.Tensor)
+    return ImageFile(values, has_high_bit_depth, orientation, num_frames)
 
 
 def is_high_bit_depth(path: Path) -> bool:
@@ -64,29 +86,32 @@ def _is_high_bit_depth(image: Image.Image) -> bool:
     return image.mode in {"I", "F"} or image.mode.startswith("I;16")
 
 
-def white_level(brightest: float) -> float:
-    """Return the white level of a pool from its largest stored value.
+def grey_range_of_files(paths: Sequence[Path]) -> GreyRange | None:
+    """Return the range of the grey images of more than 8 bits among files, ``None`` where there is none."""
+    samples = [sample(read_image_file(path).values) for path in paths if is_high_bit_depth(path)]
+    return find_grey_range(torch.cat(samples)) if samples else None
 
-    It is the least number of bits, of 8 or more, that holds every value, so that a camera of 12 bits whose images are
-    stored in 16 is not taken for a dark one. Fractions are in [0, 1].
 
-    Example:
-        >>> white_level(0.7), white_level(100), white_level(4000)
-        (1.0, 255.0, 4095.0)
+def corrected_image(item: Any, grey_range: GreyRange | None, *, is_as_stored: bool) -> tuple[torch.Tensor, int]:
+    """Return the image ``(3, H, W)`` of an item in [0, 1] as a viewer shows it, and its EXIF orientation as stored.
+
+    Args:
+        item: anomalib's item; where its file has a high bit depth, that is read again.
+        grey_range: Black and white of those, ``None`` to leave them.
+        is_as_stored: Whether anomalib has read the file, as it is stored. Else it was a user: the image is taken to lie
+            as it should, and may be a part of the file, which is read again only where it has the same size.
     """
-    return 1.0 if brightest <= 1 else 2.0 ** max(8, int(brightest).bit_length()) - 1
-
-
-def white_level_of_files(paths: Sequence[Path]) -> float | None:
-    """Return the white level of the grey images of more than 8 bits among files, ``None`` where there is none."""
-    brightest = [read_image_file(path).values.max().item() for path in paths if is_high_bit_depth(path)]
-    return white_level(max(brightest)) if brightest else None
-
-
-def corrected_image(item: Any, white: float | None) -> torch.Tensor:
-    """Return the image ``(3, H, W)`` of anomalib's item in [0, 1], read again where its file has a high bit depth."""
     image: torch.Tensor = item.image
-    if white is None or item.image_path is None or not is_high_bit_depth(Path(item.image_path)):
-        return image
-    grey = read_image_file(Path(item.image_path)).scaled(white)
-    return resize(grey, list(image.shape[-2:]), InterpolationMode.BICUBIC, antialias=True)
+    if item.image_path is None:
+        return image, UPRIGHT
+    if not is_as_stored and (grey_range is None or not Path(item.image_path).is_file()):
+        return image, UPRIGHT
+    with Image.open(item.image_path) as file:
+        is_same = is_as_stored or file.size == (image.shape[-1], image.shape[-2])
+        is_deep = grey_range is not None and _is_high_bit_depth(file) and is_same
+        orientation = orientation_of(file) if is_as_stored else UPRIGHT
+    image = turned_tensor(image, orientation)
+    if not is_deep:
+        return image, orientation
+    grey = read_image_file(Path(item.image_path)).scaled(grey_range)
+    return resize(grey, list(image.shape[-2:]), InterpolationMode.BICUBIC, antialias=True), orientation

@@ -88,15 +88,27 @@ def dataset_paths(dataset: Any) -> list[Path] | None:
 
 def has_plain_files(dataset: Any) -> bool:
     """Whether the images of a dataset are its files as anomalib reads them, with nothing done to them."""
+    changes = [getattr(part, name, None) for part in _parts(dataset) for name in ("transform", "augmentations")]
+    return is_read_by_anomalib(dataset) and all(change is None for change in changes)
+
+
+def is_read_by_anomalib(dataset: Any) -> bool:
+    """Whether anomalib reads the files of a dataset, rather than code of a user's."""
+    return all(_is_read_by_anomalib(part) for part in _parts(dataset))
+
+
+def _parts(dataset: Any) -> list[Any]:
+    """Return the datasets that others are made of."""
     if isinstance(dataset, Subset):
-        return has_plain_files(dataset.dataset)
+        return _parts(dataset.dataset)
     if isinstance(dataset, ConcatDataset):
-        return all(has_plain_files(part) for part in dataset.datasets)
-    if isinstance(dataset, PredictDataset):
-        return type(dataset).__getitem__ is PredictDataset.__getitem__ and dataset.transform is None
-    if isinstance(dataset, AnomalibDataset):
-        return type(dataset).__getitem__ is AnomalibDataset.__getitem__ and dataset.augmentations is None
-    return False
+        return [leaf for part in dataset.datasets for leaf in _parts(part)]
+    return [dataset]
+
+
+def _is_read_by_anomalib(dataset: Any) -> bool:
+    kinds = (PredictDataset, AnomalibDataset)
+    return any(isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__ for kind in kinds)
 
 
 def second_reader(loader: Any) -> Any:

@@ -3,13 +3,16 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torchvision.transforms.v2.functional import resize
 
 from anomalib_musc.compat.checkpoints import check_checkpoints
 from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
@@ -17,10 +20,13 @@ from anomalib_musc.compat.sharing import OneThread
 from anomalib_musc.compat.termination import TerminationStatus, stop_if_terminated, stopped_at_once
 from anomalib_musc.compat.validation import NoValidationData
 from anomalib_musc.compat.workspace import RunFolders
+from anomalib_musc.pool.grey_range import GreyRange, widest
 from anomalib_musc.pool.loaders import as_list
+from anomalib_musc.pool.orientation import UPRIGHT, turned_tensor
 from anomalib_musc.pool.pool import Pool, image_names
 from anomalib_musc.pool.scorer import PoolScorer
 from anomalib_musc.pool.source import PoolSource
+from anomalib_musc.pool.warnings import warn_of_labels
 from anomalib_musc.torch_model import MuScModel
 
 
@@ -47,6 +53,7 @@ class PoolModule(NoValidationData):
         super().__init__(**components)
         self.pools: tuple[Pool, ...] = ()
         self._are_validation_pools = False
+        self._validation_range: GreyRange | None = None
         self._run_folders = RunFolders()
         self._one_thread = OneThread()
 
@@ -77,6 +84,11 @@ class PoolModule(NoValidationData):
     def image_sizes(self) -> dict[str, tuple[int, int]]:
         """(width, height) of the last loop's image files, by name, as far as they were read here."""
         return {name: size for pool in self.pools for name, size in pool.sizes.items()}
+
+    @property
+    def pool_warnings(self) -> list[str]:
+        """Signs that the pools of the last loop are not what their user thinks they are."""
+        return list(dict.fromkeys(warning for pool in self.pools for warning in pool.warnings))
 
     @property
     def transform(self) -> Any:
@@ -117,17 +129,17 @@ class PoolModule(NoValidationData):
         """Score the test pools."""
         with stopped_at_once(self.trainer):
             self._score_pools(self.trainer.test_dataloaders, self.trainer.num_test_batches)
-            self.calibrate()
+            self._label_pools()
 
     def on_predict_start(self) -> None:
         """Score the prediction pools, and leave out the files that could not be read."""
         loaders = as_list(self.trainer.predict_dataloaders)
         with stopped_at_once(self.trainer):
             self._score_pools(loaders, self.trainer.num_predict_batches)
-            self.calibrate()
+            self._label_pools()
         pairs = zip(loaders, self.pools, strict=True)
         readable = [PoolSource(loader).without(pool.skipped) for loader, pool in pairs]
-        if readable != loaders:
+        if any(new is not old for new, old in zip(readable, loaders, strict=True)):
             replace_predict_dataloaders(self.trainer, readable)
 
     def validation_step(  # type: ignore[override]
@@ -136,6 +148,7 @@ class PoolModule(NoValidationData):
         """Return the batch with its predictions: ``pred_score (B,)`` and ``anomaly_map (B, H, W)``."""
         del batch_idx
         scores, anomaly_maps = self.predictions(batch, dataloader_idx)
+        self._turn(batch, dataloader_idx)
         return batch.update(pred_score=scores, anomaly_map=anomaly_maps)
 
     def test_step(  # type: ignore[override]
@@ -155,6 +168,16 @@ class PoolModule(NoValidationData):
         positions = pool.positions(image_names(batch.image_path, batch.image))
         anomaly_maps = self.model.anomaly_maps(pool.patch_scores[positions].to(self.device))
         return pool.scores[positions].to(self.device), anomaly_maps.squeeze(1)
+
+    def _turn(self, batch: ImageBatch, dataloader_idx: int) -> None:
+        """Turn the images of a batch, read as they are stored, as viewers show them: so lie the maps."""
+        orientations = self.pools[dataloader_idx].orientations
+        images: Any = batch.image
+        if orientations:
+            size = list(images.shape[-2:])
+            pairs = zip(images, image_names(batch.image_path, None), strict=True)
+            turned = [turned_tensor(image, orientations.get(name, UPRIGHT)) for image, name in pairs]
+            batch.update(image=torch.stack([resize(image, size, antialias=True) for image in turned]))
 
     def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch:
         """Score images ``(B, 3, H, W)`` in [0, 1], as an export does; see anomalib's method."""
@@ -176,6 +199,16 @@ class PoolModule(NoValidationData):
         """Leave out the pools: an export needs none, and a dataloader may not be one that can be pickled."""
         return {**super().__getstate__(), "pools": ()}
 
+    def _label_pools(self) -> None:
+        """Find thresholds, and say so where most images of a pool exceed them."""
+        self.calibrate()
+        if isinstance(self.post_processor, PostProcessor) and self.post_processor.enable_thresholding:
+            threshold = self.post_processor.image_threshold.item()
+            warnings = [warn_of_labels(pool.scores, threshold) for pool in self.pools]
+            for warning in chain(*warnings):
+                rank_zero_warn(warning)
+            self.pools = tuple(map(Pool.with_warnings, self.pools, warnings))
+
     def _score_pools(self, dataloaders: Any, limits: Sequence[float]) -> None:
         """Make one pool of each dataloader, taking over those that hold the same images as before."""
         if self.trainer.world_size > 1:
@@ -188,9 +221,11 @@ class PoolModule(NoValidationData):
             source = PoolSource(loader, limit)
             key = (source.key, settings)
             is_known = source.is_recognised_by_files or self._are_validation_pools
-            pool = next((pool for pool in known if is_known and pool.key == key), None)
+            pool = next((pool for pool in known if is_known and pool.is_of(key, scorer.grey_range)), None)
             pool = scorer.score(source, key) if pool is None else scorer.taken_over(pool, source)
             known.append(pool)
             pools.append(pool)
         self._are_validation_pools = self.trainer.validating
+        if self.trainer.validating:
+            self._validation_range = widest(pool.grey_range for pool in pools)
         self.pools = tuple(pool.with_scores(self.rescored(pool)) for pool in pools)

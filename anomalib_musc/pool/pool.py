@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from anomalib_musc.pool.grey_range import GreyRange
+
 
 @dataclass(frozen=True, eq=False)
 class Pool:
@@ -28,6 +30,12 @@ class Pool:
         skipped: Files that were left out, and why.
         sizes: (width, height) of image files, by name, as far as they were read here.
         high_bit_depth: Names of the grey images of more than 8 bits.
+        orientations: EXIF orientations, by name, of the images that are stored otherwise than viewers show them.
+        notes: What is to be said of images, by name.
+        warnings: Signs that the pool is not what its user thinks it is.
+        shows_nothing: Whether its images are blank or its scores equal, so that none is anomalous.
+        given_range: Black and white of images of more than 8 bits that it was scored with, ``None`` if found in it.
+        grey_range: Those that were given or found.
         thumbnails: Small JPEG files, by name, where they were asked for.
         offset: What was added to the image scores so that one threshold applies to several pools.
     """
@@ -41,8 +49,19 @@ class Pool:
     skipped: Mapping[Path, str]
     sizes: Mapping[str, tuple[int, int]]
     high_bit_depth: frozenset[str]
+    orientations: Mapping[str, int]
+    notes: Mapping[str, str]
+    warnings: tuple[str, ...]
+    shows_nothing: bool
+    given_range: GreyRange | None
+    grey_range: GreyRange | None
     thumbnails: Mapping[str, bytes] = field(default_factory=dict)
     offset: float = 0.0
+
+    @property
+    def read_otherwise(self) -> frozenset[str]:
+        """Names of the images that anomalib reads otherwise than they are scored."""
+        return self.high_bit_depth | frozenset(self.orientations)
 
     def with_scores(self, scores: torch.Tensor) -> Pool:
         """Return the same images with other image scores ``(N,)``."""
@@ -51,6 +70,15 @@ class Pool:
     def moved(self, offset: float) -> Pool:
         """Return the same images with something added to their image scores."""
         return replace(self, scores=self.scores + offset, offset=self.offset + offset)
+
+    def with_warnings(self, warnings: Sequence[str]) -> Pool:
+        """Return the same images with further warnings."""
+        return replace(self, warnings=(*self.warnings, *(text for text in warnings if text not in self.warnings)))
+
+    def is_of(self, key: object, grey_range: GreyRange | None) -> bool:
+        """Whether this is what scoring would give: of the same images and settings, and black and white."""
+        suits = self.grey_range is None or grey_range in (self.given_range, self.grey_range)
+        return suits and self.key == key
 
     def positions(self, names: Sequence[str]) -> list[int]:
         """Return where the named images stand in the pool.

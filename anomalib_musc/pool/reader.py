@@ -12,8 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from anomalib.data import ImageBatch
 
-from anomalib_musc.pool.checks import describe_fault, unreadable
-from anomalib_musc.pool.high_bit_depth import corrected_image, read_image_file, white_level, white_level_of_files
+from anomalib_musc.pool.checks import NO_FILE, describe_fault, unreadable
+from anomalib_musc.pool.grey_range import GreyRange, find_grey_range, sample
+from anomalib_musc.pool.high_bit_depth import ImageFile, corrected_image, grey_range_of_files, read_image_file
+from anomalib_musc.pool.looks import Look, look_at
+from anomalib_musc.pool.orientation import UPRIGHT
 from anomalib_musc.pool.pool import image_names
 from anomalib_musc.pool.source import PoolSource
 
@@ -37,12 +40,17 @@ class Prepared(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """What a thread found in a file; no ``image`` ``(3, H, W)`` where the white level is still to be found."""
+    """What a thread found in a file.
+
+    ``file`` has lost its values. ``image`` ``(3, H, W)`` and ``look`` are ``None`` where black and white are still to
+    be found, of ``samples``.
+    """
 
     size: tuple[int, int]
-    has_high_bit_depth: bool
-    brightest: float
+    file: ImageFile
+    samples: torch.Tensor
     image: torch.Tensor | None
+    look: Look | None
     thumbnail: bytes | None
 
 
@@ -58,8 +66,8 @@ class PoolReader:
         batch_size: How many images are joined.
         reason_to_skip: Says why a file is left out, ``None`` where it is not, and leaves broken ones out, too. Without
             it a broken file is an error.
-        white: White level of grey images of more than 8 bits; ``None`` to take it from the images themselves.
-        needs_white: Whether such images are an error where ``white`` is ``None``.
+        grey_range: Black and white of grey images of more than 8 bits; ``None`` to find them in the images themselves.
+        needs_grey_range: Whether such images are an error where ``grey_range`` is ``None``.
         needs_paths: Whether images without a path are an error.
         thumbnail: Makes a small picture of an image ``(3, H, W)`` in [0, 1].
 
@@ -68,7 +76,10 @@ class PoolReader:
         sizes: (width, height) of the files that were read so far, by name.
         high_bit_depth: Names of the grey images of more than 8 bits.
         thumbnails: Small pictures of the files that were read so far, by name, where they are made.
-        white: White level of those, ``None`` where none was given or found.
+        orientations: EXIF orientations, by name, of the images that are stored otherwise than viewers show them.
+        notes: What is to be said of images, by name.
+        looks: What a glance at the images shows, by name.
+        grey_range: Black and white of those of more than 8 bits, ``None`` where none was given or found.
     """
 
     def __init__(
@@ -79,8 +90,8 @@ class PoolReader:
         batch_size: int,
         *,
         reason_to_skip: Callable[[Path], str | None] | None = None,
-        white: float | None = None,
-        needs_white: bool = False,
+        grey_range: GreyRange | None = None,
+        needs_grey_range: bool = False,
         needs_paths: bool = False,
         thumbnail: Callable[[torch.Tensor], bytes] | None = None,
     ) -> None:
@@ -88,13 +99,17 @@ class PoolReader:
         self.sizes: dict[str, tuple[int, int]] = {}
         self.high_bit_depth: set[str] = set()
         self.thumbnails: dict[str, bytes] = {}
-        self.white = white
+        self.orientations: dict[str, int] = {}
+        self.notes: dict[str, str] = {}
+        self.looks: dict[str, Look] = {}
+        self.grey_range = grey_range
         self._source = source
         self._transform = transform
         self._to_device = to_device
         self._batch_size = batch_size
         self._reason_to_skip = reason_to_skip
-        self._needs_white = needs_white and white is None
+        self._needs_grey_range = needs_grey_range and grey_range is None
+        self._digests: dict[str, str] = {}
         self._needs_paths = needs_paths
         self._thumbnail = thumbnail
 
@@ -110,17 +125,17 @@ class PoolReader:
             yield from self._batches_of_loader()
 
     def _images_of_files(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Read files in their order; those whose white level the last of them tells come at the end."""
+        """Read files in their order; those whose black and white the last of them tells come at the end."""
         waiting: list[Path] = []
-        brightest = 0.0
+        samples: list[torch.Tensor] = []
         for path, found in islice(self._files(self._source.all_paths), self._source.max_images):
             if found.image is not None:
                 yield str(path), found.image
             else:
                 waiting.append(path)
-                brightest = max(brightest, found.brightest)
+                samples.append(found.samples)
         if waiting:
-            self.white = self._known(white_level(brightest), waiting[0])
+            self.grey_range = self._known(find_grey_range(torch.cat(samples)), waiting[0])
             yield from ((str(path), found.image) for path, found in self._files(waiting) if found.image is not None)
 
     def _files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, _Read]]:
@@ -130,33 +145,46 @@ class PoolReader:
                 if self._reason_to_skip is None:
                     raise unreadable({path: found}, len(paths))
                 self.skipped[path] = found
-                continue
-            self.sizes[str(path)] = found.size
-            if found.has_high_bit_depth:
-                self.high_bit_depth.add(str(path))
-            if found.thumbnail is not None:
-                self.thumbnails[str(path)] = found.thumbnail
-            yield path, found
+            else:
+                self._note(str(path), found)
+                yield path, found
+
+    def _note(self, name: str, found: _Read) -> None:
+        self.sizes[name] = found.size
+        if found.file.has_high_bit_depth:
+            self.high_bit_depth.add(name)
+        if found.file.orientation != UPRIGHT:
+            self.orientations[name] = found.file.orientation
+        if found.file.num_frames > 1:
+            self.notes[name] = f"only the first of {found.file.num_frames} pages or frames is looked at"
+        if found.look is not None:
+            self.looks[name] = found.look
+        if found.thumbnail is not None:
+            self.thumbnails[name] = found.thumbnail
 
     def _read(self, path: Path) -> _Read | str:
         """Read and prepare one file, in a thread; or say why there is no image."""
         if self._reason_to_skip is not None and (reason := self._reason_to_skip(path)) is not None:
             return reason
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            return NO_FILE
         try:
             file = read_image_file(path)
         except Exception as error:  # Pillow's decoders raise whatever they like on broken files
             return describe_fault(path, error)
-        if file.has_high_bit_depth and self.white is None:
-            return _Read(file.size, True, file.values.max().item(), None, None)
-        image = file.scaled(self.white)
+        nothing = torch.empty(0)
+        if file.has_high_bit_depth and self.grey_range is None:
+            return _Read(file.size, file._replace(values=nothing), sample(file.values), None, None, None)
+        image = file.scaled(self.grey_range)
         thumbnail = None if self._thumbnail is None else self._thumbnail(image)
-        return _Read(file.size, file.has_high_bit_depth, 0.0, self._prepared(image), thumbnail)
+        prepared = self._prepared(image)
+        return _Read(file.size, file._replace(values=nothing), nothing, prepared, look_at(image), thumbnail)
 
     def _batches_of_loader(self) -> Iterator[Prepared]:
         """Read the source by its own dataloader, whose images may be others than its files are."""
         paths = self._source.all_paths if self._source.paths is None else self._source.paths
-        found = white_level_of_files(paths) if self.white is None else self.white
-        self.white = None if found is None else self._known(found, paths[0])
+        if self.grey_range is None and (found := grey_range_of_files(paths)) is not None:
+            self.grey_range = self._known(found, paths[0])
         batches = self._source.batches()
         first = next(batches, None)
         if first is not None and next(iter(first)).image_path is not None:
@@ -176,17 +204,34 @@ class PoolReader:
     def _images_of_items(self, items: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:
         for item in items:
             (name,) = image_names([item.image_path], None)
-            yield name, self._prepared(corrected_image(item, self.white))
+            self._check_distinct(name, item.image)
+            is_as_stored = self._source.is_read_by_anomalib
+            image, orientation = corrected_image(item, self.grey_range, is_as_stored=is_as_stored)
+            if orientation != UPRIGHT:
+                self.orientations[name] = orientation
+            self.looks[name] = look_at(image)
+            yield name, self._prepared(image)
 
-    def _known(self, white: float, path: Path) -> float:
-        """Return a white level that was found; a ValueError where it should have been given."""
-        if self._needs_white and white != 1:  # fractions are known
+    def _check_distinct(self, name: str, image: torch.Tensor) -> None:
+        """Raise a ValueError where different images have one path, by which results are told apart."""
+        (digest,) = image_names(None, image[None])
+        if self._digests.setdefault(name, digest) != digest:
             msg = (
-                f"{path} has more than 8 bits and the references have not: nobody knows which value is white. Take "
-                "references of the same camera, or name the value: model.model.bank.white.fill_(4095)."
+                f"Different images have the image_path {name}, such as tiles or frames of one file, or one image "
+                "augmented at random; results are told apart by path. Write each to a file of its own, or leave "
+                "image_path out and use visualizer=False."
             )
             raise ValueError(msg)
-        return white
+
+    def _known(self, found: GreyRange, path: Path) -> GreyRange:
+        """Return black and white that were found; a ValueError where they should have been given."""
+        if self._needs_grey_range and found.white != 1:  # fractions are known
+            msg = (
+                f"{path} has more than 8 bits and the references have not: nobody knows which value is white. Take "
+                "references of the same camera, or name black and white: MuSc(grey_range=(0, 4095))."
+            )
+            raise ValueError(msg)
+        return found
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images if self._transform is None else self._transform(images)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
+from anomalib_musc.pool.folder import InputFolder
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.source import PoolSource
 
@@ -105,7 +106,7 @@ def _find(folder: str | Path | None, datamodule: Any, k_shot: int | None, bank_s
         if not Path(folder).exists():
             msg = f"references={str(folder)!r} does not exist; give a folder of images of the product."
             raise ValueError(msg)
-        kind, source = FOLDER, _source_of(PredictDataset(folder))
+        kind, source = FOLDER, _source_of(_images_of(folder))
     elif train_data is not None and len(train_data):
         if k_shot is not None and k_shot > len(train_data):
             rank_zero_warn(f"k_shot={k_shot}, but there are {len(train_data)} training images: all of them are taken.")
@@ -115,6 +116,17 @@ def _find(folder: str | Path | None, datamodule: Any, k_shot: int | None, bank_s
     else:
         return None
     return References(kind, source, (source.key, bank_size))
+
+
+def _images_of(folder: str | Path) -> PredictDataset:
+    """Return the images of a folder but for masks and results of earlier runs, as a prediction would take them."""
+    dataset = PredictDataset(folder)
+    reason_to_skip = InputFolder(_source_of(dataset)).reason_to_skip
+    dataset.image_filenames = [path for path in dataset.image_filenames if reason_to_skip(path) is None]
+    if not dataset.image_filenames:
+        msg = f"references={str(folder)!r} holds masks and results of earlier runs alone; give images of the product."
+        raise ValueError(msg)
+    return dataset
 
 
 def _source_of(dataset: Any) -> PoolSource:

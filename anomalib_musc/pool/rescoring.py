@@ -14,7 +14,7 @@ from anomalib_musc.compat.pre_processor import resize_and_normalise
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.rscin import check_windows
 from anomalib_musc.pool.checks import check_readable
-from anomalib_musc.pool.high_bit_depth import read_image_file, white_level_of_files
+from anomalib_musc.pool.high_bit_depth import grey_range_of_files, read_image_file
 from anomalib_musc.pool.reader import ahead
 from anomalib_musc.torch_model import MuScModel
 
@@ -101,8 +101,8 @@ def image_features(
     check_readable(files, decode=True)
     model = MuScModel(backbone, pretrained=pretrained, image_size=image_size).to(device).eval()
     transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
-    white = white_level_of_files(files)
-    images = ahead(lambda path: transform(read_image_file(path).scaled(white)[None]), files)
+    grey_range = grey_range_of_files(files)
+    images = ahead(lambda path: transform(read_image_file(path).scaled(grey_range)[None]), files)
     features = []
     for _ in tqdm(range(0, len(files), _BATCH), desc="RsCIN: extracting image features"):
         features.append(model.extract(torch.cat(list(islice(images, _BATCH))).to(device))[1].cpu())

@@ -2,30 +2,31 @@
 """From a dataloader to a scored pool: read and prepare the images, run the backbone, score."""
 
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from anomalib_musc.compat.progress import profile, profiled, progress_bar
-from anomalib_musc.compat.workspace import is_result
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.pool.checks import (
     FEW_IMAGES,
     MIN_IMAGES,
     check_size,
-    closed_folders,
     few_images,
     find_fault,
     unreadable,
 )
 from anomalib_musc.pool.feature_store import FeatureStore
-from anomalib_musc.pool.loaders import common_folder
+from anomalib_musc.pool.folder import InputFolder, say_notes, say_skipped
+from anomalib_musc.pool.grey_range import GreyRange
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.reader import PoolReader
 from anomalib_musc.pool.source import PoolSource
+from anomalib_musc.pool.warnings import median_features, shows_nothing, warn_of_pool
 from anomalib_musc.torch_model import MuScModel
 
 
@@ -38,11 +39,12 @@ class Features(NamedTuple):
 
 
 class _Scored(NamedTuple):
-    """Names, patch scores ``(N, h, w)`` and class tokens ``(N, D)``."""
+    """Names, patch scores ``(N, h, w)``, class tokens ``(N, D)`` and median patch features ``(N, C)``."""
 
     names: list[str]
     patch_scores: torch.Tensor
     class_tokens: torch.Tensor
+    median_features: torch.Tensor
 
 
 class PoolScorer:
@@ -58,6 +60,7 @@ class PoolScorer:
         needs_paths: Whether images without a path are an error.
         result_folders: Folders of earlier results, which are no input.
         thumbnail: Makes a small picture of each image file, see :class:`~anomalib_musc.pool.reader.PoolReader`.
+        grey_range: Black and white of grey images of more than 8 bits; ``None`` to find them in the images.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class PoolScorer:
         needs_paths: bool,
         result_folders: Collection[Path] = (),
         thumbnail: Callable[[torch.Tensor], bytes] | None = None,
+        grey_range: GreyRange | None = None,
     ) -> None:
         self._trainer = trainer
         self._model = model
@@ -81,6 +85,7 @@ class PoolScorer:
         self._needs_paths = needs_paths
         self._result_folders = result_folders
         self._thumbnail = thumbnail
+        self.grey_range = grey_range
         self._device = model.bank.class_tokens.device  # not the trainer's, which has moved the model away at its end
 
     def score(self, source: PoolSource, key: object) -> Pool:
@@ -89,42 +94,74 @@ class PoolScorer:
         Raises:
             ValueError: If there are too few images, or one cannot be read.
         """
-        can_skip = self._can_skip(source)
-        closed = closed_folders(common_folder(source.all_paths)) if can_skip and len(source.all_paths) > 1 else {}
-        white = self._model.bank.white.item() if self._mode != "mutual" else 0.0
+        folder = self._folder(source)
         reader = PoolReader(
             source,
             self._transform,
             self._to_device,
             self._batch_size,
-            reason_to_skip=self._reason_of_result if can_skip else None,
-            white=white or None,
-            needs_white=self._mode == "reference",
+            reason_to_skip=folder.reason_to_skip if folder else None,
+            grey_range=self.grey_range,
+            needs_grey_range=self._mode == "reference",
             needs_paths=self._needs_paths,
             thumbnail=self._thumbnail,
         )
-        self._check_before(source, can_skip)
+        self._check_before(source, can_skip=folder is not None)
         found = self._score_by_bank(reader, source) if self._mode == "reference" else self._score_pool(reader, source)
         maps = (self._model.anomaly_maps(part) for part in found.patch_scores.split(32))
         raw_scores = torch.cat([part.amax(dim=(1, 2, 3)) for part in maps])
-        skipped = {**reader.skipped, **closed}
-        for path, reason in skipped.items():
-            rank_zero_warn(f"Skipped {path}: {reason}.")
+        skipped = reader.skipped | (folder.passed_over() if folder else {})
+        references = median_features(self._model.bank.feature_maps) if self._num_references else None
+        warnings = warn_of_pool(found.names, reader.looks, found.median_features, references, raw_scores)
+        for sentence in [*say_skipped(skipped), *say_notes(reader.notes), *warnings]:
+            rank_zero_warn(sentence)
+        for sentence in folder.what_was_taken(found.names, skipped) if folder else []:
+            rank_zero_info(sentence)
+        self._say_grey_range(reader)
+        if reader.orientations:
+            rank_zero_info(
+                f"{len(reader.orientations)} images are turned as viewers show them, by their EXIF orientation; masks "
+                "are taken to lie so, too."
+            )
         return Pool(
             key,
-            *found,
+            found.names,
+            found.patch_scores,
+            found.class_tokens,
             raw_scores=raw_scores,
             scores=raw_scores,
             skipped=skipped,
             sizes=reader.sizes,
             high_bit_depth=frozenset(reader.high_bit_depth),
             thumbnails=reader.thumbnails,
+            orientations=reader.orientations,
+            notes=reader.notes,
+            warnings=tuple(warnings),
+            shows_nothing=self._mode != "reference" and shows_nothing(reader.looks, raw_scores),
+            given_range=self.grey_range,
+            grey_range=reader.grey_range,
+        )
+
+    def _say_grey_range(self, reader: PoolReader) -> None:
+        if self.grey_range is None and reader.grey_range is not None:
+            black, white = reader.grey_range
+            rank_zero_info(
+                f"Grey images of more than 8 bits: {black:g} is black and {white:g} is white, found in all of them; "
+                "MuSc(grey_range=(black, white)) names others."
+            )
+
+    def _folder(self, source: PoolSource) -> InputFolder | None:
+        """Return the folder of a prediction, from which files can be left out; ``None`` for another source."""
+        return (
+            InputFolder(source, self._trainer.default_root_dir, self._result_folders)
+            if self._can_skip(source)
+            else None
         )
 
     def extract_references(
         self, source: PoolSource, size: int | None
-    ) -> tuple[list[tuple[list[torch.Tensor], torch.Tensor]], float | None]:
-        """Return maps and class tokens of reference images, and their white level where one has more than 8 bits.
+    ) -> tuple[list[tuple[list[torch.Tensor], torch.Tensor]], GreyRange | None]:
+        """Return maps and class tokens of reference images, and black and white where one has more than 8 bits.
 
         Args:
             source: The images.
@@ -136,15 +173,18 @@ class PoolScorer:
         self._look_at_files(source)
         if source.paths and self._mode != "both":
             self._model.check_bank_size(len(source.paths), size)
-        reader = PoolReader(source, self._transform, self._to_device, self._batch_size)
+        reader = PoolReader(source, self._transform, self._to_device, self._batch_size, grey_range=self.grey_range)
         features = [found[1:] for found in self._features(reader, source, "MuSc: extracting references")]
-        return features, reader.white
+        self._say_grey_range(reader)
+        return features, reader.grey_range
 
     def taken_over(self, pool: Pool, source: PoolSource) -> Pool:
         """Return a pool that was scored before; a ValueError where it lacks files that may not be left out now."""
-        if pool.skipped and not self._can_skip(source):
-            raise unreadable(pool.skipped, len(source.all_paths))
-        return pool
+        folder = self._folder(source)
+        listed = {path: pool.skipped[path] for path in source.listed(pool.skipped)}
+        if listed and folder is None:
+            raise unreadable(listed, len(source.all_paths))
+        return replace(pool, skipped=listed | (folder.passed_over() if folder else {}))
 
     def _can_skip(self, source: PoolSource) -> bool:
         return self._trainer.predicting and source.can_skip
@@ -174,19 +214,20 @@ class PoolScorer:
     def _score_by_bank(self, reader: PoolReader, source: PoolSource) -> _Scored:
         """Compare every image with the bank alone."""
         names: list[str] = []
-        scores, tokens = [], []
+        scores, tokens, medians = [], [], []
         for features in self._features(reader, source):
             with profile(self._trainer, "[MuSc]score"):
                 scores.append(self._model.bank.patch_scores(features.feature_maps))
             tokens.append(features.class_tokens)
+            medians.append(median_features(features.feature_maps))
             names += features.names
         self._check_number(names, reader, least=1)
-        return _Scored(names, torch.cat(scores), torch.cat(tokens))
+        return _Scored(names, torch.cat(scores), torch.cat(tokens), torch.cat(medians))
 
     def _score_pool(self, reader: PoolReader, source: PoolSource) -> _Scored:
         """Compare the images of a pool with each other, and with the bank in mode "both"."""
         bank = self._model.bank if self._mode == "both" else None
-        names, features, class_tokens = self._extract(reader, source, bank)
+        names, features, class_tokens, medians = self._extract(reader, source, bank)
         references = range(len(names), len(names) + (len(bank) if bank else 0))
         if len(names) + len(references) < FEW_IMAGES:
             rank_zero_warn(few_images(len(names), len(references)))
@@ -199,17 +240,18 @@ class PoolScorer:
             progress_bar(self._trainer, "MuSc: mutual scoring", total) as advance,
         ):
             patch_scores = self._model.score(features.layers, subsets, memory_budget=budget, progress=advance)
-        return _Scored(names, patch_scores[: len(names)], class_tokens)
+        return _Scored(names, patch_scores[: len(names)], class_tokens, medians)
 
     def _extract(
         self, reader: PoolReader, source: PoolSource, bank: ReferenceBank | None
-    ) -> tuple[list[str], FeatureStore, torch.Tensor]:
-        """Return the names, the feature maps of each layer, on the host, and the class tokens ``(N, D)``.
+    ) -> tuple[list[str], FeatureStore, torch.Tensor, torch.Tensor]:
+        """Return names, feature maps of each layer, on the host, class tokens ``(N, D)``, median features ``(N, C)``.
 
         The maps of a bank follow those of the pool.
         """
         names: list[str] = []
         tokens: list[torch.Tensor] = []
+        medians: list[torch.Tensor] = []
         store: FeatureStore | None = None
         num_images = None if source.paths is None else len(source.paths) + self._num_references
         for features in self._features(reader, source):
@@ -217,13 +259,14 @@ class PoolScorer:
                 least = self._model.least_memory(features.feature_maps, num_images or MIN_IMAGES)
                 store = FeatureStore(self._memory_budget, features.feature_maps, num_images, least)
             store.append(features.feature_maps)
+            medians.append(median_features(features.feature_maps))
             tokens.append(features.class_tokens)
             names += features.names
         self._check_number(names, reader, least=1 if bank else MIN_IMAGES)
         assert store is not None  # noqa: S101  # as there are names
         if bank:
             store.append(bank.feature_maps)
-        return names, store, torch.cat(tokens)
+        return names, store, torch.cat(tokens), torch.cat(medians)
 
     def _features(
         self, reader: PoolReader, source: PoolSource, description: str = "MuSc: extracting features"
@@ -254,11 +297,6 @@ class PoolScorer:
     @property
     def _num_references(self) -> int:
         return len(self._model.bank) if self._mode != "mutual" else 0
-
-    def _reason_of_result(self, path: Path) -> str | None:
-        """Say so where a file is a picture of an earlier prediction."""
-        is_in_folder = any(folder in path.parents for folder in self._result_folders)
-        return "a result of an earlier run" if is_in_folder or is_result(path) else None
 
     def _to_device(self, images: Any) -> torch.Tensor:
         images = self._trainer.precision_plugin.convert_input(images)

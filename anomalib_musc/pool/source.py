@@ -8,12 +8,14 @@ from typing import Any
 from anomalib.data import PredictDataset
 from torch import nn
 
+from anomalib_musc.compat.predict_dataset import folder_of
 from anomalib_musc.pool.checks import MIN_IMAGES
 from anomalib_musc.pool.loaders import (
     dataset_of,
     dataset_paths,
     has_plain_files,
     is_permutation,
+    is_read_by_anomalib,
     is_sequential,
     length,
     sampler_of,
@@ -34,6 +36,7 @@ class PoolSource:
     Attributes:
         reads_all: Whether the pool is all of the dataset.
         has_plain_files: Whether the images are those of :attr:`all_paths`, as anomalib reads them.
+        is_read_by_anomalib: Whether anomalib reads them, whatever is done to them then.
     """
 
     def __init__(self, loader: Any, limit: float = float("inf")) -> None:
@@ -41,6 +44,7 @@ class PoolSource:
         self.limit = min(limit, length(loader)) if is_sequential(loader) else length(loader)
         self.reads_all = self.limit >= length(loader) and not getattr(loader, "drop_last", False)
         self.has_plain_files = self._sampler is None and has_plain_files(self._dataset)
+        self.is_read_by_anomalib = is_read_by_anomalib(self._dataset)
 
     @property
     def all_paths(self) -> list[Path]:
@@ -83,6 +87,15 @@ class PoolSource:
     def can_skip(self) -> bool:
         """Whether files can be left out: from a folder for prediction."""
         return isinstance(self._dataset, PredictDataset) and self._sampler is None
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of a prediction, ``None`` where it is not one or not known."""
+        return folder_of(self._dataset) if self.can_skip else None
+
+    def listed(self, skipped: Collection[Path]) -> set[Path]:
+        """Return those of skipped files that the dataset lists."""
+        return set(skipped) & set(self.all_paths)
 
     def without(self, files: Collection[Path]) -> Any:
         """Return the dataloader; of a folder for prediction a new one, without files, that survives broken ones."""

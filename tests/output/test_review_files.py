@@ -36,7 +36,7 @@ class TestThumbnails:
         path = tmp_path / "deep.png"
         Image.fromarray(ramp).save(path)
         shown = np.asarray(Image.open(io.BytesIO(picture_of(Card(path, 1.0, np.ones((2, 2)))).jpeg)))
-        np.testing.assert_allclose(shown[32], ramp[0] / ramp.max() * 255, atol=4)
+        np.testing.assert_allclose(shown[32], ramp[0] / 4095 * 255, atol=4)
 
     def test_size_is_that_of_the_original(self, tmp_path):
         path = tmp_path / "large.jpg"
@@ -47,13 +47,16 @@ class TestThumbnails:
         assert picture_of(replace(given, size=None)).size == (80, 60)
         assert picture_of(replace(given, image=encode_thumbnail(GREY), size=None)).size == (80, 60)
 
-    def test_original_that_a_browser_would_turn_is_not_linked(self, tmp_path):
+    def test_original_is_shown_as_a_browser_turns_it(self, tmp_path):
         exif = Image.Exif()
         for orientation in (1, 6):
             exif[0x0112] = orientation
             path = tmp_path / f"{orientation}.jpg"
             Image.new("RGB", (40, 30)).save(path, exif=exif)
-            assert bool(picture_of(Card(path, 1.0, np.ones((2, 2)))).uri) == (orientation == 1)
+            picture = picture_of(Card(path, 1.0, np.ones((2, 2))))
+            assert picture.uri  # which a browser turns, too
+            shown = Image.open(io.BytesIO(picture.jpeg)).size
+            assert picture.size == shown == ((30, 40) if orientation == 6 else (40, 30))
 
     def test_a_file_that_is_gone_leaves_its_card(self, tmp_path):
         review = make_review(tmp_path / "images")

@@ -15,7 +15,7 @@ from PIL import Image
 from runs import assert_same, by_path, predict_loader, relative_scores
 
 from anomalib_musc import MuSc, rescore
-from anomalib_musc.pool.high_bit_depth import corrected_image, read_image_file, white_level_of_files
+from anomalib_musc.pool.high_bit_depth import corrected_image, grey_range_of_files, read_image_file
 
 
 @pytest.mark.parametrize(("bits", "name"), [(16, "{}.png"), (12, "{}.png"), (10, "{}.tif")])
@@ -43,15 +43,17 @@ def test_fractions_and_colour_are_read_as_they_are(tmp_path):
     Image.fromarray((grey(0) / 255).astype(np.float32)).save(fractions)
     colour = tmp_path / "colour.png"
     cv2.imwrite(str(colour), product(0)[0].astype(np.uint16) * 257)
-    assert white_level_of_files([fractions, colour]) == 1
+    found = grey_range_of_files([fractions, colour])
+    assert found == (0, 1)
     expected = torch.from_numpy(grey(0) / 255).float()
-    torch.testing.assert_close(read_image_file(fractions).scaled(1)[0], expected)
+    torch.testing.assert_close(read_image_file(fractions).scaled(found)[0], expected)
     blank = ImageItem(image=torch.zeros(3, SIDE, SIDE), image_path=str(fractions))
-    torch.testing.assert_close(corrected_image(blank, 1)[0], expected)
+    torch.testing.assert_close(corrected_image(blank, found, is_as_stored=True)[0][0], expected)
     file = read_image_file(colour)
     assert not file.has_high_bit_depth
-    torch.testing.assert_close(file.scaled(1), read_image(colour, as_tensor=True).as_subclass(torch.Tensor))
-    assert corrected_image(ImageItem(image=blank.image, image_path=str(colour)), 1).max() == 0
+    torch.testing.assert_close(file.scaled(found), read_image(colour, as_tensor=True).as_subclass(torch.Tensor))
+    item = ImageItem(image=blank.image, image_path=str(colour))
+    assert corrected_image(item, found, is_as_stored=True)[0].max() == 0
 
 
 def write_deep(folder: Path, seeds: range, brightest: int, *, darker: float = 1.0) -> None:
@@ -84,7 +86,7 @@ def test_deep_images_need_references_that_say_what_is_white(tmp_path, folder, ma
     write_deep(tmp_path / "line/x", range(10, 13), 2100)
     arguments = {"mode": "reference", "references": folder, "visualizer": False}
     model = MuSc(OwnBackbone(), **arguments)
-    with pytest.raises(ValueError, match=r"10\.png has more than 8 bits and the ref.*bank\.white\.fill_"):
+    with pytest.raises(ValueError, match=r"10\.png has more than 8 bits and the ref.*MuSc\(grey_range="):
         make_engine().predict(model, data_path=tmp_path / "line")
     model = MuSc(OwnBackbone(), **arguments)
     model.model.bank.white.fill_(4095)

@@ -13,6 +13,8 @@ from PIL import Image
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.output.review.records import Card
+from anomalib_musc.pool.grey_range import find_grey_range, sample
+from anomalib_musc.pool.orientation import SIDEWAYS, orientation_of, turned
 
 # With at most three small thumbnails of other pages a card, 2,000 cards take
 # 2000 x (30 + 3 x 3 + 4) kB x 4/3 for base64 = 115 MB at the very most.
@@ -22,7 +24,6 @@ MAX_GRID = 64
 
 _QUALITIES = (85, 75, 60, 45)
 _FORMATS = {"JPEG", "PNG", "BMP", "GIF", "WEBP"}  # which every browser shows
-_ORIENTATION = 0x0112  # of EXIF; anomalib leaves the pixels as they are stored, where a browser turns them
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Picture:
     Attributes:
         jpeg: A JPEG file, empty where the image cannot be read.
         size: (width, height) of the original.
-        uri: Where a browser finds an original that it shows as anomalib reads it; "" where there is none.
+        uri: Where a browser finds an original that it shows as it was scored; "" where there is none.
     """
 
     jpeg: bytes
@@ -80,10 +81,11 @@ def picture_of(card: Card) -> Picture:
         return Picture(encode_thumbnail(card.image), card.size or (width, height))
     try:
         with Image.open(card.path) as image:
-            size, mode = image.size, image.mode
-            is_as_shown = image.format in _FORMATS and image.getexif().get(_ORIENTATION, 1) == 1
+            mode, orientation = image.mode, orientation_of(image)
+            size = image.size[::-1] if orientation >= SIDEWAYS else image.size
+            is_as_shown = image.format in _FORMATS
             image.draft("RGB", (2 * SIDE, 2 * SIDE))  # JPEG alone: decoded at a fraction of its size
-            jpeg = encode_thumbnail(image)
+            jpeg = encode_thumbnail(turned(image, orientation))
     except (OSError, ValueError, Image.DecompressionBombError):  # gone since it was predicted
         return Picture(b"", card.size or (1, 1))
     uri = Path(card.path).absolute().as_uri() if is_as_shown and not _is_deep(mode) else ""
@@ -127,8 +129,8 @@ def _is_deep(mode: str) -> bool:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Return a copy in RGB or grey of 8 bits; of more bits, the brightest value is white."""
+    """Return a copy in RGB or grey of 8 bits; of more bits, black and white are found in the image."""
     if _is_deep(image.mode):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
-        return Image.fromarray((values / max(values.max(), 1e-9) * 255).astype(np.uint8))
+        values = torch.from_numpy(np.array(image, dtype=np.float32))
+        return Image.fromarray((find_grey_range(sample(values)).apply(values) * 255).byte().numpy())
     return image.copy() if image.mode in {"L", "RGB"} else image.convert("RGB")

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pool that is not what its user thinks says so; a good one does not."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from anomalib.data import ImageBatch, ImageItem
+from conftest import SHARED, OwnBackbone, product, write_products
+from PIL import Image
+from seeded import randn
+from sklearn.metrics import silhouette_samples
+from torch.utils.data import DataLoader, Dataset
+
+from anomalib_musc import MuSc, RsCINPostProcessor
+from anomalib_musc.pool.warnings import silhouettes_of, split_in_two, warn_of_groups, warn_of_references
+
+QUIET = {"visualizer": False}
+
+
+def write_discs(folder: Path, seeds: range) -> None:
+    """Another product: bright discs on black, in colour."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for seed in seeds:
+        image = np.random.default_rng(seed).normal(20, 4, (64, 64, 3)).clip(0, 255).astype(np.uint8)
+        cv2.circle(image, (32, 32), 22, (40, 160, 220), -1)
+        cv2.imwrite(str(folder / f"disc{seed:03d}.png"), image)
+
+
+def test_silhouettes_are_those_of_scikit_learn():
+    features = randn(30, 8)
+    features[:18, 0] += 10
+    features[18:, 1] += 10
+    is_second = split_in_two(features)
+    assert is_second.sum() in (12, 18)
+    unit = torch.nn.functional.normalize(features.double(), dim=-1)
+    expected = silhouette_samples(unit.numpy(), is_second.numpy())
+    torch.testing.assert_close(silhouettes_of(features, is_second), torch.from_numpy(expected))
+
+
+def test_features_that_do_not_differ_have_no_groups():
+    assert warn_of_groups([""] * 8, torch.ones(8, 4)) == []
+    assert warn_of_groups([""] * 2, torch.eye(2)) == []
+    assert warn_of_references(torch.ones(8, 4), torch.ones(3, 4)) == []
+
+
+def test_a_good_pool_is_silent(folder, make_engine):
+    model = MuSc(OwnBackbone(), **QUIET)
+    make_engine().predict(model, data_path=folder)
+    assert model.pool_warnings == []
+
+
+def test_two_products_in_one_folder(tmp_path, make_engine):
+    write_products(tmp_path / "pile/a", range(31))
+    write_discs(tmp_path / "pile/b", range(19))
+    model = MuSc(OwnBackbone(), **QUIET)
+    with pytest.warns(UserWarning, match=r"Two groups of images that differ all over \(31 and 19\).*disc000"):
+        make_engine().predict(model, data_path=tmp_path / "pile")
+    assert any("Two groups" in warning for warning in model.pool_warnings)
+
+
+def test_references_of_another_product(tmp_path, folder, make_engine):
+    write_discs(tmp_path / "references", range(6))
+    model = MuSc(OwnBackbone(), mode="reference", references=tmp_path / "references", **QUIET)
+    with pytest.warns(UserWarning, match="references look like another product"):
+        make_engine().predict(model, data_path=folder)
+    assert any("Most images are flagged (12 of 12)" in warning for warning in model.pool_warnings)
+    model = MuSc(OwnBackbone(), mode="reference", references=folder.parent / "train/good", **QUIET)
+    make_engine().predict(model, data_path=folder)
+    assert not any("another product" in warning for warning in model.pool_warnings)
+
+
+def test_grey_among_colour(tmp_path, make_engine):
+    write_discs(tmp_path / "pile", range(8))
+    path = tmp_path / "pile/disc003.png"
+    Image.open(path).convert("L").save(path)
+    model = MuSc(OwnBackbone(), **QUIET)
+    with pytest.warns(UserWarning, match=r"Grey and coloured images are mixed \(1 and 7\), such as .*disc003"):
+        make_engine().predict(model, data_path=tmp_path / "pile")
+
+
+def test_a_threshold_that_flags_most(folder, make_engine):
+    model = MuSc(OwnBackbone(), post_processor=RsCINPostProcessor(image_threshold=0.0), **QUIET)
+    make_engine().predict(model, data_path=folder)
+    assert any("Most images are flagged (12 of 12)" in warning for warning in model.pool_warnings)
+
+
+class Tiles(Dataset):
+    """A user's tiles, which share the path of their photograph, or have names of their own."""
+
+    def __init__(self, path: Path, *, is_one: bool = False, name: str = "") -> None:
+        self.path, self.is_one, self.name = path, is_one, name
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> ImageItem:
+        image = torch.from_numpy(product(0 if self.is_one else index)[0]).permute(2, 0, 1) / 255
+        return ImageItem(image=image, image_path=f"{self.path}{self.name.format(index)}")
+
+
+def test_different_images_of_one_path_are_refused(tmp_path, make_engine):
+    (path,) = write_products(tmp_path, range(1))
+    loader = DataLoader(Tiles(path), collate_fn=ImageBatch.collate, batch_size=4)
+    backbone = OwnBackbone()
+    with pytest.raises(ValueError, match=r"Different images have the image_path .*000\.png.*leave image_path out"):
+        make_engine().predict(MuSc(backbone), dataloaders=loader)
+    loader = DataLoader(Tiles(path, is_one=True), collate_fn=ImageBatch.collate)
+    assert len(make_engine().predict(MuSc(OwnBackbone()), dataloaders=loader)) == 6
+
+
+def test_tiles_with_names_of_their_own_are_scored_as_they_are(tmp_path, make_engine):
+    loader = DataLoader(Tiles(tmp_path / "photograph.tif", name="#{}"), collate_fn=ImageBatch.collate, batch_size=4)
+    model = MuSc(OwnBackbone(), prediction_writer=False, grey_range=(0, 4095), **QUIET)
+    make_engine().predict(model, dataloaders=loader)
+    assert len(set(model.pools[0].raw_scores.tolist())) == 6
+
+
+# --- real data -----------------------------------------------------------------------------------------------------
+
+SETS = {
+    "cookies": SHARED / "data/cookies/cookie/test",
+    "tiles": SHARED / "data/magnetic_tile/tile/test",
+    "textile": SHARED / "data/textile/textile/test",
+}
+
+
+@pytest.mark.skipif(not SETS["textile"].is_dir(), reason="real images are not here")
+def test_real_pools_are_silent_and_their_mixes_are_not():
+    from anomalib_musc.compat.pre_processor import resize_and_normalise
+    from anomalib_musc.pool.high_bit_depth import read_image_file
+    from anomalib_musc.pool.warnings import median_features
+    from anomalib_musc.torch_model import MuScModel
+
+    model = MuScModel("musc-tiny")
+    transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
+
+    def features(folder: Path) -> torch.Tensor:
+        paths = sorted(path for path in folder.rglob("*.*") if path.is_file())
+        paths = paths[:: 1 + (len(paths) > 120)]  # of the tiles every other one
+        images = torch.stack([transform(read_image_file(path).values) for path in paths])
+        return median_features(model.extract(images)[0])
+
+    found = {name: features(folder) for name, folder in SETS.items()}
+    for name, these in found.items():
+        assert warn_of_groups([name] * len(these), these) == []
+        for other, those in found.items():
+            mixed = torch.cat([these[-31:], those[:19]])
+            assert bool(warn_of_groups([name] * len(mixed), mixed)) == (name != other), (name, other)
+            assert bool(warn_of_references(these[::2], those[1::2])) == (name != other), (name, other)
