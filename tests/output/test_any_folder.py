@@ -60,7 +60,7 @@ def written(name: str) -> str:
 
 def check_table(results: Path, expected: set[str]) -> None:
     (table,) = results.rglob("predictions.csv")
-    with table.open(newline="", encoding="utf-8") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.DictReader(file))
     assert {row["path"] for row in rows} ^ expected == set()
     assert len(rows) == len(expected)
