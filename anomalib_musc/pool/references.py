@@ -12,6 +12,7 @@ from anomalib.data import PredictDataset
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from anomalib_musc.compat.paths import is_dangling
 from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
@@ -105,7 +106,7 @@ def _find(folder: str | Path | None, datamodule: Any, k_shot: int | None, bank_s
         if not Path(folder).exists():
             msg = f"references={str(folder)!r} does not exist; give a folder of images of the product."
             raise ValueError(msg)
-        kind, source = FOLDER, _source_of(PredictDataset(folder))
+        kind, source = FOLDER, _source_of(_folder(folder))
     elif train_data is not None and len(train_data):
         if k_shot is not None and k_shot > len(train_data):
             rank_zero_warn(f"k_shot={k_shot}, but there are {len(train_data)} training images: all of them are taken.")
@@ -115,6 +116,16 @@ def _find(folder: str | Path | None, datamodule: Any, k_shot: int | None, bank_s
     else:
         return None
     return References(kind, source, (source.key, bank_size))
+
+
+def _folder(folder: str | Path) -> PredictDataset:
+    """Return the images of a folder, but for links that lead nowhere."""
+    dataset = PredictDataset(folder)
+    dangling = [path for path in dataset.image_filenames if is_dangling(path)]
+    for path in dangling:
+        rank_zero_warn(f"Left out of the references, as the link leads nowhere: {path}.")
+    dataset.image_filenames = [path for path in dataset.image_filenames if path not in dangling]
+    return dataset
 
 
 def _source_of(dataset: Any) -> PoolSource:
