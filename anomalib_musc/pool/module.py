@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from anomalib_musc.compat.checkpoints import check_checkpoints
 from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
+from anomalib_musc.compat.monitoring import check_monitored
 from anomalib_musc.compat.sharing import OneThread
 from anomalib_musc.compat.termination import TerminationStatus, stop_if_terminated, stopped_at_once
 from anomalib_musc.compat.validation import NoValidationData
@@ -107,6 +108,10 @@ class PoolModule(NoValidationData):
         """Score the validation pools."""
         with stopped_at_once(self.trainer):
             self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+
+    def on_validation_end(self) -> None:
+        """Raise a ValueError where no checkpoint was written for want of a metric."""
+        check_monitored(self.trainer)
 
     def on_test_start(self) -> None:
         """Score the test pools."""

@@ -13,7 +13,10 @@ from typing import Any
 from anomalib.cli import cli
 from jsonargparse import Namespace
 
+from anomalib_musc.backbones.weights import weights_to_come
 from anomalib_musc.compat.checkpoints import read_checkpoint
+from anomalib_musc.lightning_model import MuSc
+from anomalib_musc.torch_model import MuScModel
 
 _READS_CHECKPOINT_FIRST = ("validate", "test", "predict", "export")
 
@@ -27,8 +30,6 @@ class CheckpointCLI(cli.AnomalibCLI):
         if self._checkpoint is None:
             super().instantiate_classes()
             return
-        from anomalib_musc.backbones.weights import weights_to_come
-
         model: Namespace = self.config[self.subcommand]["model"]
         given = model.get("init_args") or Namespace()
         model["init_args"] = Namespace(_arguments(read_checkpoint(self._checkpoint), given.as_dict()))
@@ -55,9 +56,6 @@ class CheckpointCLI(cli.AnomalibCLI):
 
 def _arguments(checkpoint: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model: those given that are not the defaults, else the checkpoint's."""
-    from anomalib_musc.lightning_model import MuSc
-    from anomalib_musc.torch_model import MuScModel
-
     known = {**inspect.signature(MuScModel).parameters, **inspect.signature(MuSc).parameters}
     saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
     chosen = {name: value for name, value in given.items() if value != known[name].default}
