@@ -57,7 +57,7 @@ class PoolModule(NoValidationData):
         if trainer is not None:
             self._one_thread.enter(self, trainer)
             check_checkpoints(trainer)
-            self._run_folders.enter(trainer)
+            self._run_folders.enter(trainer, str(self.name))
         callbacks: Any = super().configure_callbacks()
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         return [*listed, self._one_thread, TerminationStatus()]
