@@ -19,7 +19,7 @@ from typing import Any, cast
 _TRIGGERS = ("anomalib.models", "anomalib_musc.lightning_model")
 _FOLLOWED_BY = {
     "anomalib.cli.pipelines": "anomalib_musc.compat.mixed_benchmark",
-    "anomalib.cli.cli": "anomalib_musc.anomalib_cli",
+    "anomalib.cli.cli": "anomalib_musc.command_line",
 }
 _loaded: set[str] = set()
 _searching: set[str] = set()

@@ -4,6 +4,9 @@
 from pathlib import Path
 
 import pytest
+import torch
+from anomalib.data import MVTec, MVTecAD
+from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from commands import SMALL, anomalib
 from conftest import OwnBackbone, write_products
@@ -46,6 +49,39 @@ def test_every_command_in_any_order(tmp_path, mvtec_root):
         assert (root / "latest").resolve() == root / f"v{number}"
         assert len(pictures(root / f"v{number}")) == 12
     assert len(list(root.glob("v*"))) == 5
+
+
+def test_every_run_has_its_own_checkpoint_in_one_tree(tmp_path, mvtec_root):
+    root = tmp_path / "results/MuSc/MVTecAD/widget"
+    for number, (run, kind) in enumerate(
+        [("test", MVTec), ("validate", MVTecAD), ("fit", MVTec), ("validate", MVTec), ("predict", MVTecAD)]
+    ):
+        runner, data = engine(tmp_path / "results"), kind(root=mvtec_root, category="widget", num_workers=0)
+        getattr(runner, run)(MuSc(OwnBackbone(), visualizer=False), datamodule=data)
+        file = root / f"v{number}/weights/lightning/model.ckpt"
+        assert Path(runner.best_model_path).resolve() == file
+        assert file.is_file()
+    assert len(list((tmp_path / "results").rglob("*.ckpt"))) == 5
+
+
+def test_exports_of_two_products_go_to_two_folders(tmp_path, folder):
+    for number in range(2):
+        model = MuSc(OwnBackbone(), mode="reference", references=folder, visualizer=False)
+        model.model.build_bank([torch.rand(2, 3, 64, 64)])
+        path = engine(tmp_path / "results").export(model, ExportType.TORCH)  # a new engine, as on the command line
+        assert path == tmp_path / f"results/MuSc/v{number}/weights/torch/model.pt"
+
+
+def test_an_export_lies_beside_its_run_and_overwrites_nothing(tmp_path, mvtec_root):
+    runner, model = engine(tmp_path / "results"), MuSc(OwnBackbone(), mode="reference", k_shot=2, visualizer=False)
+    runner.fit(model, datamodule=datamodule(mvtec_root))
+    root = tmp_path / "results/MuSc/MVTecAD/widget"
+    assert runner.export(model, ExportType.TORCH) == root / "v0/weights/torch/model.pt"
+    before = (root / "v0/weights/torch/model.pt").read_bytes()
+    assert runner.export(model, ExportType.TORCH) == root / "v1/weights/torch/model.pt"
+    assert (root / "v0/weights/torch/model.pt").read_bytes() == before
+    chosen = [runner.export(model, ExportType.TORCH, export_root=tmp_path / "chosen") for _ in range(2)]
+    assert set(chosen) == {tmp_path / "chosen/weights/torch/model.pt"}  # as anomalib does
 
 
 def test_a_plain_folder_called_latest_is_kept(tmp_path, folder):

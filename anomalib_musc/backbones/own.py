@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from anomalib_musc.backbones.base import resolve_image_size
+from anomalib_musc.distances.survey import largest_value
 
 
 def own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -51,9 +52,9 @@ def check_output(output: object, batch_size: int) -> None:
     if class_tokens.ndim != 2 or len(class_tokens) != batch_size:
         msg = f"backbone must return image features of shape ({batch_size}, D), got {tuple(class_tokens.shape)}."
         raise ValueError(msg)
-    if not all(torch.isfinite(values).all() for values in (*feature_maps, class_tokens)):
+    if not all(bool(values.abs().amax() <= largest_value(values.dtype)) for values in (*feature_maps, class_tokens)):
         msg = (
-            "backbone returned NaN or infinite features. Check its weights; where it runs in half precision, "
-            "use bf16-mixed or 32-true instead."
+            "backbone returned NaN or infinite features, or such whose squares overflow. Check its weights; where it "
+            "runs in half precision, use bf16-mixed or 32-true instead."
         )
         raise ValueError(msg)

@@ -2,8 +2,8 @@
 """A folder of its own for every run.
 
 anomalib 2.7.0: ``Engine.test`` and ``predict`` write into ``latest``, whatever is there: the folder that an earlier run
-has filled, or a plain folder of that name, on which the next ``Engine.train`` fails. ``Engine.export`` without a run
-before it writes to one and the same path, whatever the product.
+has filled, or a plain folder of that name, on which the next ``Engine.train`` fails; and their checkpoints stay there.
+``Engine.validate`` and, without a run before it, ``Engine.export`` write to one path, whatever the product.
 """
 
 import re
@@ -16,8 +16,10 @@ import anomalib.models
 from anomalib.models.components import AnomalibModule
 from anomalib.utils.path import create_versioned_dir
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 _MOST_RACES = 20
+_CHECKPOINTS = Path("weights/lightning")
 MARKER = ".anomalib_run"  # in the folder of every run, whose pictures are no input of later ones
 
 
@@ -30,17 +32,37 @@ class RunFolders:
     def __init__(self) -> None:
         self._begun: Path | None = None
 
-    def enter(self, trainer: Trainer) -> None:
-        """Let a trainer write into a folder of its own, before it fits, validates, tests or predicts."""
+    def enter(self, trainer: Trainer, model: str) -> None:
+        """Let a trainer write into a folder of its own, before it fits, validates, tests or predicts.
+
+        Args:
+            trainer: The trainer.
+            model: Name of the model, for a place that Engine has not chosen, as when it only validates.
+        """
         stage = trainer.state.fn
-        folder = Path(trainer.default_root_dir)
+        given = folder = Path(trainer.default_root_dir)
         goes_on = stage in {"test", "predict"} and folder == self._begun
-        if not goes_on and _is_engines(folder):
+        if not goes_on and (_is_engines(folder) or _checkpoints(trainer, folder)):
             with suppress(OSError):  # whoever writes there says that it cannot be written to
-                folder = folder if _is_new(folder) else _next(folder.parent)
+                root = folder.parent if _is_engines(folder) else folder / model / _product(trainer)
+                folder = folder if _is_engines(folder) and _is_new(folder) else _next(root)
                 (folder / MARKER).touch()
+                for checkpoint in _checkpoints(trainer, given):
+                    checkpoint.dirpath = str(folder / _CHECKPOINTS)
                 trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]  # set unseen by mypy
         self._begun = folder if stage in {"fit", "validate"} else None
+
+
+def _checkpoints(trainer: Trainer, folder: Path) -> list[ModelCheckpoint]:
+    """Return the callbacks that write where Engine would write checkpoints of a folder."""
+    callbacks = [callback for callback in getattr(trainer, "callbacks", []) if isinstance(callback, ModelCheckpoint)]
+    return [callback for callback in callbacks if callback.dirpath and Path(callback.dirpath) == folder / _CHECKPOINTS]
+
+
+def _product(trainer: Trainer) -> Path:
+    """Return dataset / category, as Engine does."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return Path(getattr(datamodule, "name", None) or "", getattr(datamodule, "category", None) or "")
 
 
 def export_folder(root: Path | str, model: str, file: str) -> Path:

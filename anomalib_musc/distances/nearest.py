@@ -49,8 +49,10 @@ def nearest_distances(
         images: Indices of the images that are compared, which are then counted from 0. Defaults to all.
         prepare: Changes the features of one image, shape ``(1, ...)``, each time that it is loaded to the device; it
             keeps their shape. So a pool that fits no memory is prepared as it is compared.
-        precision: ``"exact"``: within 1e-4 of float64 for unit vectors. ``"fast"``: products of 8-bit integers on
-            processors that have them (AVX-512 VNNI), of 16-bit numbers on CUDA with Triton; elsewhere as ``"exact"``.
+        precision: ``"exact"``: within 1e-4 of float64 for unit vectors; for others within 1e-4 of the longest
+            difference between a patch and the mean patch, whatever offset all patches share. ``"fast"``: products of
+            8-bit integers on processors that have them (AVX-512 VNNI), of 16-bit numbers on CUDA with Triton; elsewhere
+            as ``"exact"``.
         memory_budget: GiB that may be taken, beside ``features``, on the device and on the host, and for sorting a
             block. What does not fit goes to temporary files; no distance depends on it. Defaults to half of what is
             free.
@@ -64,7 +66,8 @@ def nearest_distances(
         (few channels), once for each degree in turn, with D = 1.
 
     Raises:
-        ValueError: If there are fewer than two images, a feature is not finite, or an argument is out of range.
+        ValueError: If there are fewer than two images, a feature is not finite or above 1e15 (float32), so that its
+            square could overflow, or an argument is out of range. All features are looked at before any is compared.
         MemoryBudgetError: A ValueError, if the budget does not suffice to compare two images.
         OSError: If there is no room for temporary files.
 
@@ -92,7 +95,7 @@ def nearest_distances(
     like = _like(features.dtype, features.device if device is None else torch.device(device))
     num_patches, channels = features.shape[1:] if degrees is None else (features[0, 0].numel(), features.shape[1])
     workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like)
-    return _all_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress)
+    return _surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress)
 
 
 def least_memory(shape: Sequence[int], degrees: Sequence[int], precision: Precision, device: torch.device) -> int:
@@ -131,6 +134,12 @@ def _check_features(features: torch.Tensor, degrees: Sequence[int] | None) -> No
 
 def _like(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device)
+
+
+def _surveyed_blocks(
+    pool: PoolLoader, workloads: Sequence[Workload], memory_budget: float | None, progress: Progress | None
+) -> Iterator[Block]:
+    yield from _all_blocks(pool.surveyed(), workloads, memory_budget, progress)
 
 
 def _all_blocks(

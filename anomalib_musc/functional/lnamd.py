@@ -4,6 +4,7 @@
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_musc.distances.survey import check_values
 from anomalib_musc.functional.arguments import check_maps
 
 
@@ -26,7 +27,8 @@ def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
         aggregated feature is zero stays zero.
 
     Raises:
-        ValueError: If ``feature_map`` does not have that shape or ``degree`` is not a positive odd number.
+        ValueError: If ``feature_map`` does not have that shape, holds a number that is not finite or above 1e15
+            (float32), or ``degree`` is not a positive odd number.
 
     Example:
         >>> import torch
@@ -40,6 +42,8 @@ def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
     if not isinstance(degree, int) or degree < 1 or degree % 2 == 0:
         msg = f"degree must be a positive odd number, got {degree!r}."
         raise ValueError(msg)
+    if not torch.compiler.is_compiling():  # an exported model takes what it gets
+        check_values(feature_map, range(len(feature_map)), "feature_map")
     normalized = layer_norm(feature_map).contiguous(memory_format=torch.channels_last)  # averaged faster so
     means = F.avg_pool2d(normalized, degree, stride=1, padding=degree // 2)  # (N, C, H, W)
     return F.normalize(means.permute(0, 2, 3, 1).flatten(1, 2), dim=-1)  # (N, H * W, C)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from anomalib.metrics import AnomalibMetric, Evaluator, F1Score
 from lightning.pytorch import LightningModule, Trainer
 
+from anomalib_musc.compat.monitoring import monitored
 from anomalib_musc.compat.termination import stopped_at_once
 from anomalib_musc.metrics.curves import AUPRO, AUROC, AveragePrecision, F1Max, RankingMetric
 
@@ -41,6 +42,27 @@ class PaperEvaluator(Evaluator):
             metrics += [leading, F1Score(fields=[label, truth], prefix=prefix, strict=False)]
         super().__init__(test_metrics=metrics)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure in validation what a callback monitors: without it anomalib's ``ModelCheckpoint`` saves nothing."""
+        measured: list[Any] = [*self.val_metrics, *self.test_metrics]
+        for name in monitored(trainer) - {metric.name for metric in measured[: len(self.val_metrics)]}:
+            self.val_metrics.extend(_alone(metric) for metric in measured if metric.name == name)
+        super().setup(trainer, pl_module, stage)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Update what is monitored with a batch."""
+        if len(self.val_metrics):
+            batch = _unclipped(pl_module, batch, dataloader_idx)
+            super().on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
     def on_test_batch_end(
         self,
         trainer: Trainer,
@@ -51,8 +73,7 @@ class PaperEvaluator(Evaluator):
         dataloader_idx: int = 0,
     ) -> None:
         """Update the metrics with a batch."""
-        unclipped: Any = getattr(pl_module, "unclipped", None)
-        batch = batch if unclipped is None else unclipped(batch, dataloader_idx)
+        batch = _unclipped(pl_module, batch, dataloader_idx)
         super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -62,3 +83,17 @@ class PaperEvaluator(Evaluator):
             for metric in metrics:
                 metric.compute()  # which it keeps
         super().on_test_epoch_end(trainer, pl_module)
+
+
+def _unclipped(module: LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    unclipped: Any = getattr(module, "unclipped", None)
+    return batch if unclipped is None else unclipped(batch, dataloader_idx)
+
+
+def _alone(metric: Any) -> Any:
+    """Return a metric like this one, empty, that shares no ranking with others."""
+    alone = metric.clone()
+    if isinstance(alone, RankingMetric):
+        alone.owns_ranking = True
+    alone.reset()
+    return alone

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from anomalib_musc.compat.paths import is_dangling
+
 MIN_IMAGES = 2
 FEW_IMAGES = 6  # below which labels are not to be relied on
 NO_FILE = "no file with content, but a folder, device or pipe"
@@ -70,6 +72,8 @@ def find_fault(path: Path, *, decode: bool = False) -> str | None:
 
 def describe_fault(path: Path, error: Exception) -> str:
     """Say in a few words why Pillow could not read a file."""
+    if is_dangling(path):
+        return "a link that leads nowhere"
     if isinstance(error, UnidentifiedImageError):
         return "not an image" if path.stat().st_size else "empty file"
     if isinstance(error, Image.DecompressionBombError):

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from anomalib_musc.compat.predict_dataset import is_listed
+from anomalib_musc.compat.paths import is_dangling, is_listed
 from anomalib_musc.compat.workspace import is_result
 from anomalib_musc.pool.loaders import common_folder
 from anomalib_musc.pool.source import PoolSource
@@ -109,7 +109,7 @@ def _holds_masks(folder: Path) -> bool:
 
 def _reason_unlisted(path: Path) -> str | None:
     """Say why anomalib does not list a file; ``None`` where somebody else has left it out."""
-    if path.is_symlink() and not path.exists():
+    if is_dangling(path):
         return "a link that leads nowhere"
     if is_listed(path):
         return None

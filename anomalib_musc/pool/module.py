@@ -16,6 +16,7 @@ from torchvision.transforms.v2.functional import resize
 
 from anomalib_musc.compat.checkpoints import check_checkpoints
 from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
+from anomalib_musc.compat.monitoring import check_monitored
 from anomalib_musc.compat.sharing import OneThread
 from anomalib_musc.compat.termination import TerminationStatus, stop_if_terminated, stopped_at_once
 from anomalib_musc.compat.validation import NoValidationData
@@ -63,7 +64,7 @@ class PoolModule(NoValidationData):
         if trainer is not None:
             self._one_thread.enter(self, trainer)
             check_checkpoints(trainer)
-            self._run_folders.enter(trainer)
+            self._run_folders.enter(trainer, str(self.name))
         callbacks: Any = super().configure_callbacks()
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
         return [*listed, self._one_thread, TerminationStatus()]
@@ -124,6 +125,10 @@ class PoolModule(NoValidationData):
         """Score the validation pools."""
         with stopped_at_once(self.trainer):
             self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+
+    def on_validation_end(self) -> None:
+        """Raise a ValueError where no checkpoint was written for want of a metric."""
+        check_monitored(self.trainer)
 
     def on_test_start(self) -> None:
         """Score the test pools."""

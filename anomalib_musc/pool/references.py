@@ -12,6 +12,7 @@ from anomalib.data import PredictDataset
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 
+from anomalib_musc.compat.paths import is_dangling
 from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
@@ -121,8 +122,12 @@ def _find(folder: str | Path | None, datamodule: Any, k_shot: int | None, bank_s
 def _images_of(folder: str | Path) -> PredictDataset:
     """Return the images of a folder but for masks and results of earlier runs, as a prediction would take them."""
     dataset = PredictDataset(folder)
+    for path in (dangling := [path for path in dataset.image_filenames if is_dangling(path)]):
+        rank_zero_warn(f"Left out of the references, as the link leads nowhere: {path}.")
     reason_to_skip = InputFolder(_source_of(dataset)).reason_to_skip
-    dataset.image_filenames = [path for path in dataset.image_filenames if reason_to_skip(path) is None]
+    dataset.image_filenames = [
+        path for path in dataset.image_filenames if path not in dangling and reason_to_skip(path) is None
+    ]
     if not dataset.image_filenames:
         msg = f"references={str(folder)!r} holds masks and results of earlier runs alone; give images of the product."
         raise ValueError(msg)

@@ -8,7 +8,7 @@ from typing import Any
 from anomalib.data import PredictDataset
 from torch import nn
 
-from anomalib_musc.compat.predict_dataset import folder_of
+from anomalib_musc.compat.paths import folder_of, is_dangling
 from anomalib_musc.pool.checks import MIN_IMAGES
 from anomalib_musc.pool.loaders import (
     dataset_of,
@@ -73,7 +73,8 @@ class PoolSource:
         paths = dataset_paths(self._dataset)
         if paths is None:
             return id(self._dataset), self._sampler, self.limit
-        files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        stats = [path.lstat() if is_dangling(path) else path.stat() for path in paths]
+        files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in zip(paths, stats, strict=True)]
         transforms = [getattr(self._dataset, name, None) for name in ("augmentations", "transform")]
         order = sorted(files) if self.reads_all and self._sampler is None else (files, self.limit, self._batch_size)
         return order, self._sampler, [leaf for transform in transforms for leaf in transform_leaves(transform)]

@@ -185,8 +185,49 @@ def test_images_that_are_not_finite_are_named(value, precision):
     features = unit(8, 4, 3)
     features[[3, 6, 7], 1, 2] = value
     blocks = nearest_distances(features, images=[6, 0, 3, 4], precision=precision)
-    with pytest.raises(ValueError, match=r"features .* must be finite, got NaN or infinity in images \[6, 3\]"):
+    with pytest.raises(ValueError, match=r"features must be finite, got NaN or infinity in images \[6, 3\]"):
         next(blocks)
+
+
+@pytest.mark.parametrize("value", [2e15, 1e18, 1e19, -1e30])
+def test_numbers_that_would_overflow_are_named_before_anything_is_compared(value):
+    for features, degrees in ((randn(4, 6, 300), None), (randn(4, 300, 2, 3), (1, 3)), (randn(4, 8, 2, 3), (1,))):
+        steps = []
+        features[3].flatten()[5] = value
+        with pytest.raises(ValueError, match=r"in images \[3\], or numbers above 1e\+15, whose squares overflow"):
+            next(nearest_distances(features, degrees, progress=steps.append, memory_budget=1))
+        assert not steps
+    (_, distances), *_ = nearest_distances(1e14 * unit(4, 6, 300))
+    assert distances[0][~torch.eye(4, dtype=torch.bool)].isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("offset", [1, 10, 100, 1000, 1e5])
+@pytest.mark.parametrize("shape", [(5, 40, 24), (5, 40, 384), (3, 30, 768)])
+def test_an_offset_of_all_patches_changes_no_distance(shape, offset, precision):
+    features = randn(*shape) + offset + 3 * randn(1, 1, shape[2], seed=1)
+    images = [4, 0, 2] if len(features) == 5 else [2, 0, 1]
+    _, distances = collect(nearest_distances(features, images=images, precision=precision), 3)
+    patches = to_numpy(features[images])
+    longest = np.linalg.norm(patches - patches.mean(axis=(0, 1)), axis=2).max()
+    assert_close(distances[0], search(patches), (1e-6 if precision == "exact" else 6e-3) * longest)
+
+
+@pytest.mark.parametrize(("dtype", "offset"), [(torch.float16, 100), (torch.bfloat16, 10), (torch.float64, 1e7)])
+def test_an_offset_in_other_types(dtype, offset):
+    features = (randn(4, 20, 64, dtype=torch.float64) + offset).to(dtype)
+    _, distances = collect(nearest_distances(features), 4)
+    assert_close(distances[0], search(to_numpy(features)), 1e-5)
+
+
+def test_an_offset_within_a_small_budget_and_of_prepared_features():
+    features = randn(11, 20, 64) + 100
+    _, expected = collect(nearest_distances(features), 11)
+    (workload,) = make_workloads((11, 20, 64), (1,), "exact", torch.empty(0))
+    _, distances = collect(nearest_distances(features, memory_budget=workload.least_bytes / GIB), 11)
+    assert_close(distances, expected, 1e-6)
+    _, distances = collect(nearest_distances(features - 100, prepare=lambda image: image + 100), 11)
+    assert_close(distances, expected, 1e-4)  # of the rounding of the sum
 
 
 def test_distances_know_nothing_of_the_method():

@@ -15,6 +15,8 @@ from jsonargparse import Namespace
 
 from anomalib_musc.backbones.weights import weights_to_come
 from anomalib_musc.compat.checkpoints import read_checkpoint
+from anomalib_musc.lightning_model import MuSc
+from anomalib_musc.torch_model import MuScModel
 
 _READS_CHECKPOINT_FIRST = ("validate", "test", "predict", "export")
 
@@ -54,9 +56,6 @@ class CheckpointCLI(cli.AnomalibCLI):
 
 def _arguments(checkpoint: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model: those given that are not the defaults, else the checkpoint's."""
-    from anomalib_musc.lightning_model import MuSc  # not before anomalib's command line is whole
-    from anomalib_musc.torch_model import MuScModel
-
     known = {**inspect.signature(MuScModel).parameters, **inspect.signature(MuSc).parameters}
     saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
     chosen = {name: value for name, value in given.items() if value != known[name].default}
