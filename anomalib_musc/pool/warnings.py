@@ -11,6 +11,7 @@ from anomalib_musc.pool.looks import LEVEL, Look
 # Kaufman and Rousseeuw, Finding Groups in Data (1990), section 2.2: the mean silhouette of a structure that is
 # "reasonable" is above 0.5; what one of 0.25 or less shows "could be artificial".
 _REASONABLE, _ARTIFICIAL = 0.5, 0.25
+_SIGN_TEST = 1.645  # standard deviations, one-sided at 5 %
 _FEWEST = 6  # images, below which no structure is looked for
 SAME_SCORE = 1e-4  # scores are exact to that
 
@@ -108,9 +109,9 @@ def warn_of_references(features: torch.Tensor, references: torch.Tensor) -> list
 
 
 def warn_of_labels(scores: torch.Tensor, threshold: float) -> list[str]:
-    """Say where most scores ``(N,)`` are above a threshold."""
+    """Say where more than half of the scores ``(N,)`` are above a threshold, by a sign test."""
     flagged = int((scores > threshold).sum())
-    if 2 * flagged <= len(scores):
+    if 2 * flagged - len(scores) - 1 <= _SIGN_TEST * len(scores) ** 0.5:
         return []
     return [
         f"Most images are flagged ({flagged} of {len(scores)}). Where most are defective, what is normal cannot be "

@@ -15,7 +15,7 @@ from sklearn.metrics import silhouette_samples
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_musc import MuSc, RsCINPostProcessor
-from anomalib_musc.pool.warnings import silhouettes_of, split_in_two, warn_of_groups, warn_of_references
+from anomalib_musc.pool.warnings import silhouettes_of, split_in_two, warn_of_groups, warn_of_labels, warn_of_references
 
 QUIET = {"visualizer": False}
 
@@ -85,6 +85,12 @@ def test_a_threshold_that_flags_most(folder, make_engine):
     model = MuSc(OwnBackbone(), post_processor=RsCINPostProcessor(image_threshold=0.0), **QUIET)
     make_engine().predict(model, data_path=folder)
     assert any("Most images are flagged (12 of 12)" in warning for warning in model.pool_warnings)
+
+
+@pytest.mark.parametrize(("flagged", "says"), [(20, False), (25, False), (28, True), (40, True)])
+def test_most_means_more_than_half_beyond_chance(flagged, says):
+    scores = torch.cat([torch.ones(flagged), torch.zeros(40 - flagged)])
+    assert bool(warn_of_labels(scores, 0.5)) == says
 
 
 class Tiles(Dataset):
