@@ -13,7 +13,7 @@ from typing import Any
 from anomalib.cli import cli
 from jsonargparse import Namespace
 
-from anomalib_musc.backbones.weights import weights_to_come
+from anomalib_musc.backbones.weights import skip_download
 from anomalib_musc.compat.checkpoints import read_checkpoint
 from anomalib_musc.lightning_model import MuSc
 from anomalib_musc.torch_model import MuScModel
@@ -33,7 +33,7 @@ class CheckpointCLI(cli.AnomalibCLI):
         model: Namespace = self.config[self.subcommand]["model"]
         given = model.get("init_args") or Namespace()
         model["init_args"] = Namespace(_arguments(read_checkpoint(self._checkpoint), given.as_dict()))
-        with weights_to_come():
+        with skip_download():
             super().instantiate_classes()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import nn
 
-from anomalib_musc.backbones.weights import weights_to_come
+from anomalib_musc.backbones.weights import skip_download
 from anomalib_musc.compat.checkpoints import read_checkpoint
 from anomalib_musc.compat.export import ExportableModule
 from anomalib_musc.compat.lightning import forget_objects, trainer_of
@@ -29,6 +29,7 @@ from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.memory_bank.checkpoint import (
     check_exportable,
     check_network,
+    describe_network,
     mode_of,
     take_activation,
     warn_of_kept_bank,
@@ -313,7 +314,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model, see Lightning's method, without fetching its backbone's weights: the file holds them."""
         read_checkpoint(checkpoint_path)
-        with weights_to_come():
+        with skip_download():
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -324,7 +325,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], **self.model.arguments}
         if (activation := getattr(self.model.backbone, "activation", None)) is not None:
             checkpoint["activation"] = activation
-        checkpoint.update(network=self.model.describe(name), scores_are_distances=True)
+        checkpoint.update(network=describe_network(self.model, name), scores_are_distances=True)
         checkpoint.update(mode=self.mode, references=self.bank_arguments.given, bank_of=self._bank_of)
         checkpoint.update(self._calibration.to_checkpoint())
         checkpoint["validation_range"] = None if self._validation_range is None else list(self._validation_range)
@@ -337,7 +338,7 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         """
         convert_checkpoint(checkpoint)
         name = self.hparams.get("backbone")
-        check_network(checkpoint, self.model.describe(name), is_own=name is None)
+        check_network(checkpoint, describe_network(self.model, name), is_own=name is None)
         take_activation(checkpoint, self.model.backbone, None if name is None else self.hparams)
         self.mode = self.hparams["mode"] = mode_of(checkpoint, self.mode)
         warn_of_kept_bank(checkpoint, self.bank_arguments.given)

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.rscin import check_windows
 from anomalib_musc.memory_bank.bank import ReferenceBank
-from anomalib_musc.torch_model import PoolPrediction, ReferencePrediction
+from anomalib_musc.torch_model import PoolPrediction
 
 
 class RsCINPostProcessor(PostProcessor):
@@ -151,11 +151,10 @@ class RsCINPostProcessor(PostProcessor):
         if mask is not None:
             batch.pred_mask = _within(mask, batch.pred_label)
 
-    def forward(self, predictions: InferenceBatch | PoolPrediction | ReferencePrediction) -> InferenceBatch:
+    def forward(self, predictions: InferenceBatch | PoolPrediction) -> InferenceBatch:
         """Post-process a batch of predictions; those of a pool or by a bank are re-scored first."""
-        if isinstance(predictions, (PoolPrediction, ReferencePrediction)):
-            bank = predictions.bank if isinstance(predictions, ReferencePrediction) else None
-            scores = self.rescore(predictions.pred_score, predictions.class_tokens, bank)
+        if isinstance(predictions, PoolPrediction):
+            scores = self.rescore(predictions.pred_score, predictions.class_tokens, predictions.bank)
             predictions = InferenceBatch(pred_score=scores, anomaly_map=predictions.anomaly_map)
         mask = self._mask_without_masks(predictions.anomaly_map)
         found = super().forward(predictions)

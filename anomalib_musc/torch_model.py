@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """MuSc in plain torch: a frozen backbone and the first two steps of the method, without anomalib or Lightning."""
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,50 +9,33 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.backbones import create_backbone
 from anomalib_musc.backbones.base import Activation
-from anomalib_musc.backbones.own import check_output, check_own_arguments, own_image_size
+from anomalib_musc.backbones.own import check_output, resolve_backbone
 from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.arguments import check_count
-from anomalib_musc.functional.subsets import MIN_SUBSET, count_subsets, split_into_subsets
+from anomalib_musc.functional.subsets import count_subsets, split_into_subsets
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
-
-logger = logging.getLogger(__name__)
 
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PoolPrediction(NamedTuple):
-    """What the images of a pool say of each other.
+    """What comparing images with a pool, or with a bank, gives.
 
     Attributes:
         pred_score: Raw image scores, the maximum of each anomaly map, shape ``(N,)``.
         anomaly_map: Anomaly maps at input size, shape ``(N, 1, H, W)``.
         class_tokens: Image features for :func:`~anomalib_musc.functional.rscin`, shape ``(N, D)``.
+        bank: The bank, which re-scores them; ``None`` where the images are a pool.
     """
 
     pred_score: torch.Tensor
     anomaly_map: torch.Tensor
     class_tokens: torch.Tensor
-
-
-class ReferencePrediction(NamedTuple):
-    """What a bank says of images, of each on its own.
-
-    Attributes:
-        pred_score: Raw image scores, the maximum of each anomaly map, shape ``(B,)``.
-        anomaly_map: Anomaly maps at input size, shape ``(B, 1, H, W)``.
-        class_tokens: Image features, shape ``(B, D)``.
-        bank: The bank, which can re-score them.
-    """
-
-    pred_score: torch.Tensor
-    anomaly_map: torch.Tensor
-    class_tokens: torch.Tensor
-    bank: ReferenceBank
+    bank: ReferenceBank | None = None
 
 
 class MuScModel(nn.Module):
@@ -116,15 +98,9 @@ class MuScModel(nn.Module):
         self.interval = (float(interval[0]), float(interval[1]))
         self.precision = precision
         self.num_subsets = num_subsets
-        if isinstance(backbone, nn.Module):
-            check_own_arguments(backbone, pretrained=pretrained is not True, layers=layers, activation=activation)
-            self.backbone = backbone.eval().requires_grad_(False)
-            self.image_size = own_image_size(backbone, image_size)
-        else:
-            named = create_backbone(
-                backbone, pretrained=pretrained, image_size=image_size, layers=layers, activation=activation
-            )
-            self.backbone, self.image_size = named, named.image_size
+        self.backbone, self.image_size = resolve_backbone(
+            backbone, pretrained=pretrained, image_size=image_size, layers=layers, activation=activation
+        )
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
         self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
@@ -141,22 +117,7 @@ class MuScModel(nn.Module):
         """The arguments that make this network of a backbone given by name, with their defaults filled in."""
         return {"image_size": self.image_size, "layers": list(getattr(self.backbone, "layers", ()))}
 
-    def describe(self, name: str | None) -> dict[str, Any]:
-        """Describe what a bank and thresholds depend on, in plain data.
-
-        Args:
-            name: The backbone's name; ``None`` for one of the user's own.
-        """
-        return {
-            "backbone": name or type(self.backbone).__name__,
-            "number of parameters": sum(parameter.numel() for parameter in self.backbone.parameters()),
-            "image_size": list(self.image_size),
-            "layers": list(getattr(self.backbone, "layers", ())),
-            "aggregation_degrees": list(self.aggregation_degrees),
-            "interval": list(self.interval),
-        }
-
-    def forward(self, images: torch.Tensor) -> PoolPrediction | ReferencePrediction:
+    def forward(self, images: torch.Tensor) -> PoolPrediction:
         """Compare images with the bank where there is one; else take them as a pool and compare them with each other.
 
         Args:
@@ -168,7 +129,7 @@ class MuScModel(nn.Module):
         if len(self.bank):
             feature_maps, class_tokens = self.extract(images)
             anomaly_map = self.anomaly_maps(self.bank.patch_scores(feature_maps))
-            return ReferencePrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens, self.bank)
+            return PoolPrediction(anomaly_map.amax(dim=(1, 2, 3)), anomaly_map, class_tokens, self.bank)
         if len(images) < 2:
             msg = (
                 f"images must hold at least 2 images, which are compared; got {len(images)}. "
@@ -223,11 +184,10 @@ class MuScModel(nn.Module):
         if not extracted:
             msg = "batches must hold at least one image, got none."
             raise ValueError(msg)
-        num_images = sum(len(class_tokens) for _, class_tokens in extracted)
-        if is_alone:
-            self.check_bank_size(num_images, size)
         layers = [torch.cat(maps) for maps in zip(*(feature_maps for feature_maps, _ in extracted), strict=True)]
         tokens = torch.cat([class_tokens for _, class_tokens in extracted])
+        if is_alone:
+            self.check_bank_size(len(tokens), size)
         raw_scores, patch_scores = self._scores_of_each_other(layers)
         if size is not None and size < len(tokens):
             kept = select_coreset(raw_scores, tokens, size)
@@ -280,13 +240,7 @@ class MuScModel(nn.Module):
         Returns:
             The indices of each subset's images, see :func:`~anomalib_musc.functional.split_into_subsets`.
         """
-        subsets = split_into_subsets(class_tokens, self.num_subsets)
-        if len(subsets) < self.num_subsets:
-            logger.warning(
-                "num_subsets=%d would leave a pool of %d images fewer than %d a subset; using %d.",
-                *(self.num_subsets, len(class_tokens), MIN_SUBSET, len(subsets)),
-            )
-        return subsets
+        return split_into_subsets(class_tokens, self.num_subsets)
 
     @torch.no_grad()
     def score(

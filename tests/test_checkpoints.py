@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from anomalib_musc import MuSc, PredictionWriter
 from anomalib_musc.backbones import create_backbone
-from anomalib_musc.backbones.weights import weights_to_come
+from anomalib_musc.backbones.weights import skip_download
 
 LOAD = """
 import sys, torch
@@ -133,7 +133,7 @@ def test_no_weights_are_needed(tmp_path, mvtec_root, folder, make_engine):
     ("name", "activation"), [("ViT-B-32", "QuickGELU"), ("ViT-B-32-256", "GELU"), ("ViT-B-16-plus-240", "GELU")]
 )
 def test_a_network_without_its_weights_is_that_of_the_weights(name, activation):
-    with weights_to_come():
+    with skip_download():
         backbone = create_backbone(name, activation="weights")
     assert {type(module).__name__ for module in backbone.modules() if "GELU" in type(module).__name__} == {activation}
 

@@ -28,7 +28,7 @@ from anomalib_musc.backbones.base import (
 from anomalib_musc.backbones.weights import (
     WeightsMismatchError,
     WeightsUnavailableError,
-    are_to_come,
+    is_download_skipped,
     read_state_dict,
 )
 
@@ -156,7 +156,7 @@ def create_clip_backbone(
     if activation is not None and not isinstance(tower, VisionTransformer):
         raise no_choice_of_activation(name, activation)
     configured_size = tower.image_size
-    path = _fetch(name, str(tag)) if weights is True and not are_to_come() else weights
+    path = _fetch(name, str(tag)) if weights is True and not is_download_skipped() else weights
     if isinstance(path, Path):
         _load(tower, path, name)
     if isinstance(tower, VisionTransformer):

@@ -19,7 +19,7 @@ from anomalib_musc.backbones.weights import (
     LITE2_EXTRA,
     LITE2_PACKAGE,
     WeightsMismatchError,
-    are_to_come,
+    is_download_skipped,
     read_state_dict,
 )
 
@@ -55,7 +55,7 @@ def create_efficientnet_backbone(
         msg = f"pretrained: {tag!r} is no known weights tag of {name!r}, which has one set: pass True, a file or False"
         raise ValueError(msg)
     network: Any = timm.create_model(_ARCHITECTURE, pretrained=False)
-    path = _package_file() if weights is True and not are_to_come() else weights
+    path = _package_file() if weights is True and not is_download_skipped() else weights
     if isinstance(path, Path):
         _load(network, path, name)
     network.reset_classifier(0)

@@ -20,7 +20,7 @@ from anomalib_musc.backbones.near_misses import unknown_name
 from anomalib_musc.backbones.timm import create_timm_backbone
 from anomalib_musc.backbones.tiny import NAME as TINY
 from anomalib_musc.backbones.tiny import create_tiny_backbone
-from anomalib_musc.backbones.weights import LITE2, WeightsUnavailableError, are_to_come, looks_like_path
+from anomalib_musc.backbones.weights import LITE2, WeightsUnavailableError, is_download_skipped, looks_like_path
 
 
 class Alias(NamedTuple):
@@ -173,7 +173,7 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
         return _resolve_pretrained(Path(found["file"]))[0], found["tag"]
     if isinstance(pretrained, str) and pretrained and not looks_like_path(pretrained):
         return True, pretrained
-    if are_to_come():
+    if is_download_skipped():
         return False, None
     if not isinstance(pretrained, (str, Path)):
         msg = f"pretrained must be True, False, a weights tag or a file, got {pretrained!r}"

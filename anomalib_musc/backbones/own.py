@@ -3,11 +3,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from anomalib_musc.backbones.base import resolve_image_size
+from anomalib_musc.backbones.base import Activation, resolve_image_size
+from anomalib_musc.backbones.factory import create_backbone
 from anomalib_musc.distances.survey import largest_value
+
+
+def resolve_backbone(
+    backbone: str | nn.Module,
+    *,
+    pretrained: bool | str | Path,
+    image_size: int | tuple[int, int] | None,
+    layers: Sequence[int] | None,
+    activation: Activation | None,
+) -> tuple[nn.Module, tuple[int, int]]:
+    """Return a frozen network and its (height, width), from a name or from a module of the user's own.
+
+    The arguments are those of :func:`~anomalib_musc.backbones.create_backbone`; a module admits ``image_size`` alone.
+    """
+    if not isinstance(backbone, nn.Module):
+        named = create_backbone(
+            backbone, pretrained=pretrained, image_size=image_size, layers=layers, activation=activation
+        )
+        return named, named.image_size
+    check_own_arguments(backbone, pretrained=pretrained is not True, layers=layers, activation=activation)
+    return backbone.eval().requires_grad_(False), own_image_size(backbone, image_size)
 
 
 def own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:

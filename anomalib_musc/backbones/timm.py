@@ -23,7 +23,7 @@ from anomalib_musc.backbones.weights import (
     LITE2,
     WeightsMismatchError,
     WeightsUnavailableError,
-    are_to_come,
+    is_download_skipped,
     read_state_dict,
 )
 
@@ -211,7 +211,7 @@ def set_input_size(network: Any, image_size: tuple[int, int], embedding_offset: 
 def _load_tag(full_name: str, pretrained: bool) -> Any:
     """The network at the size that its weights were made for, where timm resamples nothing."""
     try:
-        return timm.create_model(full_name, pretrained=pretrained and not are_to_come(), num_classes=0)
+        return timm.create_model(full_name, pretrained=pretrained and not is_download_skipped(), num_classes=0)
     except OSError as error:
         config: Any = timm.get_pretrained_cfg(full_name)
         file = config.hf_hub_filename or "model.safetensors"

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones.base import Backbone, resolve_image_size, resolve_layers
-from anomalib_musc.backbones.weights import WeightsMismatchError, are_to_come, read_state_dict
+from anomalib_musc.backbones.weights import WeightsMismatchError, is_download_skipped, read_state_dict
 
 NAME = "musc-tiny"
 WEIGHTS = Path(__file__).with_name("musc_tiny.safetensors")
@@ -174,7 +174,7 @@ def create_tiny_backbone(
     size = resolve_image_size(image_size, IMAGE_SIZE, PATCH_SIZE)
     chosen = resolve_layers(layers, _LAYERS, len(network.blocks))
     path = WEIGHTS if weights is True else weights
-    if isinstance(path, Path) and not are_to_come():
+    if isinstance(path, Path) and not is_download_skipped():
         try:
             network.load_state_dict(read_state_dict(path))
         except RuntimeError as error:

@@ -50,7 +50,7 @@ def _without_a_hub() -> str:
 
 
 @contextmanager
-def weights_to_come() -> Iterator[None]:
+def skip_download() -> Iterator[None]:
     """Build backbones as their weights ask for, but do not fetch those: a checkpoint will bring them."""
     token = _SKIPS_DOWNLOAD.set(True)
     try:
@@ -59,8 +59,8 @@ def weights_to_come() -> Iterator[None]:
         _SKIPS_DOWNLOAD.reset(token)
 
 
-def are_to_come() -> bool:
-    """Whether a backbone is built within :func:`weights_to_come`."""
+def is_download_skipped() -> bool:
+    """Whether a backbone is built within :func:`skip_download`."""
     return _SKIPS_DOWNLOAD.get()
 
 

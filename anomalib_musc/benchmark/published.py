@@ -78,8 +78,8 @@ def published_dataset(datamodule: str, category: str, root: Path) -> str | None:
         ('MVTec AD', None)
     """
     name, categories = _DATASETS.get(datamodule, (None, ()))
-    is_to_come = not root.is_dir() or not any(root.iterdir())
-    return name if category in categories and (is_to_come or len(categories_in(datamodule, root)) > 1) else None
+    will_be_downloaded = not root.is_dir() or not any(root.iterdir())
+    return name if category in categories and (will_be_downloaded or len(categories_in(datamodule, root)) > 1) else None
 
 
 def categories_in(datamodule: str, root: Path) -> set[str]:

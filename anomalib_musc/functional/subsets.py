@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Large pools in subsets, each scored on its own (arXiv 2401.16753, section 4.3)."""
 
+import logging
+
 import torch
+
+logger = logging.getLogger(__name__)
 
 MIN_SUBSET = 5  # below it, a fraction of 0.3 of the others is no image
 _SIGNS = 20
@@ -37,4 +41,10 @@ def split_into_subsets(class_tokens: torch.Tensor, number: int) -> list[list[int
     hashes = torch.randperm(2**_SIGNS, generator=generator)[codes]
     by_projection = projections[:, 0].argsort(stable=True)  # decides between images of equal signs
     order = by_projection[hashes[by_projection].argsort(stable=True)]
-    return [part.sort().values.tolist() for part in order.tensor_split(count_subsets(number, len(tokens)))]
+    count = count_subsets(number, len(tokens))
+    if count < number:
+        logger.warning(
+            "num_subsets=%d would leave a pool of %d images fewer than %d a subset; using %d.",
+            *(number, len(tokens), MIN_SUBSET, count),
+        )
+    return [part.sort().values.tolist() for part in order.tensor_split(count)]

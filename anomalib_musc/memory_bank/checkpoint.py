@@ -12,12 +12,29 @@ from anomalib_musc.backbones.factory import trained_activation
 from anomalib_musc.memory_bank.bank import ReferenceBank
 
 
+def describe_network(model: Any, name: str | None) -> dict[str, Any]:
+    """Describe what a bank and thresholds depend on, in plain data.
+
+    Args:
+        model: A :class:`~anomalib_musc.MuScModel`.
+        name: The backbone's name; ``None`` for one of the user's own.
+    """
+    return {
+        "backbone": name or type(model.backbone).__name__,
+        "number of parameters": sum(parameter.numel() for parameter in model.backbone.parameters()),
+        "image_size": list(model.image_size),
+        "layers": list(getattr(model.backbone, "layers", ())),
+        "aggregation_degrees": list(model.aggregation_degrees),
+        "interval": list(model.interval),
+    }
+
+
 def check_network(checkpoint: Mapping[str, Any], here: Mapping[str, Any], *, is_own: bool) -> None:
     """Raise a ValueError if a checkpoint is of another network.
 
     Args:
         checkpoint: The checkpoint.
-        here: What :func:`describe` says of this model.
+        here: What :func:`describe_network` says of this model.
         is_own: Whether this model's backbone is a module of the user's own.
     """
     saved = checkpoint.get("network", {})

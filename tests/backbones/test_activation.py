@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc import MuSc, MuScModel
 from anomalib_musc.backbones import ALIASES, create_backbone
 from anomalib_musc.backbones.factory import Alias
-from anomalib_musc.backbones.weights import weights_to_come
+from anomalib_musc.backbones.weights import skip_download
 
 VISION = {"image_size": 32, "layers": 4, "width": 32, "patch_size": 8, "head_width": 16}
 
@@ -237,7 +237,7 @@ def test_a_file_of_the_version_before_computes_what_it_did(name, tmp_path, folde
 
 @pytest.mark.parametrize("here", [{}])
 def test_an_old_file_goes_on_with_what_its_own_tag_was_trained_with(here, tmp_path):
-    with weights_to_come():
+    with skip_download():
         model = MuSc("ViT-B-32", pretrained="laion2b_s34b_b79k", image_size=64, layers=[0])
         path = made_old(checkpoint_of(model, tmp_path / "old.ckpt"))
         loaded = MuSc.load_from_checkpoint(path, **here)
