@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from anomalib import LearningType
 from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
@@ -21,7 +19,6 @@ from anomalib_musc.compat.checkpoints import read_checkpoint
 from anomalib_musc.compat.export import ExportableModule
 from anomalib_musc.compat.lightning import forget_objects, trainer_of
 from anomalib_musc.compat.pre_processor import MultiLoaderPreProcessor, resize_and_normalise
-from anomalib_musc.compat.termination import stopped_at_once
 from anomalib_musc.decision.calibration import Calibration
 from anomalib_musc.decision.version_0_1 import convert_checkpoint, convert_post_processor
 from anomalib_musc.functional import check_budget
@@ -46,17 +43,15 @@ from anomalib_musc.output.prediction_writer import (
 from anomalib_musc.output.predictions import PoolReport
 from anomalib_musc.output.review.pictures import thumbnail_of
 from anomalib_musc.output.visualizer import FolderVisualizer
-from anomalib_musc.pool.grey_range import GreyRange, check_grey_range, widest
-from anomalib_musc.pool.module import PoolModule
-from anomalib_musc.pool.pool import Pool, fingerprint
-from anomalib_musc.pool.references import FOLDER, POOL, TRAINING_IMAGES, BankArguments, coreset_of
+from anomalib_musc.pool.bank_module import BankModule
+from anomalib_musc.pool.grey_range import GreyRange, check_grey_range
+from anomalib_musc.pool.references import FOLDER, BankArguments
 from anomalib_musc.pool.scorer import PoolScorer
-from anomalib_musc.pool.source import PoolSource, transform_leaves
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.torch_model import MuScModel
 
 
-class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
+class MuSc(ExportableModule, BankModule, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
     """Zero-shot anomaly detection by mutual scoring of unlabelled images (Li et al., ICLR 2024, arXiv 2401.16753).
 
     The unlabelled images of one dataloader are its pool: when a test, validation or prediction starts, all of them are
@@ -130,27 +125,17 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         model = MuScModel(backbone, **model_arguments)
         if pre_processor is True:
             pre_processor = self.configure_pre_processor(model.image_size, model.mean, model.std, model.interpolation)
+        components = {"evaluator": evaluator, "visualizer": visualizer}
         super().__init__(
-            pre_processor=pre_processor, post_processor=post_processor, evaluator=evaluator, visualizer=visualizer
+            model, bank_arguments, named_range, pre_processor=pre_processor, post_processor=post_processor, **components
         )
-        self.model: MuScModel = model
         self.memory_budget = memory_budget
         self.batch_size = batch_size
-        self.mode: str = mode
-        self.bank_arguments = bank_arguments
-        self.grey_range = named_range
         self._writes_by_default = prediction_writer is True
         self.prediction_writer = PredictionWriter() if prediction_writer is True else prediction_writer or None
         self._calibration = Calibration()
-        self._bank_of = TRAINING_IMAGES if references is None else FOLDER
         # Lightning would pickle objects into checkpoints, which could not be loaded safely: pass them again on loading.
         forget_objects(self, backbone=backbone, prediction_writer=prediction_writer)
-
-    @property
-    def learning_type(self) -> LearningType:
-        """Few-shot where a bank is made of a datamodule's normal training images, else zero-shot."""
-        is_few_shot = self.mode != "mutual" and self._bank_of == TRAINING_IMAGES
-        return LearningType.FEW_SHOT if is_few_shot else LearningType.ZERO_SHOT
 
     @staticmethod
     def configure_pre_processor(
@@ -191,41 +176,12 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         self._calibration.forget(self.post_processor, self._calibration.without_labels)
         super().on_validation_start()
 
-    def on_validation_epoch_end(self) -> None:
-        """Find the thresholds that labels have not given, before a checkpoint is written."""
-        if self.mode == "reference":
-            self.calibrate()
-
-    def teardown(self, stage: str) -> None:
-        """Make the bank where there was nothing to validate on, for then Lightning skips all that is above.
-
-        Not in :meth:`setup`, where nobody knows yet whether a checkpoint will bring one.
-        """
-        super().teardown(stage)
-        if stage == "validate" and self.mode != "mutual":
-            with stopped_at_once(self.trainer):
-                self._prepare_bank()
-                if self.mode == "reference":
-                    self.calibrate()
-
     def pool_scorer(self) -> PoolScorer:
         """Return what scores a pool, once results can be written and there is a bank."""
         if self.visualizer is not None:
             check_writable(Path(getattr(self.visualizer, "output_dir", None) or self.trainer.default_root_dir))
-        if self.mode != "mutual":
-            self._prepare_bank()
-        return self._scorer(self._known_range())
-
-    def pool_settings(self) -> list[object]:
-        """Return what else decides the scores of the same images."""
-        return [self.mode, *self.model.settings, *transform_leaves(self.transform), fingerprint(self.model)]
-
-    def rescored(self, pool: Pool) -> torch.Tensor:
-        """Return the image scores ``(N,)``: by RsCIN where the post-processor has it."""
-        if not isinstance(self.post_processor, RsCINPostProcessor):
-            return pool.raw_scores
-        bank = self.model.bank if self.mode == "reference" else None
-        return self.post_processor.rescore(pool.raw_scores, pool.class_tokens, bank)
+        self.prepare_bank()
+        return self.scorer(self._known_range())
 
     def unclipped(self, batch: ImageBatch, dataloader_idx: int = 0) -> ImageBatch:
         """Return a copy of a batch of the running loop whose scores and maps are in [0, 1] but were never clipped."""
@@ -240,6 +196,10 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         else:
             self.pools = self._calibration.find_on_pools(self.post_processor, self.pools)
 
+    def forget_thresholds(self) -> None:
+        """Make thresholds uncalibrated, as another bank takes the place of what they were found on."""
+        self._calibration.forget(self.post_processor)
+
     def _known_range(self) -> GreyRange | None:
         """Return black and white of images of more than 8 bits, where they are not to be found in the images."""
         if self.grey_range is not None:
@@ -248,7 +208,8 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
             return GreyRange(*of_bank)
         return self._validation_range if self._calibration.is_by_labels(self.post_processor) else None
 
-    def _scorer(self, grey_range: GreyRange | None) -> PoolScorer:
+    def scorer(self, grey_range: GreyRange | None) -> PoolScorer:
+        """Return what scores a pool, or extracts references."""
         return PoolScorer(
             self.trainer,
             self.model,
@@ -268,52 +229,12 @@ class MuSc(ExportableModule, PoolModule, AnomalibModule):  # type: ignore[misc] 
         settings = {**self.hparams, "mode": self.mode, **self.model.arguments}
         return report_of_pools(self.pools, self.post_processor, self._calibration.rule, bank, settings)
 
-    def keep_bank(self, size: int = 16) -> None:
-        """Make a bank of the most normal and diverse images of the pools that were just scored.
-
-        From then on every image is compared with the bank alone, and thresholds come from it: those of labels were of
-        the pool's scale, so validate again for others.
-
-        Args:
-            size: How many images to keep.
-
-        Raises:
-            RuntimeError: If no pool was scored, or its images have no files.
-            ValueError: If ``size`` is no whole number of at least 1.
-        """
-        check_count("size", size)
-        in_pools = self.grey_range or widest(pool.grey_range for pool in self.pools)
-        self._fill_bank(coreset_of(self.pools, size), None, in_pools)
-        self.pools, self._bank_of = (), POOL
-        self.mode = self.hparams["mode"] = "reference"
-        self._calibration.forget(self.post_processor)
-        self.calibrate()
-
-    def _prepare_bank(self) -> None:
-        """Make the bank, or make it anew where its images are not those that it is to be made of now."""
-        bank = self.model.bank
-        found = self.bank_arguments.find_new(bank, getattr(self.trainer, "datamodule", None))
-        if found is None:
-            return
-        is_another, device = len(bank) > 0, bank.class_tokens.device
-        self.to(self.trainer.strategy.root_device)  # from which Lightning has taken it before teardown
-        self._fill_bank(found.source, self.bank_arguments.bank_size, self.grey_range, found.origin)
-        self._bank_of = found.kind
-        if is_another:
-            self._calibration.forget(self.post_processor)
-        self.to(device)
-
-    def _fill_bank(
-        self, source: PoolSource, size: int | None, grey_range: GreyRange | None, origin: object = None
-    ) -> None:
-        features, found = self._scorer(grey_range).extract_references(source, size)
-        of_bank = found or self.model.bank.grey_range or (0.0, 0.0)  # which a user may have named
-        self.model.fill_bank(features, size, is_alone=self.mode != "both", grey_range=of_bank, origin=origin)
-
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model, see Lightning's method, without fetching its backbone's weights: the file holds them."""
         read_checkpoint(checkpoint_path)
+        if "backbone" not in kwargs:
+            kwargs.pop("pretrained", None)  # the file says whose weights it holds
         with skip_download():
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 

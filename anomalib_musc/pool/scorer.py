@@ -117,12 +117,7 @@ class PoolScorer:
             rank_zero_warn(sentence)
         for sentence in folder.what_was_taken(found.names, skipped) if folder else []:
             rank_zero_info(sentence)
-        self._say_grey_range(reader)
-        if reader.orientations:
-            rank_zero_info(
-                f"{len(reader.orientations)} images are turned as viewers show them, by their EXIF orientation; masks "
-                "are taken to lie so, too."
-            )
+        self._say_how_read(reader)
         return Pool(
             key,
             found.names,
@@ -142,21 +137,24 @@ class PoolScorer:
             grey_range=reader.grey_range,
         )
 
-    def _say_grey_range(self, reader: PoolReader) -> None:
+    def _say_how_read(self, reader: PoolReader) -> None:
         if self.grey_range is None and reader.grey_range is not None:
             black, white = reader.grey_range
             rank_zero_info(
                 f"Grey images of more than 8 bits: {black:g} is black and {white:g} is white, found in all of them; "
                 "MuSc(grey_range=(black, white)) names others."
             )
+        if reader.orientations:
+            rank_zero_info(
+                f"{len(reader.orientations)} images are turned as viewers show them, by their EXIF orientation; masks "
+                "are taken to lie so, too."
+            )
 
     def _folder(self, source: PoolSource) -> InputFolder | None:
         """Return the folder of a prediction, from which files can be left out; ``None`` for another source."""
-        return (
-            InputFolder(source, self._trainer.default_root_dir, self._result_folders)
-            if self._can_skip(source)
-            else None
-        )
+        if not self._can_skip(source):
+            return None
+        return InputFolder(source, self._trainer.default_root_dir, self._result_folders)
 
     def extract_references(
         self, source: PoolSource, size: int | None
@@ -175,7 +173,7 @@ class PoolScorer:
             self._model.check_bank_size(len(source.paths), size)
         reader = PoolReader(source, self._transform, self._to_device, self._batch_size, grey_range=self.grey_range)
         features = [found[1:] for found in self._features(reader, source, "MuSc: extracting references")]
-        self._say_grey_range(reader)
+        self._say_how_read(reader)
         return features, reader.grey_range
 
     def taken_over(self, pool: Pool, source: PoolSource) -> Pool:

@@ -235,7 +235,7 @@ def test_a_file_of_the_version_before_computes_what_it_did(name, tmp_path, folde
         MuSc.load_from_checkpoint(path, activation="official")
 
 
-@pytest.mark.parametrize("here", [{}])
+@pytest.mark.parametrize("here", [{}, {"pretrained": False}, {"pretrained": "openai"}])
 def test_an_old_file_goes_on_with_what_its_own_tag_was_trained_with(here, tmp_path):
     with skip_download():
         model = MuSc("ViT-B-32", pretrained="laion2b_s34b_b79k", image_size=64, layers=[0])
