@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image, UnidentifiedImageError
 
 from anomalib_musc.compat.paths import is_dangling
@@ -92,3 +93,13 @@ def _is_whole(path: Path, image_format: str | None) -> bool:
     with path.open("rb") as file:
         file.seek(-min(64, path.stat().st_size), os.SEEK_END)
         return file.read().rstrip(b"\0")[-2:] == b"\xff\xd9"
+
+
+def check_input_size(images: torch.Tensor, image_size: tuple[int, int]) -> None:
+    """Raise a ValueError unless prepared images ``(B, 3, H, W)`` have the size that the backbone was made for."""
+    if tuple(images.shape[-2:]) != image_size:
+        msg = (
+            f"pre_processor gives images of size {tuple(images.shape[-2:])}, but image_size is {image_size}; use the "
+            "default pre_processor, or one that resizes to image_size."
+        )
+        raise ValueError(msg)

@@ -15,6 +15,7 @@ from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.pool.checks import (
     FEW_IMAGES,
     MIN_IMAGES,
+    check_input_size,
     check_size,
     few_images,
     find_fault,
@@ -273,7 +274,7 @@ class PoolScorer:
         total = float("inf") if source.paths is None else len(source.paths)
         with progress_bar(self._trainer, description, total) as advance:
             for names, images in profiled(self._trainer, "[MuSc]read_images", reader.batches()):
-                self._check_images(images)
+                check_input_size(images, self._model.image_size)
                 with self._trainer.precision_plugin.forward_context(), profile(self._trainer, "[MuSc]extract"):
                     feature_maps, class_tokens = self._model.extract(images)
                 yield Features(names, feature_maps, class_tokens)
@@ -283,14 +284,6 @@ class PoolScorer:
         if reader.skipped and len(names) < least:
             raise unreadable(reader.skipped, len(names) + len(reader.skipped))
         check_size(names, self._num_references)
-
-    def _check_images(self, images: torch.Tensor) -> None:
-        if tuple(images.shape[-2:]) != self._model.image_size:
-            msg = (
-                f"pre_processor gives images of size {tuple(images.shape[-2:])}, but image_size is "
-                f"{self._model.image_size}; use the default pre_processor, or one that resizes to image_size."
-            )
-            raise ValueError(msg)
 
     @property
     def _num_references(self) -> int:
