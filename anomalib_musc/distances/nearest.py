@@ -75,7 +75,7 @@ def nearest_distances(
         >>> import torch
         >>> points = torch.tensor([[[0.0, 0.0], [3.0, 4.0]], [[0.0, 1.0], [3.0, 4.0]]])  # 2 images, 2 patches each
         >>> for images, distances in nearest_distances(points):
-        ...     print(images, distances[0, :, :, 0])  # of the first patch of each image
+        ...     print(images, distances[0, :, :, 0].round(decimals=3))  # of the first patch of each image
         slice(0, 2, None) tensor([[inf, 1.],
                 [1., inf]])
         >>> blocks = nearest_distances(torch.randn(4, 8, 5, 6), degrees=(1, 3))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Predictions as a table, a page and heatmaps, by a callback for any model of anomalib."""
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,7 +188,8 @@ def result_folders(trainer: Trainer) -> set[Path]:
             folders |= {callback.output_dir / "heatmaps", *callback.output_dir.glob("v*/heatmaps")}
         elif isinstance(callback, (ImageVisualizer, FolderVisualizer)) and callback.output_dir is not None:
             folders.add(Path(callback.output_dir))
-    root = common_folder([path.resolve() for path in image_paths(trainer.predict_dataloaders)])
+    images = [Path(os.path.realpath(path)) for path in image_paths(trainer.predict_dataloaders)]  # links may loop
+    root = common_folder(images)
     above = set() if root is None else {root, *root.parents}
     return {folder.resolve() for folder in folders} - above
 
