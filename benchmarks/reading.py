@@ -64,6 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, help="an earlier checkout of this repository")
     parser.add_argument("--images", type=int, default=200)
+    parser.add_argument("--turns", type=int, default=2, help="of which the faster counts")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found: dict[str, dict[str, float]] = {}
@@ -72,7 +73,7 @@ def main() -> None:
             data = Path(scratch, name.replace(" ", "_"))
             write_photographs(data, size, arguments.images)
             times: dict[str, list[float]] = {"before": [], "after": []}
-            for turn in range(2):
+            for turn in range(arguments.turns):
                 for key, checkout in (("before", arguments.before.resolve()), ("after", ROOT)):
                     times[key].append(seconds(checkout, data, Path(scratch, f"{key}{turn}{data.name}")))
             best = {key: min(values) for key, values in times.items()}
