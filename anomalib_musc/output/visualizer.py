@@ -12,11 +12,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 
 from anomalib_musc.output.files import MirroredFolder, atomic_write
-from anomalib_musc.output.picture import draw_picture
+from anomalib_musc.output.picture import SIDE, draw_picture
 from anomalib_musc.output.regions import find_regions
 from anomalib_musc.pool.grey_range import GreyRange
 from anomalib_musc.pool.high_bit_depth import read_image_file
 from anomalib_musc.pool.loaders import image_paths
+from anomalib_musc.pool.orientation import orientation_of, turned
 
 _FORMATS = {".png", ".jpg", ".jpeg"}  # that every viewer shows; pictures of other files are PNG
 
@@ -99,15 +100,30 @@ class FolderVisualizer(Visualizer):
 
 def _draw(item: Any, grey_range: GreyRange | None) -> Image.Image:
     """Draw the picture of one image of a batch; ``grey_range`` is that of images of more than 8 bits."""
-    file = read_image_file(Path(item.image_path))
-    shown = file.scaled(grey_range).clamp(0, 1).permute(1, 2, 0)
-    image = np.ascontiguousarray((shown * 255).round().to(torch.uint8).numpy())
     mask = _plane(item.pred_mask)
     if item.pred_label is not None and not bool(item.pred_label):
         mask = None
+    image, size = _read(Path(item.image_path), grey_range, is_whole=mask is not None and bool(mask.any()))
     anomaly_map = None if item.anomaly_map is None else item.anomaly_map.squeeze()
-    regions = [] if mask is None else find_regions(mask, file.size)
+    regions = [] if mask is None else find_regions(mask, size)
     return draw_picture(image, _caption(item), anomaly_map, mask, _plane(item.gt_mask), regions)
+
+
+def _read(path: Path, grey_range: GreyRange | None, *, is_whole: bool) -> tuple[np.ndarray, tuple[int, int]]:
+    """Return an image ``(H, W, 3)``, uint8, and its (width, height).
+
+    A JPEG of which no detail will be shown is decoded at a fraction of its size, in a fraction of the time.
+    """
+    if not is_whole and grey_range is None:
+        with Image.open(path) as image:
+            if image.format == "JPEG":
+                size = image.size
+                image.draft("RGB", (2 * SIDE, 2 * SIDE))
+                picture = turned(image.convert("RGB"), orientation_of(image))
+                return np.asarray(picture), size
+    file = read_image_file(path)
+    shown = file.scaled(grey_range).clamp(0, 1).permute(1, 2, 0)
+    return np.ascontiguousarray((shown * 255).round().to(torch.uint8).numpy()), file.size
 
 
 def _plane(mask: torch.Tensor | None) -> np.ndarray | None:

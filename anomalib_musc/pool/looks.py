@@ -15,7 +15,8 @@ class Look(NamedTuple):
     Attributes:
         is_grey: Whether its channels are equal everywhere, but for what rounding in YCbCr can make of it.
         is_coloured: Whether they are not at most places.
-        contrast: By how much its brightest and its darkest value differ, from 0 to 1.
+        contrast: By how much its brightest and its darkest value differ, from 0 to 1; of a large image that shows
+            something, the same of every few pixels.
     """
 
     is_grey: bool
@@ -32,6 +33,8 @@ def look_at(image: torch.Tensor) -> Look:
     """
     height, width = image.shape[-2:]
     some = image[:, :: 1 + height // _SIDE, :: 1 + width // _SIDE]
-    low, high = image.aminmax()
+    low, high = some.aminmax()
+    if high - low <= LEVEL:
+        low, high = image.aminmax()
     has_colour = some.amax(dim=0) - some.amin(dim=0) > 2.5 * LEVEL
     return Look(not has_colour.any().item(), has_colour.float().mean().item() > 0.5, (high - low).item())

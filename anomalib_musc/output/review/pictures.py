@@ -67,6 +67,8 @@ def encode_thumbnail(image: Image.Image | np.ndarray, side: int = SIDE, max_byte
 
 def thumbnail_of(image: torch.Tensor) -> bytes:
     """Return the thumbnail of an image ``(3, H, W)`` in [0, 1]."""
+    step = max(1, min(max(image.shape[-2:]) // (2 * SIDE), *image.shape[-2:]))
+    image = image[:, ::step, ::step]  # of more than twice the thumbnail's size
     return encode_thumbnail((image.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
 
 
