@@ -22,7 +22,7 @@ from anomalib_musc import MuSc, MuScModel, RsCINPostProcessor
 from anomalib_musc.functional import lnamd
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
-DRAWS = 20
+DRAWS = 10
 
 
 def extract(root: str, category: str, backbone: Any, image_size: int | None) -> tuple[MuScModel, dict[str, Any]]:
@@ -119,7 +119,7 @@ def score(model: MuScModel, features: dict[str, Any], indices: np.ndarray) -> Sc
     return Scored(scores.double().numpy(), anomaly_maps.numpy())
 
 
-def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, float]:
+def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray, *, by_mebin: bool) -> dict[str, float]:
     """Return for each rule the share of images it flags in a good pool, else F1 over the best; and that of pixels."""
     if not labels.any():
         return {rule: float(pool.flagged(rule).mean()) for rule in RULES}
@@ -130,7 +130,8 @@ def measure(pool: Scored, labels: np.ndarray, masks: np.ndarray) -> dict[str, fl
     best_of_pixels = best_f1(masks.ravel(), pool.anomaly_maps.ravel())
     flagged = pool.flagged(next(iter(RULES)))[:, None, None]
     regions = {f"pixels, {share}": share_of_maximum(pool.anomaly_maps, share) & flagged for share in (0.8, 0.75)}
-    regions["pixels, MEBin"] = mebin(pool.anomaly_maps) & flagged
+    if by_mebin:
+        regions["pixels, MEBin"] = mebin(pool.anomaly_maps) & flagged
     return found | {name: f1(masks.ravel(), mask.ravel()) / best_of_pixels for name, mask in regions.items()}
 
 
@@ -169,7 +170,9 @@ def shares(model: MuScModel, features: dict[str, Any]) -> dict[str, dict[str, fl
     labels, masks, rows = features["labels"], features["masks"].numpy(), {}
     for share in (*SHARES, None):
         pools = [np.arange(len(labels))] if share is None else [draw(labels, share, seed) for seed in range(DRAWS)]
-        results = [measure(score(model, features, pool), labels[pool], masks[pool]) for pool in pools]
+        results = [
+            measure(score(model, features, pool), labels[pool], masks[pool], by_mebin=share is None) for pool in pools
+        ]
         row = {key: float(np.mean([result[key] for result in results])) for key in results[0]}
         rows["all images" if share is None else f"{share:.0%}"] = row
     return rows
