@@ -19,7 +19,8 @@ from anomalib_musc.pool.high_bit_depth import read_image_file
 from anomalib_musc.pool.loaders import image_paths
 from anomalib_musc.pool.orientation import orientation_of, turned
 
-_FORMATS = {".png", ".jpg", ".jpeg"}  # that every viewer shows; pictures of other files are PNG
+_JPEG = {".jpg", ".jpeg"}
+_FORMATS = {".png", *_JPEG}  # that every viewer shows; pictures of other files are PNG
 
 
 class FolderVisualizer(Visualizer):
@@ -114,7 +115,7 @@ def _read(path: Path, grey_range: GreyRange | None, *, is_whole: bool) -> tuple[
 
     A JPEG of which no detail will be shown is decoded at a fraction of its size, in a fraction of the time.
     """
-    if not is_whole and grey_range is None:
+    if not is_whole and grey_range is None and path.suffix.lower() in _JPEG:
         with Image.open(path) as image:
             if image.format == "JPEG":
                 size = image.size
