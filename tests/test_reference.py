@@ -13,7 +13,7 @@ from anomalib.data import Folder
 from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType
 from anomalib.engine import Engine
-from commands import SMALL, TINY, anomalib, metric
+from commands import TINY
 from conftest import OwnBackbone, write_products
 from runs import assert_same, by_path, datamodule, predict_loader
 from torchvision.transforms.v2 import RandomRotation
@@ -520,26 +520,6 @@ class TestMatrix:
     def test_exports(self, checkpoint, tmp_path, make_engine):
         path = make_engine().export(MuSc(**TINY), ExportType.TORCH, export_root=tmp_path, ckpt_path=checkpoint)
         assert Path(path).is_file()
-
-
-# --- the command line ----------------------------------------------------------------------------------------------
-
-
-def test_train_predict_export_from_the_command_line(tmp_path, mvtec_root, folder):
-    data = ["--data", "MVTec", "--data.root", mvtec_root, "--data.category", "widget"]
-    model = ["--model", "MuSc", *SMALL, "--model.mode", "reference", "--model.k_shot", "2"]
-    done = anomalib("train", *model, *data, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert metric(done.stdout, "image_AUROC") > 0.5
-    references = ["--model.references", mvtec_root / "widget/train"]
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
-    done = anomalib("export", *model, "--export_type", "torch", "--ckpt_path", checkpoint, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert list(tmp_path.rglob("model.pt"))
-    done = anomalib("predict", *model[:-2], *references, "--data", folder / "scratch/000.png", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (table,) = tmp_path.rglob("predictions.csv")
-    assert len(table.read_text().splitlines()) == 2
 
 
 def test_masks_of_a_dataset_are_no_references(mvtec_root, folder, make_engine):
