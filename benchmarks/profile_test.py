@@ -64,8 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     model = MuSc(
         arguments.backbone,
-        arguments.pretrained,
-        arguments.image_size,
+        pretrained=arguments.pretrained,
+        image_size=arguments.image_size,
         visualizer=not arguments.no_pictures,
     )
     data = MVTecAD(arguments.root, arguments.category, eval_batch_size=10, num_workers=0)
