@@ -58,8 +58,14 @@ def _arguments(checkpoint: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a model: those given that are not the defaults, else the checkpoint's."""
     known = {**inspect.signature(MuScModel).parameters, **inspect.signature(MuSc).parameters}
     saved = {name: value for name, value in checkpoint["hyper_parameters"].items() if name in known}
-    chosen = {name: value for name, value in given.items() if value != known[name].default}
+    chosen = {name: value for name, value in given.items() if _plain(value) != _plain(known[name].default)}
+    if chosen.keys() & {"references", "k_shot"}:  # of which one stands for the other
+        saved = {name: value for name, value in saved.items() if name not in ("references", "k_shot")}
     return {**given, **saved, **chosen}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value  # as a parser makes lists of the defaults
 
 
 cli.AnomalibCLI = CheckpointCLI  # type: ignore[misc]
