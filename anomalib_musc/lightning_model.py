@@ -227,7 +227,7 @@ class MuSc(ExportableModule, BankModule, AnomalibModule):  # type: ignore[misc] 
         """Return what is known of the images of the last loop, and what decides, for tables and pages."""
         bank = self.model.bank if self.mode == "reference" else None
         settings = {**self.hparams, "mode": self.mode, **self.model.arguments}
-        return report_of_pools(self.pools, self.post_processor, self._calibration.rule, bank, settings)
+        return report_of_pools(self, self._calibration.rule, bank, settings)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """RsCIN as anomalib's post-processor."""
 
-import math
 from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 
 from anomalib_musc.functional import rscin
+from anomalib_musc.functional.arguments import is_number
 from anomalib_musc.functional.rscin import check_windows
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.torch_model import PoolPrediction
@@ -63,7 +63,7 @@ class RsCINPostProcessor(PostProcessor):
         check_windows(windows)
         _check_thresholds(image_threshold=image_threshold, pixel_threshold=pixel_threshold)
         _check_sensitivities(image_sensitivity=self.image_sensitivity, pixel_sensitivity=self.pixel_sensitivity)
-        if contamination != "auto" and not (_is_number(contamination) and 0 < contamination <= 0.5):
+        if contamination != "auto" and not (is_number(contamination) and 0 < contamination <= 0.5):
             msg = f"contamination must be 'auto' or a share above 0 and at most 0.5, got {contamination!r}."
             raise ValueError(msg)
         self.windows = tuple(windows)
@@ -186,14 +186,10 @@ def _fixed_or(fixed: float | None, found: torch.Tensor) -> torch.Tensor:
     return found if fixed is None else torch.full_like(found, fixed)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _check_thresholds(**thresholds: object) -> None:
     """Raise a ValueError unless thresholds are distances of unit vectors, or ``None``."""
     for name, threshold in thresholds.items():
-        if threshold is not None and not (_is_number(threshold) and 0 <= float(str(threshold)) <= 2):
+        if threshold is not None and not (is_number(threshold) and 0 <= float(str(threshold)) <= 2):
             msg = (
                 f"{name} must be a number from 0 to 2, as scores before normalisation are distances of unit vectors, "
                 f"or None, got {threshold!r}. The log prints the threshold that was found."
@@ -203,6 +199,6 @@ def _check_thresholds(**thresholds: object) -> None:
 
 def _check_sensitivities(**sensitivities: object) -> None:
     for name, sensitivity in sensitivities.items():
-        if not (_is_number(sensitivity) and 0 <= float(str(sensitivity)) <= 1):
+        if not (is_number(sensitivity) and 0 <= float(str(sensitivity)) <= 1):
             msg = f"{name} must be a number from 0 to 1, 0.5 being neutral, got {sensitivity!r}."
             raise ValueError(msg)

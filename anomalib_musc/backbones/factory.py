@@ -169,10 +169,9 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
     """A file, or whether to fetch weights at all; and the tag if one was named."""
     if isinstance(pretrained, bool):
         return pretrained, None
-    if isinstance(pretrained, str) and (found := _TAG_AND_FILE.fullmatch(pretrained)):
-        return _resolve_pretrained(Path(found["file"]))[0], found["tag"]
-    if isinstance(pretrained, str) and pretrained and not looks_like_path(pretrained):
-        return True, pretrained
+    tag, file = _tag_and_file(pretrained)
+    if tag is not None:
+        return (True if file is None else _resolve_pretrained(Path(file))[0]), tag
     if is_download_skipped():
         return False, None
     if not isinstance(pretrained, (str, Path)):
@@ -183,6 +182,15 @@ def _resolve_pretrained(pretrained: bool | str | Path) -> tuple[Path | bool, str
         msg = f"pretrained={str(pretrained)!r} is neither a file, a weights tag, True nor False"
         raise FileNotFoundError(msg)
     return path, None
+
+
+def _tag_and_file(pretrained: object) -> tuple[str | None, str | None]:
+    """Return what ``TAG``, ``TAG:FILE`` or anything else names of both."""
+    if not isinstance(pretrained, str) or not pretrained:
+        return None, None
+    if found := _TAG_AND_FILE.fullmatch(pretrained):
+        return found["tag"], found["file"]
+    return (None, pretrained) if looks_like_path(pretrained) else (pretrained, None)
 
 
 def check_name(name: object) -> None:
@@ -209,8 +217,5 @@ def trained_activation(name: str, pretrained: bool | str | Path) -> Literal["GEL
     model = name if alias is None else alias.model
     if model not in open_clip.list_models():
         return None
-    tag = None if alias is None else alias.tag
-    if isinstance(pretrained, str):
-        named = _TAG_AND_FILE.fullmatch(pretrained)
-        tag = named["tag"] if named else (tag if looks_like_path(pretrained) else pretrained)
+    tag = _tag_and_file(pretrained)[0] or (None if alias is None else alias.tag)
     return "QuickGELU" if uses_quick_gelu(model, tag) else "GELU"

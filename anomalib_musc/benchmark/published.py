@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from anomalib.data.datasets.image import btech, mvtecad, visa
 
+from anomalib_musc.backbones.base import quarter_ends
 from anomalib_musc.backbones.factory import ALIASES
 from anomalib_musc.benchmark.records import METRICS
 
@@ -161,8 +162,8 @@ def published_setting(dataset: str, model: dict[str, Any], data: dict[str, Any])
 def _are_defaults(backbone: str, arguments: dict[str, Any]) -> bool:
     """Whether weights and layers are a backbone's default ones, left out or written out."""
     blocks = 24 if "-L-" in backbone or "vitl" in backbone else 12
-    layers = [blocks // 4 * quarter - 1 for quarter in range(1, 5)]
-    return arguments["pretrained"] in (True, ALIASES[backbone].tag) and arguments["layers"] in (None, layers)
+    is_default = arguments["layers"] in (None, list(quarter_ends(blocks)))
+    return is_default and arguments["pretrained"] in (True, ALIASES[backbone].tag)
 
 
 def _lower(value: Any) -> Any:

@@ -141,19 +141,15 @@ def _calibrate_on_pools(
 
 def _threshold_of(post_processor: PostProcessor, images: Pool | ReferenceBank, scores: torch.Tensor) -> float:
     """Return the threshold by hand, that which the expected share of ``scores (N,)`` exceeds, or the rule's."""
-    if isinstance(images, Pool) and images.shows_nothing and _fixed_of(post_processor) is None:
+    if isinstance(post_processor, RsCINPostProcessor) and post_processor.fixed_image_threshold is not None:
+        return post_processor.fixed_image_threshold
+    if isinstance(images, Pool) and images.shows_nothing:
         return threshold_above_all(scores)
     if not isinstance(post_processor, RsCINPostProcessor):
         return image_threshold(images.raw_scores, images.class_tokens)
-    if post_processor.fixed_image_threshold is not None:
-        return post_processor.fixed_image_threshold
     if post_processor.contamination != "auto":
         return contamination_threshold(scores, float(post_processor.contamination))
     return image_threshold(images.raw_scores, images.class_tokens, factor_of(post_processor.image_sensitivity))
-
-
-def _fixed_of(post_processor: PostProcessor) -> float | None:
-    return post_processor.fixed_image_threshold if isinstance(post_processor, RsCINPostProcessor) else None
 
 
 def _calibrate_on_bank(

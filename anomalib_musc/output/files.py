@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
@@ -40,7 +41,7 @@ class MirroredFolder:
         path = _absolute(image)
         root = self._root if self._root is not None and self._root in path.parents else path.parent
         parent = self.folder / root.name / path.relative_to(root).parent
-        numbers = (f"_{number}" if number > 1 else "" for number in range(1, 1_000_000))
+        numbers = (f"_{number}" if number > 1 else "" for number in count(1))
         names = (_short(f"{path.stem}{number}{path.suffix}", suffix) for number in numbers)
         place = next(place for name in names if not self._is_taken(place := parent / name))
         self._given.add(place)
@@ -48,6 +49,11 @@ class MirroredFolder:
 
     def _is_taken(self, place: Path) -> bool:
         return place in self._given or os.path.lexists(place)
+
+
+def printable(text: str) -> str:
+    """Return text that UTF-8 can hold: of other file names, bytes as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _absolute(path: str | Path) -> Path:

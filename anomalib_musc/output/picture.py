@@ -9,6 +9,7 @@ import torch
 from anomalib.visualization.image.functional import visualize_anomaly_map
 from PIL import Image, ImageDraw, ImageFont
 
+from anomalib_musc.output.files import printable
 from anomalib_musc.output.regions import Region
 
 SIDE = 512  # pixels of a panel's longer side
@@ -103,7 +104,7 @@ def _joined(panels: dict[str, np.ndarray], caption: str, size: tuple[int, int]) 
 
 def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """Shorten a text in its beginning, as a path's end tells more."""
-    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    shown = printable(text)
     if font.getlength(shown) <= width:
         return shown
     while shown and font.getlength(f"…{shown}") > width:

@@ -2,7 +2,7 @@
 """What the pools of a model, or another model's post-processor, tell of the images beyond their batches."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib_musc.decision.thresholds import deviations
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.output.predictions import Decision, PoolReport, Prediction
+from anomalib_musc.pool.module import PoolModule
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.post_processor import RsCINPostProcessor
 
@@ -22,25 +23,23 @@ _ARGUMENT = "--model.post_processor anomalib_musc.RsCINPostProcessor --model.pos
 
 
 def report_of_pools(
-    pools: Sequence[Pool],
-    post_processor: Any,
+    model: PoolModule,
     rule: str,
     bank: ReferenceBank | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> PoolReport:
-    """Return what pools tell of their images.
+    """Return what the pools of a model tell of their images.
 
     Args:
-        pools: The pools, after calibration.
-        post_processor: The model's.
+        model: The model, after calibration.
         rule: How the image threshold was found, in words.
         bank: The memory bank where images are compared with it alone.
         settings: The model's.
     """
+    post_processor = model.post_processor
     images: dict[str, Prediction] = {}
-    for pool in pools:
+    for pool in model.pools:
         images |= _images_of(pool, post_processor, bank)
-    skipped = {str(path): reason for pool in pools for path, reason in pool.skipped.items()}
     decision = decision_of(post_processor)
     if isinstance(post_processor, RsCINPostProcessor) and decision.threshold is not None:
         low, high = (getattr(post_processor, name).item() for name in ("image_min", "image_max"))
@@ -54,8 +53,8 @@ def report_of_pools(
             region_fraction=post_processor.region_fraction,
             pixel_threshold=_pixel_threshold(post_processor),
         )
-    warnings = list(dict.fromkeys(warning for pool in pools for warning in pool.warnings))
-    return PoolReport(images, decision, skipped, warnings, settings or {})
+    skipped = {str(path): reason for path, reason in model.skipped_images.items()}
+    return PoolReport(images, decision, skipped, model.pool_warnings, settings or {})
 
 
 def decision_of(post_processor: Any) -> Decision:

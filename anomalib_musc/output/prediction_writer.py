@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,13 +25,13 @@ from anomalib_musc.output.pool_report import decision_of
 from anomalib_musc.output.predictions import PoolReport, Prediction
 from anomalib_musc.output.regions import Region, find_regions
 from anomalib_musc.output.review import review_of, write_review
+from anomalib_musc.output.review.pictures import shrink_map
 from anomalib_musc.output.summary import summary
 from anomalib_musc.output.table import write_json, write_table
 from anomalib_musc.output.visualizer import FolderVisualizer
 from anomalib_musc.pool.loaders import common_folder, image_paths
 
 HeatmapFormat = Literal["png", "npy"]
-_MAX_GRID = 64  # of the maps that the page holds
 
 
 class PredictionWriter(Callback):
@@ -84,7 +85,7 @@ class PredictionWriter(Callback):
         if self._folder is not None:
             return self._folder
         folder = self.output_dir or Path(trainer.default_root_dir)
-        numbered = (folder / f"v{number}" if number else folder for number in range(1_000_000))
+        numbered = (folder / f"v{number}" if number else folder for number in count())
         return next(place for place in numbered if not (place / _table_name(trainer)).exists())
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,10 +235,11 @@ def _joined(predictions: Sequence[Prediction], report: PoolReport, model: Any) -
         for name, other in report.images.items()
         if name not in seen
     ]
-    joined = [_with_pool(prediction, report.images.get(prediction.path)) for prediction in predictions]
-    for index, prediction in enumerate(joined):
-        notes = [*prediction.notes, *filter(None, [failures.get(prediction.path)])]
-        joined[index] = replace(prediction, picture=pictures.get(prediction.path), notes=notes)
+    joined = []
+    for prediction in predictions:
+        known = _with_pool(prediction, report.images.get(prediction.path))
+        failure = [failures[prediction.path]] if prediction.path in failures else []
+        joined.append(replace(known, picture=pictures.get(prediction.path), notes=[*known.notes, *failure]))
     return sorted([*joined, *not_reached], key=lambda prediction: prediction.order)
 
 
@@ -265,9 +267,7 @@ def _original_size(item: Any) -> tuple[int, int]:
 def _prediction(item: Any, size: tuple[int, int] | None, notes: Sequence[str]) -> Prediction:
     grid = None
     if item.anomaly_map is not None:
-        values = item.anomaly_map.detach().float().cpu().squeeze()
-        sides = [min(side, _MAX_GRID) for side in values.shape]
-        grid = torch.nn.functional.adaptive_max_pool2d(values[None], sides)[0].numpy()
+        grid = shrink_map(item.anomaly_map.detach().float().cpu().squeeze()).numpy()
     regions: list[Region] = []
     if item.pred_mask is not None and size is not None:
         regions = find_regions(item.pred_mask.cpu().numpy().squeeze(), size)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from anomalib_musc.output.files import printable
 from anomalib_musc.output.predictions import PoolReport, Prediction
 
 _SHOWN = 5
@@ -34,14 +35,10 @@ def summary(predictions: Sequence[Prediction], report: PoolReport, files: Sequen
     lines = [f"{number} image{'s' * (number != 1)}: {found}. Threshold: {threshold}{decision.rule}."]
     for prediction in predictions[:_SHOWN]:
         score = "  -  " if prediction.score is None else f"{prediction.score:.3f}"
-        lines.append(f"  {score}  {prediction.label or '-':9}  {_printable(prediction.path)}")
+        lines.append(f"  {score}  {prediction.label or '-':9}  {printable(prediction.path)}")
     lines += [f"Warning: {warning}" for warning in report.warnings]
     troubled = [prediction for prediction in predictions if prediction.notes]
     if troubled:
         have = "image has" if len(troubled) == 1 else "images have"
         lines.append(f"Warning: {len(troubled)} {have} a note in the table, such as: {troubled[0].notes[0]}")
     return "\n".join([*lines, f"Written: {', '.join(str(file) for file in files)}"])
-
-
-def _printable(text: str) -> str:
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")

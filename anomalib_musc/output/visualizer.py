@@ -15,9 +15,8 @@ from anomalib_musc.output.files import MirroredFolder, atomic_write
 from anomalib_musc.output.picture import SIDE, draw_picture
 from anomalib_musc.output.regions import find_regions
 from anomalib_musc.pool.grey_range import GreyRange
-from anomalib_musc.pool.high_bit_depth import read_image_file
+from anomalib_musc.pool.high_bit_depth import read_image_file, read_small
 from anomalib_musc.pool.loaders import image_paths
-from anomalib_musc.pool.orientation import orientation_of, turned
 
 _JPEG = {".jpg", ".jpeg"}
 _FORMATS = {".png", *_JPEG}  # that every viewer shows; pictures of other files are PNG
@@ -63,11 +62,11 @@ class FolderVisualizer(Visualizer):
         """Write the pictures of a batch."""
         del trainer, outputs, args
         pools = getattr(pl_module, "pools", ())
-        ranges = {name: pool.grey_range for pool in pools for name in pool.high_bit_depth}
         for item in batch:
             path = str(Path(item.image_path))
             try:
-                picture = _draw(item, ranges.get(path))
+                grey_range = next((pool.grey_range for pool in pools if path in pool.high_bit_depth), None)
+                picture = _draw(item, grey_range)
                 suffix = "" if Path(path).suffix.lower() in _FORMATS else ".png"
                 with atomic_write(place := self._places.place(path, suffix)) as part:
                     picture.save(part, compress_level=1)  # of PNG; a third of the time
@@ -118,10 +117,8 @@ def _read(path: Path, grey_range: GreyRange | None, *, is_whole: bool) -> tuple[
     if not is_whole and grey_range is None and path.suffix.lower() in _JPEG:
         with Image.open(path) as image:
             if image.format == "JPEG":
-                size = image.size
-                image.draft("RGB", (2 * SIDE, 2 * SIDE))
-                picture = turned(image.convert("RGB"), orientation_of(image))
-                return np.asarray(picture), size
+                picture, size = read_small(image, 2 * SIDE)
+                return np.asarray(picture.convert("RGB")), size
     file = read_image_file(path)
     shown = file.scaled(grey_range).clamp(0, 1).permute(1, 2, 0)
     return np.ascontiguousarray((shown * 255).round().to(torch.uint8).numpy()), file.size

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from anomalib_musc.functional.arguments import is_number
+
 _TAIL = 1e-3  # of the values at either end, which may be dead pixels
 _FENCE = 3.0  # interquartile ranges beyond the quartiles, where Tukey's far outliers begin (Exploratory Data Analysis)
 _SAMPLES = 4096  # of an image
@@ -29,7 +31,7 @@ def check_grey_range(grey_range: Any) -> GreyRange | None:
     if grey_range is None:
         return None
     is_pair = isinstance(grey_range, Sequence) and not isinstance(grey_range, str) and len(grey_range) == 2
-    numbers = [value for value in grey_range if _is_number(value)] if is_pair else []
+    numbers = [value for value in grey_range if is_number(value)] if is_pair else []
     if len(numbers) < 2 or numbers[0] >= numbers[1]:
         msg = f"grey_range must be the values of black and white, such as (0, 4095), or None; got {grey_range!r}."
         raise ValueError(msg)
@@ -115,7 +117,3 @@ def _without_markers(values: torch.Tensor) -> torch.Tensor:
             return values
         values = values[keeps]
     return values
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

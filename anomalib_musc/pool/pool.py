@@ -58,11 +58,6 @@ class Pool:
     thumbnails: Mapping[str, bytes] = field(default_factory=dict)
     offset: float = 0.0
 
-    @property
-    def read_otherwise(self) -> frozenset[str]:
-        """Names of the images that anomalib reads otherwise than they are scored."""
-        return self.high_bit_depth | frozenset(self.orientations)
-
     def with_scores(self, scores: torch.Tensor) -> Pool:
         """Return the same images with other image scores ``(N,)``."""
         return replace(self, scores=scores, offset=0.0)

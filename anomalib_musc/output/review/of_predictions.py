@@ -21,8 +21,7 @@ def review_of(predictions: Sequence[Prediction], report: PoolReport) -> Review |
         predictions: From the most anomalous on.
         report: Their pool.
     """
-    shown = [prediction for prediction in predictions if prediction.score is not None]
-    shown = [prediction for prediction in shown if math.isfinite(prediction.score or 0.0)]
+    shown = [prediction for prediction in predictions if math.isfinite(_score_of(prediction))]
     if not shown:
         return None
     positions = {prediction.path: index for index, prediction in enumerate(shown)}
@@ -44,11 +43,15 @@ def review_of(predictions: Sequence[Prediction], report: PoolReport) -> Review |
     )
 
 
+def _score_of(prediction: Prediction) -> float:
+    return math.nan if prediction.score is None else prediction.score
+
+
 def _card(prediction: Prediction, positions: dict[str, int]) -> Card:
     anomaly_map = prediction.anomaly_map
     return Card(
         prediction.path,
-        float(prediction.score or 0.0),
+        _score_of(prediction),
         np.zeros((2, 2)) if anomaly_map is None or not np.isfinite(anomaly_map).all() else anomaly_map,
         image=prediction.thumbnail,
         size=prediction.size,

@@ -16,7 +16,7 @@ from uuid import uuid4
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from anomalib_musc.output.files import atomic_write
+from anomalib_musc.output.files import atomic_write, printable
 from anomalib_musc.output.review.pictures import MAX_GRID, picture_of, quantise, shrink
 from anomalib_musc.output.review.records import Card, Review
 
@@ -112,20 +112,20 @@ def _pool(review: Review, cards: Sequence[Card]) -> dict[str, Any]:
     low, high = review.map_range or _map_range(cards)
     return {
         "run": uuid4().hex,
-        "name": _text(review.name),
+        "name": printable(review.name),
         "threshold": float(review.threshold),
-        "rule": _text(review.rule),
+        "rule": printable(review.rule),
         "argument": review.argument,
         "argumentScale": [float(value) for value in review.argument_scale],
         "regionFraction": float(review.region_fraction),
         "pixelThreshold": review.pixel_threshold,
         "mapRange": [float(low), float(high)],
-        "warnings": [_text(warning) for warning in review.warnings],
-        "skipped": [[_text(path), _text(reason)] for path, reason in review.skipped.items()],
+        "warnings": [printable(warning) for warning in review.warnings],
+        "skipped": [[printable(path), printable(reason)] for path, reason in review.skipped.items()],
         "separator": os.sep,
-        "root": _text(root),
-        "absoluteRoot": _text(absolute_root),
-        "names": [_text(name) for name in names],
+        "root": printable(root),
+        "absoluteRoot": printable(absolute_root),
+        "names": [printable(name) for name in names],
         # without a name, or one that UTF-8 and so a list of files cannot hold
         "unlisted": [rank for rank, name in enumerate(names) if not name or not _is_text(absolute_root + name)],
         "scores": [float(card.score) for card in cards],
@@ -143,7 +143,7 @@ def _slot(rank: int, card: Card, similar: Sequence[int]) -> _Slot:
         "map": _base64(grid.tobytes()),
         "similar": " ".join(map(str, similar)),
         "regions": " ".join(str(number) for region in regions for number in region),
-        "note": _text(card.note),
+        "note": printable(card.note),
         "uri": picture.uri,
     }
     return _Slot(rank, _base64(picture.jpeg), attributes)
@@ -172,13 +172,8 @@ def _map_range(cards: Sequence[Card]) -> tuple[float, float]:
     return float(np.median(np.concatenate(samples))), float(max(card.anomaly_map.max() for card in cards))
 
 
-def _text(text: str) -> str:
-    """Return text that UTF-8 can hold, as it stands in ``predictions.csv``: of other names, bytes as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def _is_text(text: str) -> bool:
-    return _text(text) == text
+    return printable(text) == text
 
 
 def _base64(content: bytes) -> str:

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.output.review.records import Card
 from anomalib_musc.pool.grey_range import find_grey_range, sample
-from anomalib_musc.pool.orientation import SIDEWAYS, orientation_of, turned
+from anomalib_musc.pool.high_bit_depth import has_high_bit_depth, read_small
 
 # With at most three small thumbnails of other pages a card, 2,000 cards take
 # 2000 x (30 + 3 x 3 + 4) kB x 4/3 for base64 = 115 MB at the very most.
@@ -83,20 +83,23 @@ def picture_of(card: Card) -> Picture:
         return Picture(encode_thumbnail(card.image), card.size or (width, height))
     try:
         with Image.open(card.path) as image:
-            mode, orientation = image.mode, orientation_of(image)
-            size = image.size[::-1] if orientation >= SIDEWAYS else image.size
-            is_as_shown = image.format in _FORMATS
-            image.draft("RGB", (2 * SIDE, 2 * SIDE))  # JPEG alone: decoded at a fraction of its size
-            jpeg = encode_thumbnail(turned(image, orientation))
+            is_as_shown = image.format in _FORMATS and not has_high_bit_depth(image)
+            picture, size = read_small(image, 2 * SIDE)
+            jpeg = encode_thumbnail(picture)
     except (OSError, ValueError, Image.DecompressionBombError):  # gone since it was predicted
         return Picture(b"", card.size or (1, 1))
-    uri = Path(card.path).absolute().as_uri() if is_as_shown and not _is_deep(mode) else ""
+    uri = Path(card.path).absolute().as_uri() if is_as_shown else ""
     return Picture(jpeg, card.size or size, uri)
 
 
 def shrink(jpeg: bytes) -> bytes:
     """Return a thumbnail's small version, which stands for it on other pages."""
     return encode_thumbnail(Image.open(io.BytesIO(jpeg)), SMALL_SIDE, SMALL_MAX_BYTES) if jpeg else b""
+
+
+def shrink_map(anomaly_map: torch.Tensor) -> torch.Tensor:
+    """Return a map ``(h, w)`` of at most 64 x 64, by the maximum over cells."""
+    return F.adaptive_max_pool2d(anomaly_map[None], [min(side, MAX_GRID) for side in anomaly_map.shape])[0]
 
 
 def quantise(anomaly_map: np.ndarray) -> tuple[np.ndarray, float, float]:
@@ -115,9 +118,7 @@ def quantise(anomaly_map: np.ndarray) -> tuple[np.ndarray, float, float]:
         >>> quantise(np.array([[1.0, 2.0], [3.0, 1.5]]))[0].tolist()
         [[0, 128], [255, 64]]
     """
-    grid = torch.from_numpy(np.ascontiguousarray(anomaly_map, dtype=np.float64))
-    if max(grid.shape) > MAX_GRID:
-        grid = F.adaptive_max_pool2d(grid[None], [min(side, MAX_GRID) for side in grid.shape])[0]
+    grid = shrink_map(torch.from_numpy(np.ascontiguousarray(anomaly_map, dtype=np.float64)))
     for axis in (0, 1):  # the browser interpolates between two values at least
         grid = grid.repeat_interleave(2, dim=axis) if grid.shape[axis] == 1 else grid
     low, high = grid.min().item(), grid.max().item()
@@ -125,14 +126,9 @@ def quantise(anomaly_map: np.ndarray) -> tuple[np.ndarray, float, float]:
     return levels.round().to(torch.uint8).numpy(), low, high
 
 
-def _is_deep(mode: str) -> bool:
-    """Return whether a mode of Pillow's is grey of more than 8 bits."""
-    return mode in {"I", "F"} or mode.startswith("I;16")
-
-
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Return a copy in RGB or grey of 8 bits; of more bits, black and white are found in the image."""
-    if _is_deep(image.mode):
+    if has_high_bit_depth(image):
         values = torch.from_numpy(np.array(image, dtype=np.float32))
         return Image.fromarray((find_grey_range(sample(values)).apply(values) * 255).byte().numpy())
     return image.copy() if image.mode in {"L", "RGB"} else image.convert("RGB")
