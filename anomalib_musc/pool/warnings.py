@@ -14,6 +14,7 @@ _REASONABLE, _ARTIFICIAL = 0.5, 0.25
 _SIGN_TEST = 1.645  # standard deviations, one-sided at 5 %
 _FEWEST = 6  # images, below which no structure is looked for
 SAME_SCORE = 1e-4  # scores are exact to that
+_ROUNDING = 1e-6  # of distances between unit vectors
 
 
 def warn_of_pool(
@@ -159,7 +160,8 @@ def silhouettes_of(features: torch.Tensor, is_second: torch.Tensor) -> torch.Ten
         Shape ``(N,)``.
     """
     points = F.normalize(features.double(), dim=-1)
-    distances = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    distances = torch.cdist(points, points)
+    distances[distances < _ROUNDING] = 0.0  # of copies, by products of float64
     sums = torch.stack([distances[:, ~is_second].sum(dim=1), distances[:, is_second].sum(dim=1)])
     sizes = torch.stack([(~is_second).sum(), is_second.sum()])
     own, other = is_second.long(), 1 - is_second.long()
