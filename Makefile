@@ -34,7 +34,7 @@ check: lint
 		tests/metrics tests/test_torch_model.py tests/test_post_processor.py tests/test_old_files.py
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 environment: $(VENV)/installed
 

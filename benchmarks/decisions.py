@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from anomalib.data import MVTecAD
+from anomalib.data.utils import read_image, read_mask
 from same_features import choose_backbone
 
 from anomalib_musc import MuSc, MuScModel, RsCINPostProcessor
@@ -29,17 +29,29 @@ def extract(root: str, category: str, backbone: Any, image_size: int | None) -> 
     """Return the model, and distances, class tokens, labels and masks ``(N, H, W)`` of the test images."""
     torch.manual_seed(0)
     model = MuSc(backbone, image_size=image_size, visualizer=False)
-    data = MVTecAD(root=root, category=category, num_workers=0, eval_batch_size=1)
-    data.setup()
-    maps, tokens, labels, masks = [], [], [], []
-    for batch in data.test_dataloader():
-        feature_maps, class_tokens = model.model.extract(model.pre_processor.transform(batch.image))
+    paths = sorted(path for path in Path(root, category, "test").glob("*/*") if path.is_file())
+    if not paths:
+        msg = f"No image lies in {Path(root, category, 'test')}."
+        raise FileNotFoundError(msg)
+    maps, tokens, masks = [], [], []
+    for path in paths:
+        image = read_image(path, as_tensor=True)[None]
+        feature_maps, class_tokens = model.model.extract(model.pre_processor.transform(image))
         maps.append(feature_maps)
         tokens.append(class_tokens)
-        labels.append(bool(batch.gt_label))
-        masks.append(torch.nn.functional.interpolate(batch.gt_mask[None].float(), model.model.image_size)[0, 0] > 0)
+        masks.append(read_mask_of(path, model.model.image_size))
+    labels = np.array([path.parent.name != "good" for path in paths])
     features = all_distances(model.model, maps, tokens)
-    return model.model, {**features, "labels": np.array(labels), "masks": torch.stack(masks)}
+    return model.model, {**features, "labels": labels, "masks": torch.stack(masks)}
+
+
+def read_mask_of(path: Path, size: tuple[int, int]) -> torch.Tensor:
+    """Return the mask ``(H, W)`` of an image, empty where there is none."""
+    file = path.parents[2] / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+    if not file.is_file():
+        return torch.zeros(size, dtype=torch.bool)
+    mask = torch.from_numpy(np.asarray(read_mask(file)))[None, None].float()
+    return torch.nn.functional.interpolate(mask, size)[0, 0] > 0
 
 
 def all_distances(model: MuScModel, maps: list[Any], tokens: list[torch.Tensor]) -> dict[str, Any]:

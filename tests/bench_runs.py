@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from commands import run_command
 
 TINY = {"backbone": "test_vit", "pretrained": False}
 
@@ -19,10 +20,9 @@ def command(name: str, *arguments: str | Path, cwd: Path, **environment: str) ->
 
 
 def run(name: str, *arguments: str | Path, cwd: Path, **environment: str) -> tuple[int, str]:
-    """Run an installed entry point; returns its exit status and what it printed."""
-    process = command(name, *arguments, cwd=cwd, **environment)
-    output, _ = process.communicate(timeout=280)
-    return process.returncode, output
+    """Run a command in a process that is forked with its imports done; returns its status and what it printed."""
+    done = run_command(name, *map(str, arguments), cwd=cwd, **environment)
+    return done.returncode, done.stdout + done.stderr
 
 
 def write_config(path: Path, model: object, data: object, **content: object) -> Path:

@@ -15,7 +15,13 @@ from torch import nn
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network, nor wait for one
 
 SIDE = 64
+LONGEST = ("test_benchmark", "test_readme_commands", "test_real_data", "test_zoo", "test_musc_tiny")  # a minute each
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 class OwnBackbone(nn.Module):

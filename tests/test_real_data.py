@@ -60,7 +60,7 @@ def test_fast_is_as_good_as_exact():
 @needs_lite2
 def test_efficientnet_lite2():
     paths = sorted((SHARED / "data/cookies/cookie/test").rglob("*.*"))
-    model = MuScModel("efficientnet-lite2")
+    model = MuScModel("efficientnet-lite2", precision="fast")
     transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
     features = [model.extract(transform(read_image(path, as_tensor=True)[None])) for path in paths]
     maps = [torch.cat(layer) for layer in zip(*(found for found, _ in features), strict=True)]

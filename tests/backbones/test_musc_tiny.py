@@ -117,8 +117,8 @@ class TestNetwork:
 
 def test_learned_features_find_what_random_ones_miss():
     """On products that no training has drawn."""
-    materials = np.stack([draw_material(UNSEEN, index, 8) for index in range(12)])
-    pools = [draw_pool(np.random.default_rng([UNSEEN, 4, product]), materials, 128, 8, 3) for product in range(12)]
+    materials = np.stack([draw_material(UNSEEN, index, 8) for index in range(8)])
+    pools = [draw_pool(np.random.default_rng([UNSEEN, 4, product]), materials, 128, 8, 3) for product in range(8)]
     images = [torch.from_numpy(pool.images).permute(0, 3, 1, 2).float() / 255 for pool in pools]
     masks = [torch.from_numpy(pool.masks) > 0 for pool in pools]
     labelled = [Labelled("", *pair) for pair in zip(images, masks, strict=True) if pair[1].any()]

@@ -212,25 +212,6 @@ class TestMixed:
         assert len(columns) == 1
 
 
-def test_models_see_the_same_images_where_a_datamodule_splits_them_by_chance(tmp_path, mvtec_root):
-    arguments = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/scratch"}
-    data = {
-        "class_path": "Folder",
-        "init_args": {"name": "w", "root": str(mvtec_root / "widget"), "num_workers": 0, **arguments},
-    }
-    models = [
-        {"name": "A", "class_path": "MuSc", "init_args": TINY},
-        {"name": "B", "class_path": "Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}},
-    ]
-    config = write_config(tmp_path / "f.yaml", {"grid": models}, data)
-    status, output = run("anomalib-musc", "benchmark", "--config", config, cwd=tmp_path)
-    assert status == 0, output
-    store = Store(tmp_path / "results/benchmark/f")
-    first, second = (store.predictions(path.name).paths for path in store.folder.glob("cells/*"))
-    assert first == second
-    assert 2 <= len(first) < 12
-
-
 def test_sigterm_ends_it_with_a_status_that_says_so(tmp_path, mvtec_root):
     model = {"class_path": "MuSc", "init_args": TINY}
     config = write_config(tmp_path / "t.yaml", model, widget(mvtec_root))
@@ -257,15 +238,25 @@ if __name__ == "__main__":
 """
 
 
-def test_cells_run_in_parallel_as_anomalibs_runner_does(tmp_path, mvtec_root):
-    models = [{"name": name, "class_path": "MuSc", "init_args": TINY} for name in ("A", "B")]
-    config = write_config(tmp_path / "two.yaml", {"grid": models}, widget(mvtec_root))
+def test_cells_run_in_parallel_and_see_the_same_images(tmp_path, mvtec_root):
+    """As anomalib's runner does it, where a datamodule splits images by chance."""
+    folders = {"normal_dir": "train/good", "normal_test_dir": "test/good", "abnormal_dir": "test/scratch"}
+    arguments = {"name": "w", "root": str(mvtec_root / "widget"), "num_workers": 0, **folders}
+    models = [
+        {"name": "A", "class_path": "MuSc", "init_args": TINY},
+        {"name": "B", "class_path": "Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}},
+    ]
+    config = write_config(tmp_path / "two.yaml", {"grid": models}, {"class_path": "Folder", "init_args": arguments})
     (tmp_path / "parallel.py").write_text(PARALLEL)
     done = subprocess.run(
         [sys.executable, "parallel.py", config], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "[('A', None), ('B', None)]" in done.stdout
+    store = Store(tmp_path / "out")
+    first, second = (store.predictions(path.name).paths for path in (tmp_path / "out/cells").glob("*"))
+    assert first == second
+    assert 2 <= len(first) < 12
 
 
 def test_anomalibs_own_benchmark_takes_musc_beside_patchcore(tmp_path, mvtec_root):
@@ -304,10 +295,10 @@ RANDOM_WEIGHTS = """
 import sys
 from pathlib import Path
 import open_clip
-import small_winclip
 from safetensors.torch import save_file
 
 name, repository = "ViT-B-16-plus-240", sys.argv[2].strip("/").replace("/", "--")
+open_clip.add_model_config(Path(sys.argv[3]))
 home = Path(sys.argv[1]) / "hub" / f"models--{repository}"
 (home / "snapshots/0").mkdir(parents=True)
 (home / "refs").mkdir()
@@ -326,7 +317,7 @@ def test_winclip_with_random_weights_from_the_hubs_own_cache(tmp_path, mvtec_roo
     (tmp_path / "ViT-B-16-plus-240.json").write_text(json.dumps(SMALL_CLIP))
     search = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": search}
-    line = [sys.executable, "-c", RANDOM_WEIGHTS, tmp_path / "hf", repository]
+    line = [sys.executable, "-c", RANDOM_WEIGHTS, tmp_path / "hf", repository, tmp_path / "ViT-B-16-plus-240.json"]
     subprocess.run(line, check=True, capture_output=True, timeout=120, env={**os.environ, **offline})
     few_shot = {"name": "few", "class_path": "small_winclip.Small", "init_args": {"k_shot": 2}}
     models = [{"name": "zero", "class_path": "small_winclip.Small"}, few_shot]

@@ -40,7 +40,7 @@ def test_a_folder_is_decided_without_labels(tmp_path, pile, own_backbone, make_e
         assert bool(batch.pred_mask.any()) == bool(batch.pred_label)  # a region where there is a label, and only there
 
 
-@pytest.mark.parametrize("post_processor", [PostProcessor, partial(MEBinPostProcessor, sample_rate=32)])
+@pytest.mark.parametrize("post_processor", [PostProcessor, partial(MEBinPostProcessor, sample_rate=85)])
 def test_anomalibs_post_processors_get_thresholds_too(post_processor, tmp_path, pile, own_backbone, make_engine):
     model = MuSc(own_backbone, post_processor=post_processor())
     make_engine().predict(model, data_path=pile)

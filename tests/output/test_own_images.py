@@ -4,10 +4,10 @@
 import csv
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import cv2
 import numpy as np
@@ -17,6 +17,7 @@ from anomalib.data import PredictDataset
 from anomalib.engine import Engine
 from commands import SMALL, anomalib, read_details, read_paths, read_table
 from conftest import SIDE, OwnBackbone, grey, product, write_products
+from forks import run_forked
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 from PIL import Image
@@ -385,30 +386,33 @@ def test_odd_sizes_are_scored(size, tmp_path, own_backbone, make_engine):
     assert 0 <= float(row["score"]) <= 1
 
 
-PREDICT = """
-import encodings.unicode_escape, sys  # jinja2 needs that codec, which cannot be read once the rights are gone
-sys.path.insert(0, {tests!r})
-from anomalib.engine import Engine
-from anomalib_musc import MuSc
-from conftest import OwnBackbone
-{before}
-model = MuSc(OwnBackbone(), **{arguments!r})
-Engine(default_root_dir={out!r}, enable_progress_bar=False).predict(model, data_path={data!r})
-"""
+def predict_under(limit: Callable[[], None], out: Path, data: Path, **arguments: str) -> CompletedProcess[str]:
+    """Predict a folder in a process of its own that first gives something up."""
+    return run_forked(_predict, limit, out, data, arguments, cwd=Path("/"))
 
 
-def predict_in_a_process(data: Path, out: Path, before: str, **arguments: str) -> subprocess.CompletedProcess[str]:
-    """Predict a folder in a process that first runs some code."""
-    code = PREDICT.format(
-        tests=str(Path(__file__).parents[1]), before=before, out=str(out), data=str(data), arguments=arguments
-    )
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def _predict(limit: Callable[[], None], out: Path, data: Path, arguments: dict[str, str]) -> None:
+    limit()
+    Engine(default_root_dir=out, enable_progress_bar=False).predict(MuSc(OwnBackbone(), **arguments), data_path=data)
+
+
+def small_files_only() -> None:
+    import resource  # POSIX's
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+
+def become_a_stranger() -> None:
+    """As root sees everything."""
+    import encodings.unicode_escape  # noqa: F401  # jinja2 needs that codec, which may be out of reach afterwards
+
+    os.setgid(65534)
+    os.setuid(65534)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of a process are POSIX's")
 def test_nothing_is_half_written_where_the_disk_is_full(tmp_path, folder):
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))"
-    done = predict_in_a_process(folder, tmp_path / "out", before=limit)
+    done = predict_under(small_files_only, tmp_path / "out", folder)
     assert done.returncode != 0
     assert "cannot be written" in done.stderr
     assert "Make room, or choose another folder" in done.stderr
@@ -417,9 +421,7 @@ def test_nothing_is_half_written_where_the_disk_is_full(tmp_path, folder):
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become a stranger")
 class TestRights:
-    """What a user without rights sees; root sees everything, so root steps down first."""
-
-    stranger = "import os; os.setgid(65534); os.setuid(65534)"
+    """What a user without rights sees."""
 
     @pytest.fixture
     def pile(self):
@@ -436,7 +438,7 @@ class TestRights:
         (image,) = write_products(pile / "line", range(1))
         (pile / "line/private").mkdir(mode=0)
         references = {"mode": "reference", "references": str(pile / "pile")}
-        done = predict_in_a_process(image, pile / "out", before=self.stranger, **references)
+        done = predict_under(become_a_stranger, pile / "out", image, **references)
         assert done.returncode == 0, done.stderr
         assert read_table(pile / "out").keys() == {image.name}
         assert "private" not in done.stderr
@@ -446,7 +448,7 @@ class TestRights:
         (unreadable,) = write_products(pile / "pile/more", range(1))
         unreadable.chmod(0)
         shut.parent.chmod(0)
-        done = predict_in_a_process(pile / "pile", pile / "out", before=self.stranger)
+        done = predict_under(become_a_stranger, pile / "out", pile / "pile")
         assert done.returncode == 0, done.stderr
         (table,) = (pile / "out").rglob("predictions.csv")
         lines = table.read_text().splitlines()
@@ -458,7 +460,7 @@ class TestRights:
     @pytest.mark.parametrize("shut", ["pile", "out"])
     def test_a_folder_without_permission_is_an_error(self, shut, pile):
         (pile / shut).chmod(0)
-        done = predict_in_a_process(pile / "pile", pile / "out", before=self.stranger)
+        done = predict_under(become_a_stranger, pile / "out", pile / "pile")
         (pile / shut).chmod(0o755)
         assert done.returncode != 0
         assert "ermission" in done.stderr
