@@ -10,18 +10,33 @@ from typing import TYPE_CHECKING, Any
 from anomalib_musc.compat import old_names
 
 if TYPE_CHECKING:
+    from anomalib_musc.inference.detector import Detector
+    from anomalib_musc.inference.predictions import Predictions
+    from anomalib_musc.inference.run import predict
     from anomalib_musc.lightning_model import MuSc
     from anomalib_musc.output.prediction_writer import PredictionWriter
     from anomalib_musc.pool.rescoring import rescore
     from anomalib_musc.post_processor import RsCINPostProcessor
     from anomalib_musc.torch_model import MuScModel
 
-__all__ = ["MuSc", "MuScModel", "PredictionWriter", "RsCINPostProcessor", "rescore"]
+__all__ = [
+    "Detector",
+    "MuSc",
+    "MuScModel",
+    "PredictionWriter",
+    "Predictions",
+    "RsCINPostProcessor",
+    "predict",
+    "rescore",
+]
 
 _HOMES = {
+    "Detector": "inference.detector",
     "MuSc": "lightning_model",
     "MuScModel": "torch_model",
     "PredictionWriter": "output.prediction_writer",
+    "Predictions": "inference.predictions",
+    "predict": "inference.run",
     "RsCINPostProcessor": "post_processor",
     "rescore": "pool.rescoring",
 }

@@ -7,6 +7,10 @@ default weights were fetched in vain. ``export`` makes it anew from the file, an
 """
 
 import inspect
+import os
+import re
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,28 @@ from anomalib_musc.compat.checkpoints import read_checkpoint
 from anomalib_musc.lightning_model import MuSc
 from anomalib_musc.torch_model import MuScModel
 
+_PACKAGE = Path(__file__).parent
+# Of what jsonargparse 4 makes of an error of the model's constructor: the message, amid types and all arguments.
+_OF_MODEL = re.compile(r"^ *- (?!Expected a |Does not validate |Problem with )(.+)$", re.MULTILINE)
 _READS_CHECKPOINT_FIRST = ("validate", "test", "predict", "export")
 
 
 class CheckpointCLI(cli.AnomalibCLI):
-    """anomalib's command line; other models than MuSc are as they are."""
+    """anomalib's command line; other models than MuSc are as they are.
+
+    An error of this package ends a command in one line. The environment variable ``ANOMALIB_MUSC_TRACEBACK`` shows
+    where it came from.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super().__init__(*args, **kwargs)
+        except Exception as error:
+            ours = _our_message(error)
+            if not kwargs.get("run", True) or ours is None or os.environ.get("ANOMALIB_MUSC_TRACEBACK"):
+                raise
+            sys.stderr.write(f"error: {' '.join(ours.split())}\n")
+            sys.exit(1)
 
     def instantiate_classes(self) -> None:
         """Make the model with a checkpoint's arguments where none are given, and without other weights."""
@@ -52,6 +73,18 @@ class CheckpointCLI(cli.AnomalibCLI):
         path, model = (self.config[self.subcommand].get(name) for name in ("ckpt_path", "model"))
         is_musc = model is not None and str(model.get("class_path")).rpartition(".")[2] == "MuSc"
         return Path(path) if is_musc and path not in (None, "best", "last", "hpc") else None
+
+
+def _our_message(error: BaseException | None) -> str | None:
+    """Return what this package has raised of an error and its causes, ``None`` if that is nothing."""
+    while error is not None:
+        frames = list(traceback.walk_tb(error.__traceback__))
+        if frames and Path(frames[-1][0].f_code.co_filename).is_relative_to(_PACKAGE):
+            return str(error)
+        if "class_path='anomalib_musc.MuSc'" in str(error) and (found := _OF_MODEL.search(str(error))):
+            return found[1]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _arguments(checkpoint: Any, given: dict[str, Any]) -> dict[str, Any]:

@@ -31,13 +31,13 @@ def is_listed(file: Path) -> bool:
 
 
 class Listing(list[Path]):
-    """The image files of a folder, which remember it: what was passed over can be told afterwards.
+    """Image files that remember the folders they were listed in: what was passed over can be told afterwards.
 
     Attributes:
-        folder: The folder, ``None`` where one file was asked for.
+        folders: The folders; none where files were asked for.
     """
 
-    folder: Path | None = None
+    folders: tuple[Path, ...] = ()
 
 
 def image_filenames(folder: str | Path, base_dir: str | Path | None = None) -> Listing:
@@ -50,13 +50,13 @@ def image_filenames(folder: str | Path, base_dir: str | Path | None = None) -> L
         found = Listing(sorted(file for file in root.rglob("*") if is_listed(file) and not file.is_dir()))
     else:
         found = Listing(image.get_image_filenames(folder, base_dir))
-    found.folder = root.resolve() if root.is_dir() else None
+    found.folders = (root.resolve(),) if root.is_dir() else ()
     return found
 
 
-def folder_of(dataset: Any) -> Path | None:
-    """Return the folder that a dataset was made of, ``None`` where that was a file, or is not known."""
-    return getattr(getattr(dataset, "image_filenames", None), "folder", None)
+def folders_of(dataset: Any) -> tuple[Path, ...] | None:
+    """Return the folders that a dataset was listed in, ``None`` where that is not known."""
+    return getattr(getattr(dataset, "image_filenames", None), "folders", None)
 
 
 path.contains_non_printable_characters = has_control_characters  # type: ignore[assignment]

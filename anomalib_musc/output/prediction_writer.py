@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,17 +16,12 @@ from anomalib.data import ImageBatch
 from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image.functional import visualize_anomaly_map
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
-from PIL import Image
 
+from anomalib_musc.output.batches import joined, original_size, prediction_of, report_of
 from anomalib_musc.output.files import MirroredFolder, atomic_write, check_writable
-from anomalib_musc.output.pool_report import decision_of
-from anomalib_musc.output.predictions import PoolReport, Prediction
-from anomalib_musc.output.regions import Region, find_regions
-from anomalib_musc.output.review import review_of, write_review
-from anomalib_musc.output.review.pictures import shrink_map
+from anomalib_musc.output.predictions import Prediction
+from anomalib_musc.output.results import write_results
 from anomalib_musc.output.summary import summary
-from anomalib_musc.output.table import write_json, write_table
 from anomalib_musc.output.visualizer import FolderVisualizer
 from anomalib_musc.pool.loaders import common_folder, image_paths
 
@@ -52,6 +46,12 @@ class PredictionWriter(Callback):
         heatmaps: What to write besides, at the size of each image, to ``heatmaps/``: "png", the coloured anomaly map,
             "npy", its values as a float32 array ``(H, W)``, in [0, 1] where the model normalises them, or both.
         review: Whether to write ``review.html``.
+        summary: Whether to print what was found in a few lines.
+
+    Attributes:
+        predictions: Those of the last run, from the most anomalous image on.
+        files: Page and table of the last run.
+        warnings: Signs that its pool is not what one thinks it is.
 
     Raises:
         ValueError: If ``heatmaps`` holds anything else.
@@ -66,6 +66,7 @@ class PredictionWriter(Callback):
         output_dir: str | Path | None = None,
         heatmaps: Sequence[HeatmapFormat] = (),
         review: bool = True,
+        summary: bool = True,
     ) -> None:
         unknown = sorted(set(heatmaps) - set(get_args(HeatmapFormat)))
         if isinstance(heatmaps, str) or unknown:
@@ -74,6 +75,10 @@ class PredictionWriter(Callback):
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.heatmaps = tuple(heatmaps)
         self.review = review
+        self.summary = summary
+        self.predictions: list[Prediction] = []
+        self.files: list[Path] = []
+        self.warnings: Sequence[str] = ()
         self._folder: Path | None = None  # while images are predicted
         self._places = MirroredFolder(Path())
         self._predictions: list[Prediction] = []
@@ -133,11 +138,11 @@ class PredictionWriter(Callback):
             notes: list[str] = []
             size = None
             with _noted(notes):
-                size = self._sizes.get(str(item.image_path)) or _original_size(item)
+                size = self._sizes.get(str(item.image_path)) or original_size(item)
             if item.anomaly_map is not None and item.image_path is not None and size is not None:
                 with _noted(notes):
                     self._write_heatmaps(item, size)
-            self._predictions.append(_prediction(item, size, notes))
+            self._predictions.append(prediction_of(item, size, notes))
 
     def _write_heatmaps(self, item: Any, size: tuple[int, int]) -> None:
         if self.heatmaps:
@@ -152,23 +157,14 @@ class PredictionWriter(Callback):
 
     def _finish(self, trainer: Trainer, model: LightningModule) -> None:
         folder, self._folder = self.folder(trainer), None
-        report = _report_of(model)
-        predictions = _joined(self._predictions, report, model)
-        if not predictions and not report.skipped:
+        report = report_of(model)
+        self.predictions, self.warnings = joined(self._predictions, report, model), report.warnings
+        if not self.predictions and not report.skipped:
             return
-        table = folder / _table_name(trainer)
-        files = [table]
-        write_table(table, predictions, report)
-        write_json(table.with_suffix(".json"), predictions, report)
-        if self.review and (review := review_of(predictions, report)) is not None:
-            try:
-                page = table.with_name(table.name.replace("predictions", "review")).with_suffix(".html")
-                files = [*write_review(page, review)[:1], table]
-            except (OSError, ValueError) as error:
-                rank_zero_warn(f"review.html was not written: {error}")
-        if trainer.is_global_zero:
+        self.files = write_results(folder / _table_name(trainer), self.predictions, report, review=self.review)
+        if self.summary and trainer.is_global_zero:
             encoding = sys.stdout.encoding or "utf-8"
-            text = summary(predictions, report, files).encode(encoding, "backslashreplace").decode(encoding)
+            text = summary(self.predictions, report, self.files).encode(encoding, "backslashreplace").decode(encoding)
             sys.stdout.write(f"{text}\n")
 
 
@@ -213,70 +209,3 @@ def _noted(notes: list[str]) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         notes.append(str(error))
-
-
-def _report_of(model: Any) -> PoolReport:
-    """Return what a model tells of its pools; of one that has none, its decision."""
-    if hasattr(model, "pool_report"):
-        return model.pool_report()
-    return PoolReport(decision=decision_of(getattr(model, "post_processor", None)))
-
-
-def _joined(predictions: Sequence[Prediction], report: PoolReport, model: Any) -> list[Prediction]:
-    """Join what batches, pool and visualizer tell, from the most anomalous image on.
-
-    With them come images of the pool that no batch has brought, where a run has failed.
-    """
-    visualizer = getattr(model, "visualizer", None)
-    pictures, failures = (getattr(visualizer, name, {}) for name in ("pictures", "failures"))
-    seen = {prediction.path for prediction in predictions}
-    not_reached = [
-        replace(other, notes=[*other.notes, "the run ended before its regions were found"])
-        for name, other in report.images.items()
-        if name not in seen
-    ]
-    joined = []
-    for prediction in predictions:
-        known = _with_pool(prediction, report.images.get(prediction.path))
-        failure = [failures[prediction.path]] if prediction.path in failures else []
-        joined.append(replace(known, picture=pictures.get(prediction.path), notes=[*known.notes, *failure]))
-    return sorted([*joined, *not_reached], key=lambda prediction: prediction.order)
-
-
-def _with_pool(prediction: Prediction, of_pool: Prediction | None) -> Prediction:
-    """Add what the pool knows of an image; its label and regions are those of its batch."""
-    if of_pool is None:
-        return prediction
-    return replace(
-        of_pool,
-        is_anomalous=prediction.is_anomalous,
-        regions=prediction.regions,
-        notes=[*of_pool.notes, *prediction.notes],
-        size=prediction.size or of_pool.size,
-    )
-
-
-def _original_size(item: Any) -> tuple[int, int]:
-    """Return width and height of the image file, or of what was made of it."""
-    if item.image_path is None:
-        return item.image.shape[-1], item.image.shape[-2]
-    with Image.open(item.image_path) as image:
-        return image.size
-
-
-def _prediction(item: Any, size: tuple[int, int] | None, notes: Sequence[str]) -> Prediction:
-    grid = None
-    if item.anomaly_map is not None:
-        grid = shrink_map(item.anomaly_map.detach().float().cpu().squeeze()).numpy()
-    regions: list[Region] = []
-    if item.pred_mask is not None and size is not None:
-        regions = find_regions(item.pred_mask.cpu().numpy().squeeze(), size)
-    return Prediction(
-        path=str(Path(item.image_path)) if item.image_path else "",
-        score=None if item.pred_score is None else float(item.pred_score),
-        is_anomalous=None if item.pred_label is None else bool(item.pred_label),
-        size=size,
-        regions=regions,
-        notes=notes,
-        anomaly_map=grid,
-    )

@@ -41,4 +41,6 @@ def summary(predictions: Sequence[Prediction], report: PoolReport, files: Sequen
     if troubled:
         have = "image has" if len(troubled) == 1 else "images have"
         lines.append(f"Warning: {len(troubled)} {have} a note in the table, such as: {troubled[0].notes[0]}")
-    return "\n".join([*lines, f"Written: {', '.join(str(file) for file in files)}"])
+    if files:
+        lines.append(f"Written: {', '.join(map(str, files))}")
+    return "\n".join(lines)

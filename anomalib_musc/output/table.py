@@ -32,13 +32,19 @@ def write_table(path: Path, predictions: Sequence[Prediction], report: PoolRepor
         predictions: From the most anomalous on.
         report: Their pool; its skipped files come last.
     """
-    rows = [_row(rank, prediction, report, path.parent) for rank, prediction in enumerate(predictions, 1)]
-    rows += [{"path": file, "label": "skipped", "note": reason} for file, reason in report.skipped.items()]
+    rows = rows_of(predictions, report, path.parent)
     with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         file.write(_BYTE_ORDER_MARK)
         table = csv.DictWriter(file, COLUMNS, restval="")
         table.writeheader()
         table.writerows(rows)
+
+
+def rows_of(predictions: Sequence[Prediction], report: PoolReport, folder: Path) -> list[dict[str, object]]:
+    """Return the rows of a table that lies in a folder; see :func:`write_table`."""
+    rows = [_row(rank, prediction, report, folder) for rank, prediction in enumerate(predictions, 1)]
+    rows += [{"path": file, "label": "skipped", "note": reason} for file, reason in report.skipped.items()]
+    return rows
 
 
 def write_json(path: Path, predictions: Sequence[Prediction], report: PoolReport) -> None:

@@ -129,12 +129,14 @@ def _plane(mask: torch.Tensor | None) -> np.ndarray | None:
     return None if mask is None else mask.detach().cpu().numpy().squeeze()
 
 
+def caption_of(name: str, score: float | None, label: str, truth: str = "") -> str:
+    """Return the line above a picture."""
+    parts = [name, *([] if score is None else [f"score {score:.3f}"]), label, truth and f"truth: {truth}"]
+    return "  ·  ".join(filter(None, parts))
+
+
 def _caption(item: Any) -> str:
-    parts = [Path(item.image_path).name]
-    if item.pred_score is not None:
-        parts.append(f"score {float(item.pred_score):.3f}")
-    if item.pred_label is not None:
-        parts.append("anomalous" if bool(item.pred_label) else "normal")
-    if getattr(item, "gt_label", None) is not None:
-        parts.append(f"truth: {'anomalous' if bool(item.gt_label) else 'normal'}")
-    return "  ·  ".join(parts)
+    score = None if item.pred_score is None else float(item.pred_score)
+    labels = (item.pred_label, getattr(item, "gt_label", None))
+    words = ["" if label is None else ("anomalous" if bool(label) else "normal") for label in labels]
+    return caption_of(Path(item.image_path).name, score, *words)

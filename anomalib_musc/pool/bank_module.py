@@ -2,6 +2,8 @@
 """Life of a memory bank in anomalib: it is made before a loop that needs one, or of the pools that were scored."""
 
 from abc import abstractmethod
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +108,14 @@ class BankModule(PoolModule):
         self.mode = self.hparams["mode"] = "reference"
         self.forget_thresholds()
         self.calibrate()
+
+    def use_references(self, folder: str | Path) -> None:
+        """Compare images with those of a folder alone, from the next run on; the bank and its thresholds go."""
+        self.bank_arguments = replace(self.bank_arguments, mode="reference", references=folder, k_shot=None)
+        self._bank_of = FOLDER
+        self.mode = self.hparams["mode"] = "reference"
+        self.model.bank.clear()
+        self.forget_thresholds()
 
     def prepare_bank(self) -> None:
         """Make the bank, or make it anew where its images are not those that it is to be made of now."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in a folder for prediction beside the images: every file is scored, or named with the reason."""
+"""What lies in folders for prediction beside the images: every file is scored, or named with the reason."""
 
 import os
 from collections import Counter
@@ -17,18 +17,22 @@ _MASKS = {"ground_truth": ("test", "train"), "masks": ("images",), "mask": ("ima
 _MOST_NAMED = 10
 
 
-class InputFolder:
-    """The folder of a prediction.
+class InputFolders:
+    """The folders of a prediction.
 
     Args:
-        source: The images that anomalib lists in it; of a single one nothing else is looked at.
+        source: The images that anomalib lists in them; of single files nothing else is looked at.
         own: The folder of this run, whose files are no input, if it has one.
         result_folders: Folders of earlier results.
     """
 
     def __init__(self, source: PoolSource, own: str | Path = "", result_folders: Collection[Path] = ()) -> None:
         self._listed = source.all_paths
-        self._root = source.folder or (common_folder(self._listed) if len(self._listed) > 1 else None)
+        folders = source.folders
+        if folders is None:
+            common = common_folder(self._listed) if len(self._listed) > 1 else None
+            folders = () if common is None else (common,)
+        self._roots = folders
         self._own = Path(own).resolve()
         self._result_folders = result_folders
 
@@ -36,36 +40,38 @@ class InputFolder:
         """Say so where a file is a result of an earlier run, or a mask of a dataset."""
         if any(folder in path.parents for folder in self._result_folders) or is_result(path):
             return "a result of an earlier run"
-        return None if self._root is None else _reason_of_mask(path, self._root)
+        return next(filter(None, (_reason_of_mask(path, root) for root in self._roots)), None)
 
     def passed_over(self) -> dict[Path, str]:
-        """Return what lies beneath the folder and is not listed as an image, and why."""
-        if self._root is None:
-            return {}
+        """Return what lies beneath the folders and is not listed as an image, and why."""
         errors: list[OSError] = []
         known = set(self._listed)
         found: dict[Path, str] = {}
-        for name, folders, files in os.walk(self._root, onerror=errors.append):
-            if Path(name) == self._own != self._root:
-                folders.clear()
-                continue
-            links = [Path(name, folder) for folder in folders if Path(name, folder).is_symlink()]
-            outward = [link for link in links if not link.resolve().is_relative_to(self._root)]
-            found |= dict.fromkeys(outward, "a link to a folder, which is not followed")
-            rest = [path for path in (Path(name, file) for file in files) if path not in known]
-            reasons = {path: self.reason_to_skip(path) or _reason_unlisted(path) for path in rest}
-            found |= {path: reason for path, reason in reasons.items() if reason is not None}
+        for root in self._roots:
+            for name, folders, files in os.walk(root, onerror=errors.append):
+                if Path(name) == self._own != root:
+                    folders.clear()
+                    continue
+                links = [Path(name, folder) for folder in folders if Path(name, folder).is_symlink()]
+                outward = [link for link in links if not link.resolve().is_relative_to(root)]
+                found |= dict.fromkeys(outward, "a link to a folder, which is not followed")
+                rest = [path for path in (Path(name, file) for file in files) if path not in known]
+                reasons = {path: self.reason_to_skip(path) or _reason_unlisted(path) for path in rest}
+                found |= {path: reason for path, reason in reasons.items() if reason is not None}
         return found | {Path(error.filename): f"{type(error).__name__}: {error.strerror}" for error in errors}
 
     def what_was_taken(self, taken: Iterable[str], skipped: Mapping[Path, str]) -> list[str]:
-        """Say in a sentence what was taken where the folder is that of a dataset, with masks; else nothing."""
-        root = self._root
-        masks = [path for path, reason in skipped.items() if reason.startswith("a mask")]
-        if root is None or not masks:
-            return []
-        parts = Counter(Path(path).relative_to(root).parts[0] for path in taken if root in Path(path).parents)
-        images = ", ".join(f"{count} of {name}" for name, count in sorted(parts.items()))
-        return [f"{root} is the folder of a dataset: {images} are taken as one pool, {len(masks)} masks are not."]
+        """Say in a sentence what was taken of each folder that is a dataset's, with masks."""
+        sentences = []
+        for root in self._roots:
+            masks = [path for path, reason in skipped.items() if reason.startswith("a mask") and root in path.parents]
+            parts = Counter(Path(path).relative_to(root).parts[0] for path in taken if root in Path(path).parents)
+            images = ", ".join(f"{count} of {name}" for name, count in sorted(parts.items()))
+            if masks:
+                sentences.append(
+                    f"{root} is the folder of a dataset: {images} are taken as one pool, {len(masks)} masks are not."
+                )
+        return sentences
 
 
 def say_skipped(skipped: Mapping[Path, str]) -> list[str]:

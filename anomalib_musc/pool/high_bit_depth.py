@@ -57,12 +57,13 @@ def read_image_file(path: Path) -> ImageFile:
     """Open and decode the first picture of a file once; raises what Pillow raises on broken ones."""
     with Image.open(path) as image:
         if not is_sideways_tiff(image):
-            return _decode(image)
+            return decode(image)
     with path.open("rb") as file, Image.open(file) as image:  # Pillow 13 swaps height and width where it maps a path
-        return _decode(image)
+        return decode(image)
 
 
-def _decode(image: Image.Image) -> ImageFile:
+def decode(image: Image.Image) -> ImageFile:
+    """Decode the first picture of an opened file, or take one from memory."""
     num_frames = 1 if image.format in _SINGLE_PICTURES else getattr(image, "n_frames", 1)
     is_deep = has_high_bit_depth(image)
     picture = image if is_deep else image.convert("RGB")

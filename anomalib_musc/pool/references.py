@@ -16,7 +16,7 @@ from anomalib_musc.compat.paths import is_dangling
 from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
-from anomalib_musc.pool.folder import InputFolder
+from anomalib_musc.pool.folder import InputFolders
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.source import PoolSource
 
@@ -124,7 +124,7 @@ def _images_of(folder: str | Path) -> PredictDataset:
     dataset = PredictDataset(folder)
     for path in (dangling := [path for path in dataset.image_filenames if is_dangling(path)]):
         rank_zero_warn(f"Left out of the references, as the link leads nowhere: {path}.")
-    reason_to_skip = InputFolder(_source_of(dataset)).reason_to_skip
+    reason_to_skip = InputFolders(_source_of(dataset)).reason_to_skip
     dataset.image_filenames = [
         path for path in dataset.image_filenames if path not in dangling and reason_to_skip(path) is None
     ]

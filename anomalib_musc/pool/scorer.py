@@ -22,7 +22,7 @@ from anomalib_musc.pool.checks import (
     unreadable,
 )
 from anomalib_musc.pool.feature_store import FeatureStore
-from anomalib_musc.pool.folder import InputFolder, say_notes, say_skipped
+from anomalib_musc.pool.folder import InputFolders, say_notes, say_skipped
 from anomalib_musc.pool.grey_range import GreyRange
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.reader import PoolReader
@@ -151,11 +151,11 @@ class PoolScorer:
                 "are taken to lie so, too."
             )
 
-    def _folder(self, source: PoolSource) -> InputFolder | None:
+    def _folder(self, source: PoolSource) -> InputFolders | None:
         """Return the folder of a prediction, from which files can be left out; ``None`` for another source."""
         if not self._can_skip(source):
             return None
-        return InputFolder(source, self._trainer.default_root_dir, self._result_folders)
+        return InputFolders(source, self._trainer.default_root_dir, self._result_folders)
 
     def extract_references(
         self, source: PoolSource, size: int | None

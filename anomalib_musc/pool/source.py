@@ -8,7 +8,7 @@ from typing import Any
 from anomalib.data import PredictDataset
 from torch import nn
 
-from anomalib_musc.compat.paths import folder_of, is_dangling
+from anomalib_musc.compat.paths import folders_of, is_dangling
 from anomalib_musc.pool.checks import MIN_IMAGES
 from anomalib_musc.pool.loaders import (
     dataset_of,
@@ -90,9 +90,9 @@ class PoolSource:
         return isinstance(self._dataset, PredictDataset) and self._sampler is None
 
     @property
-    def folder(self) -> Path | None:
-        """The folder of a prediction, ``None`` where it is not one or not known."""
-        return folder_of(self._dataset) if self.can_skip else None
+    def folders(self) -> tuple[Path, ...] | None:
+        """The folders of a prediction, none of single files; ``None`` where that is not known."""
+        return folders_of(self._dataset) if self.can_skip else None
 
     def listed(self, skipped: Collection[Path]) -> set[Path]:
         """Return those of skipped files that the dataset lists."""

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command's run of anomalib's Engine, which writes table, page and pictures."""
+
+import argparse
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from anomalib.engine import Engine
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+
+from anomalib_musc.compat.quiet import quiet
+from anomalib_musc.inference.inputs import gather
+from anomalib_musc.inference.run import accelerator_of, make_model
+from anomalib_musc.output.prediction_writer import PredictionWriter
+
+
+def predict_files(paths: list[Path], arguments: argparse.Namespace) -> PredictionWriter:
+    """Predict files and folders as the command's arguments say; returns what was written."""
+    messages: AbstractContextManager[list[str]] = nullcontext([]) if arguments.verbose else quiet()
+    with messages as warned:
+        inputs = gather(paths, "IMAGES")
+        writer = PredictionWriter(
+            heatmaps=arguments.heatmaps, review=not arguments.no_review, summary=not arguments.quiet
+        )
+        options: dict[str, Any] = {
+            "image_size": arguments.image_size,
+            "precision": "fast" if arguments.fast else None,
+            "references": None if arguments.references is None else str(arguments.references),
+            "mode": None if arguments.references is None else "reference",
+            "prediction_writer": writer,
+        }
+        decision = {
+            "image_sensitivity": arguments.sensitivity,
+            "contamination": arguments.contamination,
+            "image_threshold": arguments.threshold,
+        }
+        model = make_model(arguments.backbone, arguments.checkpoint, decision, **options)
+        callbacks: list[Callback] = [] if arguments.quiet else [RichProgressBar(console_kwargs={"stderr": True})]
+        engine = Engine(
+            callbacks=callbacks,
+            default_root_dir=arguments.output,
+            accelerator=accelerator_of(arguments.device),
+            logger=False,
+            enable_progress_bar=not arguments.quiet,
+        )
+        engine.predict(model, dataset=inputs.dataset, return_predictions=False)
+    for text in warned:
+        if text not in writer.warnings:  # which the summary has said
+            sys.stderr.write(f"warning: {text}\n")
+    return writer

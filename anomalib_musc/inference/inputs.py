@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images of any kind as files, so that all of them take one way, that of anomalib's Engine."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import PredictDataset
+from PIL import Image
+
+from anomalib_musc.compat.paths import Listing, image_filenames
+from anomalib_musc.pool.orientation import orientation_of, turned
+
+_LOSSLESS = {"1": "png", "L": "png", "LA": "png", "P": "png", "RGB": "png", "RGBA": "png", "I;16": "png", "F": "tiff"}
+_LOSSLESS |= {"I": "tiff"}
+
+
+class FileDataset(PredictDataset):
+    """Files to predict, wherever they lie.
+
+    Args:
+        files: The files in their order.
+    """
+
+    def __init__(self, files: Listing) -> None:
+        self.image_filenames = files
+        self.transform = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images as files.
+
+    Attributes:
+        files: One an image.
+        names: What users call them, by the path of their file, where that is another name.
+        folder: Where files of images from memory lie, until this object goes.
+    """
+
+    files: Listing
+    names: Mapping[str, str] = field(default_factory=dict)
+    folder: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def dataset(self) -> FileDataset:
+        """The images for a prediction."""
+        return FileDataset(self.files)
+
+    def in_words(self, text: str) -> str:
+        """Return a text with the names of images in place of their files."""
+        for file, name in self.names.items():
+            text = text.replace(file, name)
+        return text
+
+
+def gather(images: Any, argument: str = "images") -> Inputs:
+    """Return images as files.
+
+    Args:
+        images: A folder or a file; a Pillow image, an array or a tensor, see :func:`to_pillow`, or a batch of those
+            with one dimension more; several of all these, as a sequence or by name.
+        argument: What the caller calls them, for messages.
+
+    Raises:
+        ValueError: If there are none, or an array is no image.
+        FileNotFoundError: If there is no such file or folder.
+        TypeError: If an image is none of the above.
+    """
+    named = _by_name(images)
+    if not named:
+        msg = f"{argument} is empty; give a folder, or paths, arrays or Pillow images."
+        raise ValueError(msg)
+    memory = tempfile.TemporaryDirectory(prefix="anomalib_musc_") if any(map(_is_in_memory, named.values())) else None
+    files, names = Listing(), {}
+    folders: list[Path] = []
+    for index, (name, image) in enumerate(named.items()):
+        if memory is not None and _is_in_memory(image):
+            file = _write(image, Path(memory.name, f"{index:06d}"), f"{argument}[{name!r}]")
+            files.append(file)
+            names[str(file)] = str(name) if isinstance(name, str) else f"image {name}"
+            continue
+        found = _listed(image, f"{argument}[{name!r}]" if len(named) > 1 else argument)
+        folders += found.folders
+        files += found
+        if isinstance(name, str) and not found.folders:
+            names[str(found[0])] = name
+    listing = Listing(dict.fromkeys(files))
+    listing.folders = tuple(folders)
+    return Inputs(listing, names, memory)
+
+
+def to_pillow(image: Any, name: str = "image") -> Image.Image:
+    """Return an image as Pillow's, as a viewer shows it.
+
+    Args:
+        image: Pillow's own; or an array, ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)``; or a tensor
+            ``(C, H, W)`` or ``(H, W)``. uint8, bool, or uint16, of which colours keep the upper 8 bits. Floats in
+            colour are in [0, 1] and rounded to 8 bits, as in a file; grey ones, and other integers, are measurements
+            of any unit, whose black and white are found in the pool.
+        name: What to call it in messages.
+
+    Raises:
+        ValueError: If shape, kind of number or range is none of these.
+
+    Example:
+        >>> to_pillow(np.zeros((2, 3, 3), np.uint8)).size
+        (3, 2)
+    """
+    if isinstance(image, Image.Image):
+        upright = turned(image, orientation_of(image))
+        return upright if upright.mode in _LOSSLESS else upright.convert("RGB")
+    is_tensor = isinstance(image, torch.Tensor)
+    values = image.detach().cpu().numpy() if is_tensor else np.asarray(image)
+    values = np.moveaxis(values, 0, -1) if is_tensor and values.ndim == 3 else values
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and values.shape[-1] not in (3, 4)):
+        wanted = "(C, H, W) with 1, 3 or 4 channels" if is_tensor else "(H, W), (H, W, 3) or (H, W, 4)"
+        msg = f"{name} must have the shape {wanted}, got {tuple(image.shape)}."
+        raise ValueError(msg)
+    return Image.fromarray(_as_grey(values, name) if values.ndim == 2 else _as_colour(values, name))
+
+
+def _as_grey(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype.kind not in "buif":
+        msg = f"{name} must hold numbers, got {values.dtype}."
+        raise ValueError(msg)
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype in (np.uint8, np.uint16):
+        return values
+    return values.astype(np.float32)
+
+
+def _as_colour(values: np.ndarray, name: str) -> np.ndarray:
+    if values.dtype == np.uint16:
+        return (values >> 8).astype(np.uint8)
+    if values.dtype.kind == "f":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            msg = f"{name}: floats in colour must be from 0 to 1, got {values.min():g} to {values.max():g}."
+            raise ValueError(msg)
+        return (values * 255).round().astype(np.uint8)
+    if values.dtype != np.uint8:
+        msg = f"{name} in colour must be uint8, uint16 or floats in [0, 1], got {values.dtype}."
+        raise ValueError(msg)
+    return values
+
+
+def _by_name(images: Any) -> Mapping[Any, Any]:
+    if isinstance(images, Mapping):
+        return images
+    if isinstance(images, (np.ndarray, torch.Tensor)):
+        is_batch = images.ndim == 4
+        return dict(enumerate(images)) if is_batch else {0: images}
+    if isinstance(images, (str, PathLike, Image.Image)):
+        return {0: images}
+    if isinstance(images, Iterable):
+        return dict(enumerate(images))
+    msg = f"images must be a folder, or paths, arrays, tensors or Pillow images, got {type(images).__name__}."
+    raise TypeError(msg)
+
+
+def _is_in_memory(image: Any) -> bool:
+    if isinstance(image, (np.ndarray, torch.Tensor, Image.Image)):
+        return True
+    if isinstance(image, (str, PathLike)):
+        return False
+    msg = f"An image must be a path, an array, a tensor or Pillow's, got {type(image).__name__}."
+    raise TypeError(msg)
+
+
+def _write(image: Any, stem: Path, name: str) -> Path:
+    picture = to_pillow(image, name)
+    file = stem.with_suffix(f".{_LOSSLESS[picture.mode]}")
+    picture.save(file, compress_level=1)  # of PNG
+    return file
+
+
+def _listed(path: str | PathLike[str], name: str) -> Listing:
+    if not Path(path).exists() and not Path(path).is_symlink():
+        msg = f"{name}: there is no file or folder {str(path)!r}."
+        raise FileNotFoundError(msg)
+    if Path(path).is_dir():
+        return image_filenames(Path(path))
+    return Listing([Path(path)])
+
+
+def as_folder(images: Any, argument: str) -> tuple[Path, Inputs]:
+    """Return a folder with images, and what keeps it: their own, or a temporary one with copies of links to them."""
+    inputs = gather(images, argument)
+    if len(inputs.files.folders) == 1 and isinstance(images, (str, PathLike)):
+        return inputs.files.folders[0], inputs
+    memory = inputs.folder or tempfile.TemporaryDirectory(prefix="anomalib_musc_")
+    for index, file in enumerate(inputs.files):
+        if Path(memory.name) not in file.parents:
+            Path(memory.name, f"{index:06d}_{file.name}").symlink_to(file.resolve())
+    return Path(memory.name), Inputs(inputs.files, inputs.names, memory)
