@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones.base import Activation
-from anomalib_musc.backbones.own import check_output, resolve_backbone
+from anomalib_musc.backbones.own import check_images, check_output, resolve_backbone
 from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.arguments import check_count
@@ -55,8 +55,7 @@ class MuScModel(nn.Module):
             (of ``musc-tiny`` 0, 1, 2 and 5).
         activation: The activation function of a CLIP given by name: ``"official"``, the official release's, with which
             the published figures were made (at the default sizes ``nn.GELU``), or ``"weights"``, what the weights were
-            trained with (OpenAI's with QuickGELU); see :func:`~anomalib_musc.backbones.create_backbone`. Nobody here
-            could measure which is better. ``None`` for ``"official"``.
+            trained with (OpenAI's with QuickGELU); see :func:`~anomalib_musc.backbones.create_backbone`. Default first.
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.
@@ -220,9 +219,11 @@ class MuScModel(nn.Module):
             One map ``(B, C, h, w)`` a layer, all on the first one's grid, and image features ``(B, D)``; float32.
 
         Raises:
-            ValueError: If the backbone returns something else, or a value that is not finite.
+            ValueError, TypeError: If the images are others, or the backbone returns others, or a value is not finite.
         """
         self.backbone.eval()
+        if not torch.compiler.is_compiling():
+            check_images(images, self.image_size)
         output = self.backbone(images)
         if not torch.compiler.is_compiling():  # an exported model takes what it gets
             check_output(output, len(images))
@@ -282,9 +283,9 @@ class MuScModel(nn.Module):
 
     def least_memory(self, feature_maps: Sequence[torch.Tensor], num_images: int) -> int:
         """Return the bytes without which :meth:`score` cannot compare ``num_images`` images of such maps."""
-        device = self._device(feature_maps[0])
+        degrees, device = self.aggregation_degrees, self._device(feature_maps[0])
         shapes = {(num_images, *feature_map.shape[1:]) for feature_map in feature_maps}
-        return max(least_memory(shape, self.aggregation_degrees, self.precision, device) for shape in shapes)
+        return max(least_memory(shape, degrees, self.precision, device) for shape in shapes)
 
     def num_comparisons(self, subsets: Sequence[Sequence[int]], num_layers: int) -> int:
         """Return how many times :meth:`score` compares two images, counting each degree."""

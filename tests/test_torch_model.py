@@ -134,3 +134,21 @@ def test_preparation_is_taken_from_the_backbone():
     clip = MuSc("ViT-B-32", pretrained=False, image_size=64).pre_processor.transform
     assert clip.transforms[0].interpolation.value == "bicubic"
     assert clip.transforms[1].mean[0] == pytest.approx(0.48145466)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "got"),
+    [
+        ([np.zeros((8, 8, 3), np.uint8)] * 2, TypeError, "got list"),
+        (np.zeros((2, 3, 64, 64)), TypeError, "got ndarray"),
+        (torch.zeros(2, 3, 64, 64, dtype=torch.uint8), TypeError, r"got torch\.uint8"),
+        (torch.zeros(2, 3, 64, 96), ValueError, r"got \(2, 3, 64, 96\)"),
+        (torch.zeros(2, 1, 64, 64), ValueError, r"got \(2, 1, 64, 64\)"),
+        (torch.zeros(3, 64, 64), ValueError, r"got \(3, 64, 64\)"),
+        (torch.zeros(2, 64, 64, 3), ValueError, r"got \(2, 64, 64, 3\)"),
+    ],
+)
+def test_what_it_does_not_take_is_named_with_the_way(images, error, got):
+    model = MuScModel("musc-tiny", image_size=64)
+    with pytest.raises(error, match=rf"images must be normalised floats of the shape \(N, 3, 64, 64\), {got}.*predict"):
+        model(images)

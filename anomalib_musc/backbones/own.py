@@ -83,3 +83,16 @@ def check_output(output: object, batch_size: int) -> None:
             "runs in half precision, use bf16-mixed or 32-true instead."
         )
         raise ValueError(msg)
+
+
+def check_images(images: object, size: tuple[int, int]) -> None:
+    """Raise unless images are what the backbone takes."""
+    wanted = f"images must be normalised floats of the shape (N, 3, {size[0]}, {size[1]})"
+    way = "Resize them, normalise them by this model's mean and std, or pass them as they are to anomalib_musc.predict."
+    if not isinstance(images, torch.Tensor) or not images.is_floating_point():
+        kind = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        msg = f"{wanted}, got {kind}. {way}"
+        raise TypeError(msg)
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, *size):
+        msg = f"{wanted}, got {tuple(images.shape)}. {way}"
+        raise ValueError(msg)
