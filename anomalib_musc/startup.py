@@ -2,7 +2,8 @@
 """Import the zoo as soon as anomalib's models have been imported, and never anything before.
 
 ``anomalib_musc.pth`` puts a finder on ``sys.meta_path`` when an interpreter starts; it imports nothing, and calls
-:func:`watch` once one of the modules below is about to be imported.
+:func:`watch` once one of the modules below, or one of this package, is about to be imported. Where a module of this
+package is what imports anomalib's, the zoo waits until that is complete, as it may need it.
 """
 
 import logging
@@ -15,18 +16,18 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, cast
 
-# The zoo needs both, and either may be imported first, the second then in the middle of the first.
-_TRIGGERS = ("anomalib.models", "anomalib_musc.lightning_model")
 _FOLLOWED_BY = {
+    "anomalib.models": "anomalib_musc.zoo",
     "anomalib.cli.pipelines": "anomalib_musc.compat.mixed_benchmark",
     "anomalib.cli.cli": "anomalib_musc.command_line",
 }
-_loaded: set[str] = set()
+_due: list[str] = []
+_running: list[str] = []  # modules of this package that are being imported
 _searching: set[str] = set()
 
 
 class _ReportingLoader:
-    """Load a module with another loader, and import what is to follow it: the zoo once both triggers are loaded."""
+    """Load a module with another loader, and import what is to follow it, once no module of ours is half imported."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -38,13 +39,18 @@ class _ReportingLoader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        if module.__name__ in _FOLLOWED_BY:
-            _import(_FOLLOWED_BY[module.__name__])
-            return
-        _loaded.add(module.__name__)
-        if _loaded.issuperset(trigger for trigger in _TRIGGERS if trigger in sys.modules):
-            _import("anomalib_musc.zoo")  # else the other one is still being imported, and comes here when it is done
+        name = module.__name__
+        if name.startswith("anomalib_musc."):
+            _running.append(name)
+        try:
+            self._loader.exec_module(module)
+        finally:
+            if name in _running:
+                _running.remove(name)
+        if name in _FOLLOWED_BY:
+            _due.append(_FOLLOWED_BY[name])
+        while _due and not _running:
+            _import(_due.pop(0))
 
 
 def watch(name: str, path: Sequence[str] | None, target: ModuleType | None) -> ModuleSpec | None:

@@ -272,13 +272,16 @@ class PoolScorer:
     ) -> Iterator[Features]:
         """Run the backbone on what a reader gives."""
         total = float("inf") if source.paths is None else len(source.paths)
+        num_skipped = 0
         with progress_bar(self._trainer, description, total) as advance:
             for names, images in profiled(self._trainer, "[MuSc]read_images", reader.batches()):
                 check_input_size(images, self._model.image_size)
                 with self._trainer.precision_plugin.forward_context(), profile(self._trainer, "[MuSc]extract"):
                     feature_maps, class_tokens = self._model.extract(images)
                 yield Features(names, feature_maps, class_tokens)
-                advance(len(names))
+                advance(len(names) + len(reader.skipped) - num_skipped)
+                num_skipped = len(reader.skipped)
+            advance(len(reader.skipped) - num_skipped)
 
     def _check_number(self, names: list[str], reader: PoolReader, least: int) -> None:
         if reader.skipped and len(names) < least:
