@@ -15,7 +15,7 @@ import torch
 
 from anomalib_musc import Detector, MuScModel
 
-CALLS, SIDE = 300, 640
+CALLS, SIDE = 200, 640
 
 
 def resident() -> float:

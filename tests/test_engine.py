@@ -385,7 +385,7 @@ def test_truncated_test_image_is_named(tmp_path, mvtec_root, own_backbone, make_
 def test_read_only_output_is_named_before_the_long_work(tmp_path, folder, own_backbone):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the results should go")
-    with pytest.raises(OSError, match=r"Results cannot be written to .*blocked.* Choose another default_root_dir"):
+    with pytest.raises(OSError, match=r"Results cannot be written to .*blocked.* Choose another folder"):
         Engine(default_root_dir=blocked, enable_progress_bar=False).predict(MuSc(own_backbone), data_path=folder)
     assert own_backbone.num_images == 0
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from anomalib_musc.compat.paths import Listing
 from anomalib_musc.compat.quiet import quiet
 from anomalib_musc.functional.arguments import is_number
-from anomalib_musc.inference.inputs import Inputs, as_folder, to_pillow
+from anomalib_musc.inference.inputs import as_folder, is_in_memory, to_pillow
 from anomalib_musc.inference.predictions import Entry, ImagePrediction, to_pixels
 from anomalib_musc.inference.run import device_of, make_model, run
 from anomalib_musc.lightning_model import MuSc
@@ -82,7 +83,7 @@ class Detector:
         folder, inputs = as_folder(images, "images")
         with self._lock, quiet():
             self._model.use_references(folder)
-            run(self._model, Inputs(Listing(inputs.files[:1])), self._name)  # which makes the bank
+            run(self._model, replace(inputs, files=Listing(inputs.files[:1])), self._name)  # which makes the bank
             self._make_ready()
         return self
 
@@ -100,7 +101,7 @@ class Detector:
         if not len(self._model.model.bank):
             msg = "Call fit(images) first, or give a checkpoint with a bank."
             raise RuntimeError(msg)
-        is_file = isinstance(image, (str, Path))
+        is_file = not is_in_memory(image)
         file = read_image_file(Path(image)) if is_file else decode(to_pillow(image, name))
         pixels = file.scaled(self._grey_range)
         with self._lock, torch.inference_mode():

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from anomalib.data import PredictDataset
 from PIL import Image
 
-from anomalib_musc.compat.paths import Listing, image_filenames
+from anomalib_musc.compat.paths import Listing, image_filenames, is_listed
 from anomalib_musc.pool.orientation import orientation_of, turned
 
 _LOSSLESS = {"1": "png", "L": "png", "LA": "png", "P": "png", "RGB": "png", "RGBA": "png", "I;16": "png", "F": "tiff"}
@@ -39,13 +39,13 @@ class Inputs:
     """Images as files.
 
     Attributes:
-        files: One an image.
-        names: What users call them, by the path of their file, where that is another name.
+        files: Each file once.
+        items: File and name of each image, in the order in which they were given.
         folder: Where files of images from memory lie, until this object goes.
     """
 
     files: Listing
-    names: Mapping[str, str] = field(default_factory=dict)
+    items: Sequence[tuple[Path, str]]
     folder: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -55,8 +55,8 @@ class Inputs:
 
     def in_words(self, text: str) -> str:
         """Return a text with the names of images in place of their files."""
-        for file, name in self.names.items():
-            text = text.replace(file, name)
+        for file, name in self.items:
+            text = text.replace(str(file), name)
         return text
 
 
@@ -77,23 +77,22 @@ def gather(images: Any, argument: str = "images") -> Inputs:
     if not named:
         msg = f"{argument} is empty; give a folder, or paths, arrays or Pillow images."
         raise ValueError(msg)
-    memory = tempfile.TemporaryDirectory(prefix="anomalib_musc_") if any(map(_is_in_memory, named.values())) else None
-    files, names = Listing(), {}
+    memory = tempfile.TemporaryDirectory(prefix="anomalib_musc_") if any(map(is_in_memory, named.values())) else None
+    items: list[tuple[Path, str]] = []
     folders: list[Path] = []
     for index, (name, image) in enumerate(named.items()):
-        if memory is not None and _is_in_memory(image):
-            file = _write(image, Path(memory.name, f"{index:06d}"), f"{argument}[{name!r}]")
-            files.append(file)
-            names[str(file)] = str(name) if isinstance(name, str) else f"image {name}"
+        label = f"{argument}[{name!r}]" if len(named) > 1 else argument
+        if memory is not None and is_in_memory(image):
+            file = _write(image, Path(memory.name, f"{index:06d}"), label)
+            items.append((file, name if isinstance(name, str) else f"image {name}"))
             continue
-        found = _listed(image, f"{argument}[{name!r}]" if len(named) > 1 else argument)
+        found = _listed(image, label)
         folders += found.folders
-        files += found
-        if isinstance(name, str) and not found.folders:
-            names[str(found[0])] = name
-    listing = Listing(dict.fromkeys(files))
-    listing.folders = tuple(folders)
-    return Inputs(listing, names, memory)
+        is_named = isinstance(name, str) and not found.folders
+        items += [(file, name if is_named else str(file)) for file in found]
+    files = Listing(dict.fromkeys(file for file, _ in items))
+    files.folders = tuple(folders)
+    return Inputs(files, items, memory)
 
 
 def to_pillow(image: Any, name: str = "image") -> Image.Image:
@@ -117,13 +116,16 @@ def to_pillow(image: Any, name: str = "image") -> Image.Image:
         upright = turned(image, orientation_of(image))
         return upright if upright.mode in _LOSSLESS else upright.convert("RGB")
     is_tensor = isinstance(image, torch.Tensor)
-    values = image.detach().cpu().numpy() if is_tensor else np.asarray(image)
+    if is_tensor:
+        image = image.detach().cpu()
+        image = image.float() if image.is_floating_point() else image  # NumPy has no bfloat16
+    values = np.asarray(image)
     values = np.moveaxis(values, 0, -1) if is_tensor and values.ndim == 3 else values
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or 0 in values.shape or (values.ndim == 3 and values.shape[-1] not in (3, 4)):
         wanted = "(C, H, W) with 1, 3 or 4 channels" if is_tensor else "(H, W), (H, W, 3) or (H, W, 4)"
-        msg = f"{name} must have the shape {wanted}, got {tuple(image.shape)}."
+        msg = f"{name} must have the shape {wanted}, got {np.shape(image)}."
         raise ValueError(msg)
     return Image.fromarray(_as_grey(values, name) if values.ndim == 2 else _as_colour(values, name))
 
@@ -136,7 +138,12 @@ def _as_grey(values: np.ndarray, name: str) -> np.ndarray:
         return values.astype(np.uint8) * 255
     if values.dtype in (np.uint8, np.uint16):
         return values
-    return values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        found = values.astype(np.float32)
+    if np.isinf(found).any():
+        msg = f"{name} holds values beyond {np.finfo(np.float32).max:.3g}, the largest of float32; scale them."
+        raise ValueError(msg)
+    return found
 
 
 def _as_colour(values: np.ndarray, name: str) -> np.ndarray:
@@ -156,7 +163,7 @@ def _as_colour(values: np.ndarray, name: str) -> np.ndarray:
 def _by_name(images: Any) -> Mapping[Any, Any]:
     if isinstance(images, Mapping):
         return images
-    if isinstance(images, (np.ndarray, torch.Tensor)):
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.dtype != object:
         is_batch = images.ndim == 4
         return dict(enumerate(images)) if is_batch else {0: images}
     if isinstance(images, (str, PathLike, Image.Image)):
@@ -167,7 +174,8 @@ def _by_name(images: Any) -> Mapping[Any, Any]:
     raise TypeError(msg)
 
 
-def _is_in_memory(image: Any) -> bool:
+def is_in_memory(image: Any) -> bool:
+    """Whether an image is no file, but an array, a tensor or Pillow's; a TypeError where it is none of these."""
     if isinstance(image, (np.ndarray, torch.Tensor, Image.Image)):
         return True
     if isinstance(image, (str, PathLike)):
@@ -199,6 +207,9 @@ def as_folder(images: Any, argument: str) -> tuple[Path, Inputs]:
         return inputs.files.folders[0], inputs
     memory = inputs.folder or tempfile.TemporaryDirectory(prefix="anomalib_musc_")
     for index, file in enumerate(inputs.files):
+        if not is_listed(file):
+            msg = f"{argument}: {file} is not among the image formats that anomalib lists."
+            raise ValueError(msg)
         if Path(memory.name) not in file.parents:
             Path(memory.name, f"{index:06d}_{file.name}").symlink_to(file.resolve())
-    return Path(memory.name), Inputs(inputs.files, inputs.names, memory)
+    return Path(memory.name), replace(inputs, folder=memory)

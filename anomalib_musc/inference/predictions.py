@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from anomalib_musc.functional.arguments import is_number
 from anomalib_musc.inference.inputs import Inputs
 from anomalib_musc.output.batches import original_size, prediction_of, report_of
 from anomalib_musc.output.files import MirroredFolder, atomic_write, check_writable
@@ -154,13 +155,13 @@ class Predictions(Sequence[ImagePrediction]):
             inputs: What the images are called, and in which order they were given.
         """
         report = report_of(model)
-        names = dict(inputs.names) if inputs else {}
+        names = {str(file): name for file, name in inputs.items} if inputs else {}
         entries = {entry.known.path: entry for entry in _entries(batches, report, model)}
         for path, reason in report.skipped.items():
             if inputs is not None and Path(path) in inputs.files:
                 entries[path] = Entry(Prediction(path, notes=[reason]), Path(path), reason=reason)
-        order = [str(file) for file in inputs.files] if inputs else list(entries)
-        named = [_renamed(entries[path], names) for path in order if path in entries]
+        order = [(str(file), name) for file, name in inputs.items] if inputs else [(path, path) for path in entries]
+        named = [_renamed(entries[path], name, names) for path, name in order if path in entries]
         skipped = {names.get(path, path): reason for path, reason in report.skipped.items()}
         warnings = [inputs.in_words(text) if inputs else text for text in report.warnings]
         return cls(named, replace(report, skipped=skipped, warnings=warnings, images={}), inputs)
@@ -211,6 +212,9 @@ class Predictions(Sequence[ImagePrediction]):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
+        if not is_number(value):
+            msg = f"threshold must be a number in the unit of the scores, got {value!r}."
+            raise ValueError(msg)
         decision: Decision = self._report.decision
         changed = replace(decision, threshold=float(value), rule="by hand")
         self._report = replace(self._report, decision=changed)
@@ -318,10 +322,9 @@ def to_pixels(image: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
-def _renamed(entry: Entry, names: Mapping[str, str]) -> Entry:
-    known = entry.known
-    similar = [names.get(path, path) for path in known.similar]
-    return replace(entry, known=replace(known, path=names.get(known.path, known.path), similar=similar))
+def _renamed(entry: Entry, name: str, names: Mapping[str, str]) -> Entry:
+    similar = [names.get(path, path) for path in entry.known.similar]
+    return replace(entry, known=replace(entry.known, path=name, similar=similar))
 
 
 def _thumbnail(entry: Entry) -> bytes | None:

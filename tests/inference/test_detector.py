@@ -103,5 +103,9 @@ def test_without_a_bank(mvtec_root, make_engine):
     engine.fit(MuSc("musc-tiny", image_size=SIDE, visualizer=False), datamodule=datamodule(mvtec_root))
     with pytest.raises(ValueError, match="holds no bank of references"):
         Detector(checkpoint=engine.best_model_path)
+    with pytest.raises(TypeError, match="must be a path, an array, a tensor or Pillow's, got list"):
+        Detector(OwnBackbone()).fit([product(0)[0]] * 2).predict([1])
+    with pytest.raises(ValueError, match=r"images: .*model\.ckpt is not among the image formats"):
+        Detector(OwnBackbone()).fit([product(0)[0], engine.best_model_path])
     with pytest.raises(ValueError, match="device must be one of"):
         Detector(OwnBackbone(), device="abacus")

@@ -78,6 +78,7 @@ def test_all_kinds_are_the_same_images(arrays, tmp_path):
         "Pillow": map(Image.fromarray, arrays),
         "tensors": tensors,
         "float tensors": list(tensors / 255),
+        "objects": np.array([*arrays, None], dtype=object)[:-1],
         "a mixture": [arrays[0], Image.fromarray(arrays[1]), files[2], str(files[3]), *tensors[4:]],
     }
     for kind, images in kinds.items():
@@ -106,6 +107,13 @@ def test_names_and_order(arrays):
     assert [prediction.path for prediction in predict(arrays, OwnBackbone())[:2]] == ["image 0", "image 1"]
 
 
+def test_a_file_given_twice_is_there_twice(pile):
+    files = [*sorted(pile.glob("good/*.png"))[:3], sorted(pile.glob("good/*.png"))[0]]
+    found = predict(files, OwnBackbone())
+    assert [prediction.path for prediction in found] == [str(file) for file in files]
+    assert found[0].score == found[3].score
+
+
 def test_another_threshold_labels_anew(arrays, tmp_path):
     backbone = OwnBackbone()
     found = predict(arrays, backbone)
@@ -121,6 +129,8 @@ def test_another_threshold_labels_anew(arrays, tmp_path):
     found.save(tmp_path, pictures=False, review=False)
     assert {(row["label"], row["threshold"]) for row in read_table(tmp_path).values()} == {("normal", "1.000000")}
     assert backbone.num_images == 8
+    with pytest.raises(ValueError, match="threshold must be a number"):
+        found.threshold = float("nan")
 
 
 def test_a_data_frame_and_a_picture(arrays):
@@ -200,6 +210,7 @@ def test_another_model_of_engine(mvtec_root, make_engine):
         ([np.full((8, 8, 3), np.nan)] * 2, ValueError, "must be from 0 to 1, got nan"),
         ([np.zeros((8, 8, 3), int)] * 2, ValueError, "must be uint8, uint16 or floats"),
         ([np.full((8, 8), "a")] * 2, ValueError, "must hold numbers"),
+        ([np.full((8, 8), 1e300)] * 2, ValueError, "beyond 3.4e\\+38"),
         ([np.zeros((0, 8), np.uint8)] * 2, ValueError, "must have the shape"),
         ([np.zeros((8, 8, 3), np.uint8)], ValueError, "at least 2 images"),
     ],
