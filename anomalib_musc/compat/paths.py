@@ -46,8 +46,9 @@ def image_filenames(folder: str | Path, base_dir: str | Path | None = None) -> L
     Whoever reads the files finds those broken: MuSc leaves them out of a prediction, and names them.
     """
     root = path.validate_path(folder, base_dir)
-    if any(is_dangling(file) and is_listed(file) for file in root.rglob("*")):
-        found = Listing(sorted(file for file in root.rglob("*") if is_listed(file) and not file.is_dir()))
+    named = [file for file in root.rglob("*") if is_listed(file)]  # folders with such a name, too, as anomalib does
+    if any(map(is_dangling, named)):
+        found = Listing(sorted(named))
     else:
         found = Listing(image.get_image_filenames(folder, base_dir))
     found.folders = (root.resolve(),) if root.is_dir() else ()

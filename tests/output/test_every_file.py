@@ -54,9 +54,10 @@ def test_a_folder_of_links_and_odd_files_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pile/pipe.png")
     (tmp_path / "pile/folder.png").mkdir()
     (tmp_path / "pile/link.png").symlink_to(paths[0])
+    (tmp_path / "pile/gone.png").symlink_to(tmp_path / "nowhere.png")
     rows = rows_of(tmp_path / "pile", tmp_path / "results")
     assert {name for name, row in rows.items() if row["score"]} == {path.name for path in paths} | {"link.png"}
-    assert set(notes(rows)) == {"pipe.png", "folder.png"}
+    assert set(notes(rows)) == {"pipe.png", "folder.png", "gone.png"}
 
 
 def test_further_pages_and_frames_are_named(tmp_path, recwarn):
