@@ -25,8 +25,8 @@ class RsCINPostProcessor(PostProcessor):
     Scores keep the unit of the raw ones, a distance from 0 to 2, so that a threshold by hand means the same for the
     next pool. What users see is normalised to [0, 1], with 0.5 at the threshold.
 
-    Without labels an image is anomalous that lies more than two and a half times as far above the 40th percentile of
-    the raw scores as the 10th lies below it; ``image_sensitivity`` s makes that 2.5 (1 - s) / s times. An image
+    Without labels an image is anomalous that lies more than three times as far above the 45th percentile of the raw
+    scores as the 20th lies below it; ``image_sensitivity`` s makes that 3 (1 - s) / s times. An image
     labelled normal has no mask; of an anomalous one it is what lies above four fifths of the image's own maximum,
     1 - 0.4 s with ``pixel_sensitivity`` s. With labels anomalib's F1-adaptive threshold decides, midway between two
     scores, and its sensitivities.

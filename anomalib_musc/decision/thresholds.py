@@ -3,25 +3,25 @@
 
 import torch
 
-FACTOR = 2.5
-RULE = "times as far above the 40th percentile of the raw scores as the 10th lies below it"
+FACTOR = 3.0
+RULE = "times as far above the 45th percentile of the raw scores as the 20th lies below it"
 _ROUNDING = 1e-4  # scores are exact to that; less between the percentiles is no difference
 
 
 def image_threshold(raw_scores: torch.Tensor, class_tokens: torch.Tensor, factor: float = FACTOR) -> float:
     r"""Find the score above which an image is anomalous, from the lower half of a pool.
 
-    Anomalous is what lies more than two and a half times as far above the 40th percentile :math:`q_{40}` of the raw
-    scores as the 10th, :math:`q_{10}`, lies below it,
+    Anomalous is what lies more than three times as far above the 45th percentile :math:`q_{45}` of the raw scores as
+    the 20th, :math:`q_{20}`, lies below it,
 
-    .. math:: t = q_{40} + 2.5 \, (q_{40} - q_{10}),
+    .. math:: t = q_{45} + 3 \, (q_{45} - q_{20}),
 
     so that up to half of the pool may be anomalous and none has to be. Copies of an image count once.
 
     Args:
         raw_scores: Raw image scores, shape ``(N,)``.
         class_tokens: Image features, shape ``(N, D)``, by which copies are known.
-        factor: What takes the place of 2.5; less flags more.
+        factor: What takes the place of 3; less flags more.
 
     Returns:
         The threshold, at most 2, which no distance of unit vectors exceeds; above it an image is anomalous.
@@ -29,14 +29,14 @@ def image_threshold(raw_scores: torch.Tensor, class_tokens: torch.Tensor, factor
     Example:
         >>> scores = torch.tensor([0.30, 0.32, 0.31, 0.33, 0.34, 0.80])
         >>> round(image_threshold(scores, torch.eye(6)), 4)
-        0.3575
+        0.36
     """
     center, spread = _center_and_spread(raw_scores, class_tokens)
     return min(center + factor * spread, 2.0)
 
 
 def deviations(scores: torch.Tensor, raw_scores: torch.Tensor, class_tokens: torch.Tensor) -> torch.Tensor:
-    """Return how far scores lie above the 40th percentile of a pool, in distances of the 10th from there.
+    """Return how far scores lie above the 45th percentile of a pool, in distances of the 20th from there.
 
     This is what :func:`image_threshold` compares with its factor.
 
@@ -46,7 +46,7 @@ def deviations(scores: torch.Tensor, raw_scores: torch.Tensor, class_tokens: tor
         class_tokens: Its image features, shape ``(N, D)``.
 
     Returns:
-        Shape ``(M,)``, negative below the 40th percentile.
+        Shape ``(M,)``, negative below the 45th percentile.
 
     Example:
         >>> scores = torch.tensor([0.30, 0.32, 0.31, 0.33, 0.34, 0.80])
@@ -79,20 +79,20 @@ def threshold_above_all(scores: torch.Tensor) -> float:
 
 
 def factor_of(sensitivity: float) -> float:
-    """Return the rule's factor for a sensitivity from 0 to 1: 2.5 at 0.5, less above, infinite at 0.
+    """Return the rule's factor for a sensitivity from 0 to 1: 3 at 0.5, less above, infinite at 0.
 
     Example:
-        >>> factor_of(0.5), factor_of(1.0), factor_of(0.2)
-        (2.5, 0.0, 10.0)
+        >>> factor_of(0.5), factor_of(1.0), factor_of(0.25)
+        (3.0, 0.0, 9.0)
     """
     return FACTOR * (1 - sensitivity) / sensitivity if sensitivity > 0 else float("inf")
 
 
 def _center_and_spread(raw_scores: torch.Tensor, class_tokens: torch.Tensor) -> tuple[float, float]:
-    """Return the 40th percentile of the raw scores, and how far the 10th lies below it."""
+    """Return the 45th percentile of the raw scores, and how far the 20th lies below it."""
     scores = raw_scores.double().cpu()
     distinct = scores[~_is_copy(scores, class_tokens)]
-    low, high = distinct.quantile(distinct.new_tensor([0.1, 0.4])).tolist()
+    low, high = distinct.quantile(distinct.new_tensor([0.2, 0.45])).tolist()
     return high, max(high - low, _ROUNDING)
 
 

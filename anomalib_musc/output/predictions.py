@@ -22,8 +22,8 @@ class Prediction:
         score: Its score as users see it: normalised to [0, 1] where the post-processor does so.
         is_anomalous: Its label; ``None`` where there is no threshold.
         raw_score: The maximum of its anomaly map before normalisation; ``None`` where the model does not tell.
-        deviations: How far its score before normalisation lies above the 40th percentile of the pool, in distances of
-            the 10th from there, see :func:`~anomalib_musc.decision.thresholds.deviations`.
+        deviations: How far its score before normalisation lies above the 45th percentile of the pool, in distances of
+            the 20th from there, see :func:`~anomalib_musc.decision.thresholds.deviations`.
         size: (width, height) of the original.
         regions: Its anomalous regions, the largest first.
         picture: Where its picture is.

@@ -56,7 +56,7 @@ def test_the_table_begins_with_the_most_anomalous_image(pile, tmp_path, own_back
     assert set(scored.path[:2]) == {str(pile / f"bad/00{number}.png") for number in range(2)}
     assert (scored.threshold == 0.5).all()
     assert ((scored.score > 0.5) == (scored.label == "anomalous")).all()
-    assert ((scored.deviations > 2.5) == (scored.label == "anomalous")).all()
+    assert ((scored.deviations > 3) == (scored.label == "anomalous")).all()
     assert ((scored.regions > 0) == (scored.label == "anomalous")).all()
     assert scored.raw_score.between(0, 2).all()
     assert all((file.parent / picture).is_file() for picture in scored.picture)
@@ -66,7 +66,7 @@ def test_the_table_begins_with_the_most_anomalous_image(pile, tmp_path, own_back
     start = next(
         index for index, line in enumerate(lines) if line.startswith("15 images: 2 anomalous, 12 normal, 1 sk")
     )
-    assert "2.5 times as far above the 40th percentile" in lines[start]
+    assert "3 times as far above the 45th percentile" in lines[start]
     assert [line.split()[-1] for line in lines[start + 1 : start + 6]] == scored.path[:5].tolist()
     assert "review.html" in lines[start + 6]
     assert str(file) in lines[start + 6]
