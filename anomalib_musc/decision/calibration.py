@@ -211,4 +211,4 @@ def _rule_of(post_processor: PostProcessor) -> str:
             return f"above which the expected share of {post_processor.contamination} lies"
         if (factor := factor_of(post_processor.image_sensitivity)) != FACTOR:
             return f"{factor:.3g} {RULE}"
-    return f"{FACTOR} {RULE}"
+    return f"{FACTOR:g} {RULE}"
