@@ -5,7 +5,7 @@ SAMPLE := datasets/sample
 # The network that comes with the package needs no download. Where there is a network, leave this option out.
 OFFLINE := --model.backbone musc-tiny
 
-.PHONY: demo lint check test environment clean
+.PHONY: demo lint check docs test environment clean
 
 demo: environment
 	$(BIN)/python examples/sample_dataset $(SAMPLE)
@@ -33,7 +33,11 @@ check: lint
 		tests/backbones/test_names.py tests/backbones/test_dino_embedding.py tests/pool/test_reader.py \
 		tests/metrics tests/test_torch_model.py tests/test_post_processor.py tests/test_old_files.py
 
-test: lint
+# The documentation, with warnings as errors, in build/docs.
+docs: environment
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
+
+test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 environment: $(VENV)/installed
@@ -46,4 +50,4 @@ $(VENV)/installed: pyproject.toml anomalib_musc/anomalib_musc.pth
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(SAMPLE) results .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(SAMPLE) build results .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every command and every example of the README, as it stands and in its order, in one folder.
+"""Every command and every example of the README and the docs, as it stands and in its order, in one folder.
 
 Weights of a hub are not at hand: where a command names none that the package holds, musc-tiny takes their place.
 """
@@ -16,7 +16,7 @@ from conftest import OwnBackbone, write_products
 from forks import run_forked
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+TEXT = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 ELSEWHERE = {
     "anomalib-musc benchmark --config configs/benchmark/mvtec_ad.yaml": "needs CLIP and MVTec AD; its arguments are "
     "tested in tests/benchmark/test_config.py",
@@ -26,7 +26,7 @@ ELSEWHERE = {
 def commands() -> list[str]:
     """Return all commands of ours, with shell variables filled in."""
     lines, variables = [], {}
-    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL):
         for line in block.splitlines():
             if found := re.fullmatch(r"(\w+)=(\S+)", line):
                 variables[f"${found[1]}"] = found[2]
@@ -34,7 +34,7 @@ def commands() -> list[str]:
                 line = line.replace(name, value)  # noqa: PLW2901
             if line.startswith(("anomalib ", "anomalib-musc ")):
                 lines.append(line)
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def without_a_hub(command: str) -> list[str]:
@@ -93,7 +93,7 @@ def test_an_export_is_quiet(done):
     assert len((run.stdout + run.stderr).splitlines()) < 100
 
 
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = list(dict.fromkeys(re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)))
 
 
 def _run(code: str) -> None:
@@ -114,9 +114,11 @@ def _features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_examples(number, place):
+def test_examples(number, place, tmp_path):
+    for name in ("path", "datasets"):
+        shutil.copytree(place / name, tmp_path / name)
     code = re.sub(r"dinov2_vitb14|ViT-L-14-336", "musc-tiny", EXAMPLES[number]).replace(
         'MVTecAD(category="bottle")', 'MVTecAD(category="bottle", num_workers=0)'
     )
-    run = run_forked(_run, code, cwd=place)
+    run = run_forked(_run, code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr

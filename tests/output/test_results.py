@@ -204,7 +204,7 @@ class Frames(Dataset):
 
 
 def predict_frames(engine: Engine, model: MuSc, names: list[str]) -> None:
-    collate = PredictDataset(ROOT / "examples/pictures").collate_fn
+    collate = PredictDataset(ROOT / "docs/pictures").collate_fn
     engine.predict(model, dataloaders=DataLoader(Frames(names), collate_fn=collate))
 
 
