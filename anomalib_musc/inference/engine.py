@@ -22,7 +22,10 @@ def predict_files(paths: list[Path], arguments: argparse.Namespace) -> Predictio
     with messages as warned:
         inputs = gather(paths, "IMAGES")
         writer = PredictionWriter(
-            heatmaps=arguments.heatmaps, review=not arguments.no_review, summary=not arguments.quiet
+            heatmaps=arguments.heatmaps,
+            review=not arguments.no_review,
+            summary=not arguments.quiet,
+            threshold_argument="--threshold",
         )
         options: dict[str, Any] = {
             "image_size": arguments.image_size,

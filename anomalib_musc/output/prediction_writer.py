@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -47,6 +48,7 @@ class PredictionWriter(Callback):
             "npy", its values as a float32 array ``(H, W)``, in [0, 1] where the model normalises them, or both.
         review: Whether to write ``review.html``.
         summary: Whether to print what was found in a few lines.
+        threshold_argument: The command-line argument that fixes the threshold, for the page; by default anomalib's.
 
     Attributes:
         predictions: Those of the last run, from the most anomalous image on.
@@ -67,6 +69,7 @@ class PredictionWriter(Callback):
         heatmaps: Sequence[HeatmapFormat] = (),
         review: bool = True,
         summary: bool = True,
+        threshold_argument: str | None = None,
     ) -> None:
         unknown = sorted(set(heatmaps) - set(get_args(HeatmapFormat)))
         if isinstance(heatmaps, str) or unknown:
@@ -76,6 +79,7 @@ class PredictionWriter(Callback):
         self.heatmaps = tuple(heatmaps)
         self.review = review
         self.summary = summary
+        self.threshold_argument = threshold_argument
         self.predictions: list[Prediction] = []
         self.files: list[Path] = []
         self.warnings: Sequence[str] = ()
@@ -158,6 +162,8 @@ class PredictionWriter(Callback):
     def _finish(self, trainer: Trainer, model: LightningModule) -> None:
         folder, self._folder = self.folder(trainer), None
         report = report_of(model)
+        if self.threshold_argument is not None:
+            report = replace(report, decision=replace(report.decision, argument=self.threshold_argument))
         self.predictions, self.warnings = joined(self._predictions, report, model), report.warnings
         if not self.predictions and not report.skipped:
             return

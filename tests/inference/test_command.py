@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``anomalib-musc predict``, as a user types it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -46,6 +47,14 @@ def test_a_folder_from_the_shell_and_nothing_but_what_matters(pile, tmp_path):
         assert chatter not in done.stderr
     assert len(read_paths(tmp_path / "results/MuSc/v0")) == 10
     assert (tmp_path / "results/MuSc/v0/review.html").is_file()
+    threshold = json.loads((tmp_path / "results/MuSc/v0/predictions.json").read_text())["threshold"]
+    assert threshold["argument"] == "--threshold"  # to paste into the same command, where it decides likewise
+    again = predict(pile, *SMALL, f"--threshold={threshold['before_normalisation']}", "--output", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    labels = [
+        {name: row["label"] for name, row in read_paths(tmp_path / part).items()} for part in ("results", "again")
+    ]
+    assert labels[0] == labels[1]
 
 
 def test_names_from_standard_input(pile, tmp_path):
