@@ -12,6 +12,8 @@ from anomalib_musc.functional.arguments import is_number
 _TAIL = 1e-3  # of the values at either end, which may be dead pixels
 _FENCE = 3.0  # interquartile ranges beyond the quartiles, where Tukey's far outliers begin (Exploratory Data Analysis)
 _SAMPLES = 4096  # of an image
+_LEAST = 1e-6  # of a value, which float32 tells from it
+_OVERFLOWS = 1e38  # differences of float32
 
 
 class GreyRange(NamedTuple):
@@ -23,7 +25,8 @@ class GreyRange(NamedTuple):
     def apply(self, values: torch.Tensor) -> torch.Tensor:
         """Return stored values of any shape as intensities in [0, 1]; 0 where there is no finite value."""
         known = values.nan_to_num(self.black, posinf=self.black, neginf=self.black)
-        return ((known - self.black) / (self.white - self.black)).clamp(0, 1)
+        known = known if self.white - self.black < _OVERFLOWS else known.double()
+        return ((known - self.black) / (self.white - self.black)).clamp(0, 1).to(values.dtype)
 
 
 def check_grey_range(grey_range: Any) -> GreyRange | None:
@@ -76,7 +79,7 @@ def find_grey_range(samples: torch.Tensor) -> GreyRange:
     values = _without_markers(samples.double().sort().values)
     low, high = _robust_ends(values)
     if not 0 <= low <= high - low:
-        return GreyRange(low, high if high > low else low + 1)
+        return GreyRange(low, high if high > low else low + max(1.0, abs(low) * _LEAST))
     level = white_level(high)
     are_whole = bool((values == values.round()).all())
     return GreyRange(0.0, level if are_whole or high > level / 2 or high == 0 else high)

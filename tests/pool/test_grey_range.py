@@ -187,3 +187,15 @@ def test_equal_scores_are_named_and_label_nothing(tmp_path, make_engine):
     with pytest.warns(UserWarning, match="scores of all images are equal"):
         make_engine().predict(model, data_path=tmp_path / "pool")
     assert {row["label"] for row in read_table(tmp_path).values()} == {"normal"}
+
+
+@pytest.mark.parametrize(
+    "values", [[3.4e38] * 5, [-3.4e38] * 5, [-3.4e38, 3.4e38] * 3, [1e9] * 4, [0.0] * 3, [-1e-40] * 3]
+)
+def test_constants_and_extremes_of_float32_stay_finite(values):
+    stored = torch.tensor(values)
+    shown = find_grey_range(sample(stored)).apply(stored)
+    assert shown.dtype == torch.float32
+    assert shown.isfinite().all()
+    assert shown.min() >= 0
+    assert shown.max() <= 1
