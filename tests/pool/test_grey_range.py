@@ -12,7 +12,7 @@ from PIL import Image
 from runs import by_path, datamodule, predict_loader
 
 from anomalib_musc import MuSc, RsCINPostProcessor
-from anomalib_musc.pool.grey_range import GreyRange, find_grey_range
+from anomalib_musc.pool.grey_range import GreyRange, find_grey_range, sample
 
 NUM_IMAGES, DEFECT = 8, "7.tif"
 PLAIN = {"visualizer": False}
