@@ -4,6 +4,7 @@
 import argparse
 import difflib
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -55,7 +56,11 @@ def main() -> None:
     arguments, unknown = make_parser().parse_known_args()
     if unknown:
         arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    sys.exit(arguments.run(arguments))
+    try:
+        sys.exit(arguments.run(arguments))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nerror: interrupted\n")
+        sys.exit(128 + signal.SIGINT)
 
 
 def _complete(arguments: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from anomalib_musc.decision.thresholds import (
+    CENTER,
     FACTOR,
     RULE,
     contamination_threshold,
@@ -210,5 +211,7 @@ def _rule_of(post_processor: PostProcessor) -> str:
         if post_processor.contamination != "auto":
             return f"above which the expected share of {post_processor.contamination} lies"
         if (factor := factor_of(post_processor.image_sensitivity)) != FACTOR:
+            if factor in (0.0, float("inf")):
+                return "which no image exceeds, as the sensitivity is 0" if factor else CENTER
             return f"{factor:.3g} {RULE}"
     return f"{FACTOR:g} {RULE}"

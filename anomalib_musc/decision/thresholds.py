@@ -5,6 +5,7 @@ import torch
 
 FACTOR = 3.0
 RULE = "times as far above the 45th percentile of the raw scores as the 20th lies below it"
+CENTER = "the 45th percentile of the raw scores"
 _ROUNDING = 1e-4  # scores are exact to that; less between the percentiles is no difference
 
 

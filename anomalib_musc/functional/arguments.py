@@ -2,13 +2,14 @@
 """Checks of arguments that several steps share."""
 
 import math
+from numbers import Real
 
 import torch
 
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_count(name: str, number: object, *, none: str | None = None) -> None:

@@ -25,15 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command; its help fits a screen."""
     add: Any = parser.add_argument
     add("images", nargs="+", metavar="IMAGES", help="folders, files, patterns, lists (.txt), or -")
-    add("--output", type=Path, default=Path("results"), metavar="FOLDER", help="where results go (%(default)s)")
+    add("--output", type=_folder, default=Path("results"), metavar="FOLDER", help="where results go (%(default)s)")
     add("--backbone", help="ViT-L-14-336 (fetches CLIP), musc-tiny, ...")
     add("--image-size", type=_size, metavar="N", help="one side, or HEIGHTxWIDTH; the backbone's own")
     add("--references", type=Path, metavar="FOLDER", help="compare with these, not with each other")
     add("--checkpoint", type=Path, metavar="FILE", help="of anomalib train, with its settings")
     decide: Any = parser.add_mutually_exclusive_group().add_argument
     decide("--sensitivity", type=_share, metavar="S", help="0 to 1, more flags more (0.5)")
-    decide("--contamination", type=_share, metavar="SHARE", help="the expected share of anomalous images, up to 0.5")
-    decide("--threshold", type=float, metavar="T", help="on raw scores, as an earlier run has printed it")
+    decide(
+        "--contamination",
+        type=_contamination,
+        metavar="SHARE",
+        help="the expected share of anomalous images, up to 0.5",
+    )
+    decide("--threshold", type=_distance, metavar="T", help="on raw scores, as an earlier run has printed it")
     add("--heatmaps", nargs="+", choices=("png", "npy"), default=(), metavar="KIND", help="png, npy: at full size")
     add("--no-review", action="store_true", help="no review.html")
     add("--fast", action="store_true", help="fast precision")
@@ -76,10 +81,13 @@ def _expanded(names: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
     """Return files and folders that are named, by patterns, lists and standard input too."""
     for name in names:
         if name == "-":
-            yield from (Path(line.rstrip("\r\n")) for line in stdin if line.strip())
+            yield from (Path(line.strip("\ufeff\r\n")) for line in stdin if line.strip())
         elif Path(name).suffix == ".txt" and Path(name).is_file():
-            lines = Path(name).read_text(encoding="utf-8-sig").splitlines()
+            lines = _lines_of(Path(name))
             yield from (_beside(Path(name), line.strip()) for line in lines if line.strip())
+        elif not name:
+            msg = "an image has an empty name; give a folder, or files."
+            raise ValueError(msg)
         elif not Path(name).exists() and glob.has_magic(name):
             found = sorted(glob.glob(name, recursive=True))  # noqa: PTH207  # which takes absolute patterns, too
             if not found:
@@ -88,6 +96,18 @@ def _expanded(names: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
             yield from map(Path, found)
         else:
             yield Path(name)
+
+
+def _lines_of(names: Path) -> list[str]:
+    try:
+        lines = names.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        msg = f"{names} is not in UTF-8 ({error.reason} at byte {error.start})."
+        raise ValueError(msg) from None
+    if not any(line.strip() for line in lines):
+        msg = f"{names} names no image."
+        raise ValueError(msg)
+    return lines
 
 
 def _beside(names: Path, line: str) -> Path:
@@ -114,17 +134,36 @@ def _named(arguments: argparse.Namespace) -> Iterator[tuple[str, Path]]:
             yield f"--{name}: ", path
 
 
-def _share(text: str) -> float:
+def _folder(text: str) -> Path:
+    if not text:
+        msg = "an empty name"
+        raise argparse.ArgumentTypeError(msg)
+    return Path(text)
+
+
+def _number(text: str, low: float, high: float) -> float:
     value = float(text)
-    if not 0 <= value <= 1:
-        msg = f"{text} is not from 0 to 1"
+    if not low <= value <= high:
+        msg = f"{text} is not from {low:g} to {high:g}"
         raise argparse.ArgumentTypeError(msg)
     return value
 
 
+def _share(text: str) -> float:
+    return _number(text, 0, 1)
+
+
+def _contamination(text: str) -> float:
+    return _number(text, sys.float_info.min, 0.5)
+
+
+def _distance(text: str) -> float:
+    return _number(text, 0, 2)
+
+
 def _size(text: str) -> Any:
-    sides = [int(side) for side in text.lower().split("x")]
+    sides = [int(side) if side.isdecimal() else 0 for side in text.lower().split("x")]
     if len(sides) > 2 or min(sides) < 1:
-        msg = f"{text} is neither one side nor HEIGHTxWIDTH"
+        msg = f"{text!r} is neither one side nor HEIGHTxWIDTH"
         raise argparse.ArgumentTypeError(msg)
     return sides[0] if len(sides) == 1 else tuple(sides)

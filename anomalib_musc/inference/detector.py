@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -82,9 +83,16 @@ class Detector:
         """
         folder, inputs = as_folder(images, "images")
         with self._lock, quiet():
-            self._model.use_references(folder)
-            run(self._model, replace(inputs, files=Listing(inputs.files[:1])), self._name)  # which makes the bank
-            self._make_ready()
+            backbone = self._model.model.backbone
+            model = copy.deepcopy(self._model, {id(backbone): backbone})  # the old one stays if this fails
+            try:
+                model.use_references(folder)
+                run(model, replace(inputs, files=Listing(inputs.files[:1])), self._name)  # which makes the bank
+                self._model = model
+            except ValueError as error:
+                raise ValueError(inputs.in_words(str(error))) from error
+            finally:
+                self._make_ready()
         return self
 
     def predict(self, image: Any, name: str = "image") -> ImagePrediction:
@@ -98,21 +106,27 @@ class Detector:
             RuntimeError: If there is no bank yet.
             ValueError: If an array is no image.
         """
-        if not len(self._model.model.bank):
-            msg = "Call fit(images) first, or give a checkpoint with a bank."
-            raise RuntimeError(msg)
         is_file = not is_in_memory(image)
+        if is_file and Path(image).is_dir():
+            msg = f"image must be one image, got the folder {str(image)!r}; predict(folder) takes one."
+            raise ValueError(msg)
         file = read_image_file(Path(image)) if is_file else decode(to_pillow(image, name))
-        pixels = file.scaled(self._grey_range)
         with self._lock, torch.inference_mode():
-            found = self._model(pixels[None].to(self._device))
-        anomaly_map, mask = found.anomaly_map.squeeze().float().cpu(), found.pred_mask
+            if not len(self._model.model.bank):
+                msg = "Call fit(images) first, or give a checkpoint with a bank."
+                raise RuntimeError(msg)
+            pixels = file.scaled(self._grey_range)
+            prepared = pixels[None].to(self._device)
+            raw = self._model.model(prepared if self._model.transform is None else self._model.transform(prepared))
+            found = raw if self._model.post_processor is None else self._model.post_processor(raw)
+        anomaly_map, mask = found.anomaly_map.squeeze().float().cpu(), getattr(found, "pred_mask", None)
         mask = None if mask is None else mask.squeeze().cpu().numpy()
-        is_anomalous = None if found.pred_label is None else bool(found.pred_label)
+        label = getattr(found, "pred_label", None)
+        is_anomalous = None if label is None else bool(label)
         known = Prediction(str(image) if is_file else name, found.pred_score.item(), is_anomalous, size=file.size)
         entry = Entry(known, Path(image) if is_file else None, anomaly_map, mask, pixels=to_pixels(pixels))
         regions = find_regions(mask, file.size) if is_anomalous and mask is not None else []
-        return ImagePrediction(known.path, known.score, known.label, regions, None, (), entry)
+        return ImagePrediction(known.path, known.score, known.label, regions, raw.pred_score.item(), (), entry)
 
     @property
     def _grey_range(self) -> GreyRange | None:

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from anomalib_musc.compat.quiet import quiet
 from anomalib_musc.inference.inputs import gather
-from anomalib_musc.inference.run import accelerator_of, make_model
+from anomalib_musc.inference.run import accelerator_of, check_number, make_model
 from anomalib_musc.output.prediction_writer import PredictionWriter
 
 
@@ -21,6 +21,7 @@ def predict_files(paths: list[Path], arguments: argparse.Namespace) -> Predictio
     messages: AbstractContextManager[list[str]] = nullcontext([]) if arguments.verbose else quiet()
     with messages as warned:
         inputs = gather(paths, "IMAGES")
+        check_number(inputs, is_alone=arguments.references is None and arguments.checkpoint is None)
         writer = PredictionWriter(
             heatmaps=arguments.heatmaps,
             review=not arguments.no_review,
@@ -48,7 +49,12 @@ def predict_files(paths: list[Path], arguments: argparse.Namespace) -> Predictio
             logger=False,
             enable_progress_bar=not arguments.quiet,
         )
-        engine.predict(model, dataset=inputs.dataset, return_predictions=False)
+        try:
+            engine.predict(model, dataset=inputs.dataset, return_predictions=False)
+        except SystemExit:
+            if engine.trainer.interrupted:  # whose own status says nothing
+                raise KeyboardInterrupt from None
+            raise
     for text in warned:
         if text not in writer.warnings:  # which the summary has said
             sys.stderr.write(f"warning: {text}\n")

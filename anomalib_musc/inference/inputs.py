@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -78,6 +80,7 @@ def gather(images: Any, argument: str = "images") -> Inputs:
         msg = f"{argument} is empty; give a folder, or paths, arrays or Pillow images."
         raise ValueError(msg)
     memory = tempfile.TemporaryDirectory(prefix="anomalib_musc_") if any(map(is_in_memory, named.values())) else None
+    known: dict[Path, Path] = {}  # files by where they lie, as one may be named in several ways
     items: list[tuple[Path, str]] = []
     folders: list[Path] = []
     for index, (name, image) in enumerate(named.items()):
@@ -86,10 +89,11 @@ def gather(images: Any, argument: str = "images") -> Inputs:
             file = _write(image, Path(memory.name, f"{index:06d}"), label)
             items.append((file, name if isinstance(name, str) else f"image {name}"))
             continue
-        found = _listed(image, label)
+        found = _listed(image, label, is_alone=len(named) == 1)
         folders += found.folders
         is_named = isinstance(name, str) and not found.folders
-        items += [(file, name if is_named else str(file)) for file in found]
+        items += [(known.setdefault(_place(file), file), name if is_named else str(file)) for file in found]
+    _check_names(items, argument)
     files = Listing(dict.fromkeys(file for file, _ in items))
     files.folders = tuple(folders)
     return Inputs(files, items, memory)
@@ -114,6 +118,9 @@ def to_pillow(image: Any, name: str = "image") -> Image.Image:
     """
     if isinstance(image, Image.Image):
         upright = turned(image, orientation_of(image))
+        if upright.mode.startswith("I;16"):  # the other way round in some files
+            return Image.fromarray(np.asarray(upright).astype(np.uint16))
+        upright = upright.convert(upright.mode.upper()) if upright.mode in ("La", "RGBa") else upright
         return upright if upright.mode in _LOSSLESS else upright.convert("RGB")
     is_tensor = isinstance(image, torch.Tensor)
     if is_tensor:
@@ -191,13 +198,40 @@ def _write(image: Any, stem: Path, name: str) -> Path:
     return file
 
 
-def _listed(path: str | PathLike[str], name: str) -> Listing:
+def _place(file: Path) -> Path:
+    return Path(os.path.realpath(file.parent), file.name)
+
+
+def _check_names(items: Sequence[tuple[Path, str]], argument: str) -> None:
+    if not items:
+        msg = f"{argument}: no image there."
+        raise ValueError(msg)
+    files: dict[str, Path] = {}
+    for file, name in items:
+        if files.setdefault(name, file) != file:
+            msg = f"{argument}: two images are called {name!r}; give each a name of its own."
+            raise ValueError(msg)
+
+
+def _listed(path: str | PathLike[str], name: str, *, is_alone: bool) -> Listing:
+    """Return the files of a path; an empty folder among others is passed over, and a warning says so."""
+    if not os.fspath(path):
+        msg = f"{name} is an empty name; give a folder, or files."
+        raise ValueError(msg)
     if not Path(path).exists() and not Path(path).is_symlink():
         msg = f"{name}: there is no file or folder {str(path)!r}."
         raise FileNotFoundError(msg)
-    if Path(path).is_dir():
+    if not Path(path).is_dir():
+        return Listing([Path(path)])
+    try:
         return image_filenames(Path(path))
-    return Listing([Path(path)])
+    except ValueError:  # of anomalib, where there is none
+        if is_alone:
+            raise
+        warnings.warn(f"No image lies in {path}.", stacklevel=2)
+        empty = Listing()
+        empty.folders = (Path(path).resolve(),)
+        return empty
 
 
 def as_folder(images: Any, argument: str) -> tuple[Path, Inputs]:
@@ -206,10 +240,13 @@ def as_folder(images: Any, argument: str) -> tuple[Path, Inputs]:
     if len(inputs.files.folders) == 1 and isinstance(images, (str, PathLike)):
         return inputs.files.folders[0], inputs
     memory = inputs.folder or tempfile.TemporaryDirectory(prefix="anomalib_musc_")
+    items = list(inputs.items)
     for index, file in enumerate(inputs.files):
         if not is_listed(file):
             msg = f"{argument}: {file} is not among the image formats that anomalib lists."
             raise ValueError(msg)
         if Path(memory.name) not in file.parents:
-            Path(memory.name, f"{index:06d}_{file.name}").symlink_to(file.resolve())
-    return Path(memory.name), replace(inputs, folder=memory)
+            link = Path(memory.name, f"{index:06d}_{file.name}")
+            link.symlink_to(file.resolve())
+            items.append((link, str(file)))
+    return Path(memory.name), replace(inputs, items=items, folder=memory)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -93,6 +94,7 @@ class Entry:
         grey_range: Black and white if it has more than 8 bits.
         reason: Why it was skipped, "" if it was not.
         pixels: Shape ``(H, W, 3)``, uint8, where there is no file.
+        keeps: What keeps the file of an image from memory.
     """
 
     known: Prediction
@@ -102,6 +104,7 @@ class Entry:
     grey_range: GreyRange | None = None
     reason: str = ""
     pixels: np.ndarray | None = None
+    keeps: object = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -140,10 +143,9 @@ class Predictions(Sequence[ImagePrediction]):
         {'normal'}
     """
 
-    def __init__(self, entries: Sequence[Entry], report: PoolReport, inputs: Inputs | None = None) -> None:
+    def __init__(self, entries: Sequence[Entry], report: PoolReport) -> None:
         self._entries = list(entries)
         self._report = report
-        self._inputs = inputs  # which keeps the files of images from memory
 
     @classmethod
     def from_engine(cls, batches: Iterable[Any], model: Any, inputs: Inputs | None = None) -> Predictions:
@@ -161,10 +163,11 @@ class Predictions(Sequence[ImagePrediction]):
             if inputs is not None and Path(path) in inputs.files:
                 entries[path] = Entry(Prediction(path, notes=[reason]), Path(path), reason=reason)
         order = [(str(file), name) for file, name in inputs.items] if inputs else [(path, path) for path in entries]
-        named = [_renamed(entries[path], name, names) for path, name in order if path in entries]
+        keeps = inputs.folder if inputs else None
+        named = [replace(_renamed(entries[path], name, names), keeps=keeps) for path, name in order if path in entries]
         skipped = {names.get(path, path): reason for path, reason in report.skipped.items()}
         warnings = [inputs.in_words(text) if inputs else text for text in report.warnings]
-        return cls(named, replace(report, skipped=skipped, warnings=warnings, images={}), inputs)
+        return cls(named, replace(report, skipped=skipped, warnings=warnings, images={}))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -212,6 +215,7 @@ class Predictions(Sequence[ImagePrediction]):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
+        value = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         if not is_number(value):
             msg = f"threshold must be a number in the unit of the scores, got {value!r}."
             raise ValueError(msg)
@@ -223,7 +227,10 @@ class Predictions(Sequence[ImagePrediction]):
         """Return the rows of ``predictions.csv``, from the most anomalous image on, as a ``pandas.DataFrame``."""
         import pandas as pd
 
-        return pd.DataFrame(rows_of(self._ranked(), self._report, Path()), columns=list(COLUMNS))
+        frame = pd.DataFrame(rows_of(self._ranked(), self._report, Path()), columns=list(COLUMNS))
+        numbers = [column for column in COLUMNS if column not in ("path", "label", "picture", "note")]
+        frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
+        return frame
 
     def show(self, index: int) -> Image.Image:
         """Return the picture of one image: itself, its heatmap with the outline of its mask, the region in detail."""
@@ -252,19 +259,35 @@ class Predictions(Sequence[ImagePrediction]):
         if table.exists():
             msg = f"{table} is there already; save to another folder."
             raise FileExistsError(msg)
-        drawn = dict(self._draw(folder / "images")) if pictures else {}
-        ranked = [replace(prediction, picture=drawn.get(prediction.path)) for prediction in self._ranked(review)]
+        drawn, failures = self._draw(folder / "images") if pictures else ({}, {})
+        ranked = [
+            replace(
+                prediction,
+                picture=drawn.get(prediction.path),
+                notes=[*prediction.notes, *([failures[prediction.path]] if prediction.path in failures else [])],
+            )
+            for prediction in self._ranked(review)
+        ]
         write_results(table, ranked, self._report, review=review)
         return table
 
-    def _draw(self, folder: Path) -> Iterator[tuple[str, Path]]:
+    def _draw(self, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+        """Write the pictures; returns where they are, and why one is not, by path."""
+        drawn: dict[str, Path] = {}
+        failures: dict[str, str] = {}
         places = MirroredFolder(folder, [Path(entry.known.path) for entry in self._entries])
         for index, entry in enumerate(self._entries):
-            if not entry.reason and entry.file is not None:
+            if entry.reason or entry.file is None:
+                continue
+            try:
                 picture = self.show(index)
                 with atomic_write(place := places.place(entry.known.path, ".png")) as part:
                     picture.save(part, compress_level=1)
-                yield entry.known.path, place
+            except Exception as error:  # Pillow's decoders raise whatever they like, and a name may be no file's
+                failures[entry.known.path] = f"no picture: {error}"
+            else:
+                drawn[entry.known.path] = place
+        return drawn, failures
 
     def _scored(self) -> Iterator[tuple[Entry, Prediction]]:
         return ((entry, self._now(entry)) for entry in self._entries if not entry.reason)
@@ -300,7 +323,7 @@ def _entries(batches: Iterable[Any], report: PoolReport, model: Any) -> Iterator
             size = known.size or original_size(item)
             known = replace(known, size=size, is_anomalous=told.is_anomalous, score=told.score)
             values = None if item.anomaly_map is None else item.anomaly_map.detach().float().cpu().squeeze()
-            file = Path(told.path) if told.path else None
+            file = Path(told.path).absolute() if told.path else None
             mask = None if values is None else _mask(known, values, report)
             yield Entry(known, file, values, mask, ranges.get(told.path))
 
@@ -328,6 +351,6 @@ def _renamed(entry: Entry, name: str, names: Mapping[str, str]) -> Entry:
 
 
 def _thumbnail(entry: Entry) -> bytes | None:
-    if entry.file is None:
-        return None
-    return thumbnail_of(torch.from_numpy(entry.read()).permute(2, 0, 1) / 255)
+    with suppress(Exception):  # gone, or broken, since it was scored: the page does without
+        return thumbnail_of(torch.from_numpy(entry.read()).permute(2, 0, 1) / 255)
+    return None

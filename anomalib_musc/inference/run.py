@@ -17,6 +17,7 @@ from anomalib_musc.compat.quiet import quiet
 from anomalib_musc.inference.inputs import Inputs, as_folder, gather
 from anomalib_musc.inference.predictions import Predictions
 from anomalib_musc.lightning_model import MuSc
+from anomalib_musc.pool.checks import MIN_IMAGES
 from anomalib_musc.post_processor import RsCINPostProcessor
 
 _ACCELERATORS = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "mps": "mps"}
@@ -69,6 +70,7 @@ def predict(
         3
     """
     inputs = gather(images)
+    check_number(inputs, is_alone=references is None and checkpoint is None)
     decision = {"image_sensitivity": sensitivity, "contamination": contamination, "image_threshold": threshold}
     with bank_folder(references) as folder, quiet() as warned:
         more = {} if folder is None else {"references": str(folder), "mode": arguments.pop("mode", "reference")}
@@ -77,6 +79,16 @@ def predict(
     for text in warned:
         warnings.warn(inputs.in_words(text), stacklevel=2)
     return predictions
+
+
+def check_number(inputs: Inputs, *, is_alone: bool) -> None:
+    """Raise a ValueError where a single image has nothing to be compared with."""
+    if is_alone and len(inputs.files) < MIN_IMAGES:
+        msg = (
+            f"images must be at least {MIN_IMAGES} of one product, which are compared; got 1 ({inputs.items[0][1]}). "
+            "Add unlabelled images of it, or give references, or a checkpoint with a bank."
+        )
+        raise ValueError(msg)
 
 
 def make_model(backbone: Any, checkpoint: str | Path | None, decision: Mapping[str, Any], **arguments: Any) -> MuSc:
@@ -112,7 +124,12 @@ def accelerator_of(device: str) -> str:
     if device not in _ACCELERATORS:
         msg = f"device must be one of {', '.join(map(repr, _ACCELERATORS))}, got {device!r}."
         raise ValueError(msg)
-    return _ACCELERATORS[device]
+    found = _ACCELERATORS[device]
+    is_missing = {"gpu": not torch.cuda.is_available(), "mps": not torch.backends.mps.is_available()}
+    if is_missing.get(found):
+        msg = f"device={device!r}: this machine has none, or this torch cannot use it; 'auto' takes what there is."
+        raise ValueError(msg)
+    return found
 
 
 def device_of(device: str) -> torch.device:

@@ -17,6 +17,7 @@ _MOST_ENLARGED = 4
 _SEEN = 12  # pixels below which a region is shown enlarged, too
 _OPACITY = 0.45  # of the heatmap
 _TEXT, _MARGIN = 18, 8
+_NARROWEST = 160  # of a panel's column, in which its name and half of a caption can be read
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
 
@@ -92,12 +93,13 @@ def _joined(panels: dict[str, np.ndarray], caption: str, size: tuple[int, int]) 
     font = ImageFont.load_default(_TEXT - 4)
     width, height = size
     top = _MARGIN + 2 * (_TEXT + _MARGIN // 2)
-    canvas = Image.new("RGB", (_MARGIN + len(panels) * (width + _MARGIN), top + height + _MARGIN), _PAPER)
+    column = max(width, _NARROWEST)  # of a panel and its name
+    canvas = Image.new("RGB", (_MARGIN + len(panels) * (column + _MARGIN), top + height + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((_MARGIN, _MARGIN), _fitted(caption, font, canvas.width - 2 * _MARGIN), _INK, font)
     for index, (name, panel) in enumerate(panels.items()):
-        left = _MARGIN + index * (width + _MARGIN)
-        draw.text((left, top - _TEXT), _fitted(name, font, width), (110, 110, 110), font)
+        left = _MARGIN + index * (column + _MARGIN)
+        draw.text((left, top - _TEXT), _fitted(name, font, column), (110, 110, 110), font)
         canvas.paste(Image.fromarray(panel), (left, top))
     return canvas
 

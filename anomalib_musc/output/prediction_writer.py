@@ -171,7 +171,16 @@ class PredictionWriter(Callback):
         if self.summary and trainer.is_global_zero:
             encoding = sys.stdout.encoding or "utf-8"
             text = summary(self.predictions, report, self.files).encode(encoding, "backslashreplace").decode(encoding)
-            sys.stdout.write(f"{text}\n")
+            _say(text)
+
+
+def _say(text: str) -> None:
+    """Print a text; whoever reads it may have gone, as ``head`` does."""
+    try:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def check_prediction_writer(prediction_writer: object) -> None:

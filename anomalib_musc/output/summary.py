@@ -7,6 +7,7 @@ from pathlib import Path
 
 from anomalib_musc.output.files import printable
 from anomalib_musc.output.predictions import PoolReport, Prediction
+from anomalib_musc.output.table import before_normalisation
 
 _SHOWN = 5
 
@@ -31,6 +32,8 @@ def summary(predictions: Sequence[Prediction], report: PoolReport, files: Sequen
     number = len(predictions) + len(report.skipped)
     decision = report.decision
     threshold = "" if decision.threshold is None else f"{decision.threshold:.3g}, "
+    if threshold and decision.argument_scale != (1.0, 0.0):
+        threshold = f"{decision.threshold:.3g} ({before_normalisation(report):.4g} on raw scores), "
     found = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
     lines = [f"{number} image{'s' * (number != 1)}: {found}. Threshold: {threshold}{decision.rule}."]
     for prediction in predictions[:_SHOWN]:

@@ -58,7 +58,7 @@ def write_json(path: Path, predictions: Sequence[Prediction], report: PoolReport
             "score": _finite(decision.threshold),
             "rule": decision.rule,
             "argument": decision.argument,
-            "before_normalisation": _finite(_before_normalisation(report)),
+            "before_normalisation": _finite(before_normalisation(report)),
         },
         "warnings": list(report.warnings),
         "images": [_image(rank, prediction, path.parent) for rank, prediction in enumerate(predictions, 1)],
@@ -102,9 +102,13 @@ def _image(rank: int, prediction: Prediction, folder: Path) -> dict[str, object]
     }
 
 
-def _before_normalisation(report: PoolReport) -> float | None:
+def before_normalisation(report: PoolReport) -> float | None:
+    """Return the threshold of raw scores."""
     slope, offset = report.decision.argument_scale
-    return None if report.decision.threshold is None else slope * report.decision.threshold + offset
+    if report.decision.threshold is None:
+        return None
+    raw = slope * report.decision.threshold + offset
+    return raw if (slope, offset) == (1.0, 0.0) else min(max(raw, 0.0), 2.0)  # what the argument takes
 
 
 def _versions() -> dict[str, str]:

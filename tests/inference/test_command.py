@@ -3,8 +3,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,7 @@ def test_a_folder_from_the_shell_and_nothing_but_what_matters(pile, tmp_path):
     done = from_the_shell("predict", pile, *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("10 images: ")
+    assert " on raw scores), 3 times as far above" in done.stdout
     assert len(done.stdout.splitlines()) == 7  # counts, the five most anomalous, where the results are
     assert "MuSc: mutual scoring" in done.stderr
     for chatter in ("pin_memory", "GPU", "Model weights", "Tip", "Warning:", "callbacks", "FutureWarning"):
@@ -64,6 +67,36 @@ def test_names_from_standard_input(pile, tmp_path):
     assert done.stdout == f"{tmp_path / 'results/MuSc/v0/predictions.csv'}\n"
     assert done.stderr == ""
     assert len(read_paths(tmp_path)) == 10
+
+
+def test_odd_lists_of_names(pile, tmp_path):
+    names = "\ufeff" + "".join(f"{path}\r\n" for path in sorted(pile.rglob("*.png")))
+    done = from_the_shell("predict", "-", *SMALL, "--quiet", "--no-review", cwd=tmp_path, text=names)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "latin.txt").write_bytes("ü.png\n".encode("latin-1"))
+    (tmp_path / "none.txt").touch()
+    for name, message in (("latin.txt", "latin.txt is not in UTF-8"), ("none.txt", "none.txt names no image")):
+        done = predict(name, *SMALL, cwd=tmp_path)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_a_reader_that_has_gone_is_no_failure(pile, tmp_path):
+    command = Path(sys.executable).with_name("anomalib-musc")
+    line = f"{command} predict {pile} {' '.join(SMALL)} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(read_paths(tmp_path)) == 10
+
+
+def test_ctrl_c_is_one_line(pile, tmp_path):
+    command = [str(Path(sys.executable).with_name("anomalib-musc")), "predict", str(pile), *SMALL]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1.5)  # in the middle of the imports
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert stderr.strip() == "error: interrupted"
 
 
 def test_patterns_lists_and_several_folders(pile, tmp_path):
@@ -119,10 +152,17 @@ def test_exit_statuses(pile, tmp_path):
         (["-"], "no names came from standard input"),
         ([".", "--sensitvity", "1"], "did you mean --sensitivity?"),
         ([".", "--sensitivity", "2"], "2 is not from 0 to 1"),
-        ([".", "--image-size", "1x2x3"], "1x2x3 is neither one side nor HEIGHTxWIDTH"),
+        ([".", "--image-size", "1x2x3"], "'1x2x3' is neither one side nor HEIGHTxWIDTH"),
         ([".", "--sensitivity", "0.4", "--threshold", "1"], "not allowed with argument"),
         ([".", "--checkpoint", "none.ckpt"], "--checkpoint: there is no file or folder 'none.ckpt'"),
         (["empty"], "no image there"),
+        ([""], "empty name"),
+        ([".", "--output", ""], "an empty name"),
+        ([".", "--threshold", "5"], "5 is not from 0 to 2"),
+        ([".", "--threshold", "nan"], "nan is not from 0 to 2"),
+        ([".", "--contamination", "0"], "0 is not from"),
+        ([".", "--contamination", "0.7"], "0.7 is not from"),
+        ([".", "--image-size", ""], "'' is neither one side nor HEIGHTxWIDTH"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_imports_nothing(arguments, message, tmp_path):
@@ -152,7 +192,6 @@ def test_a_wrong_call_is_one_line_and_imports_nothing(arguments, message, tmp_pa
     [
         (["--image-size", "100"], "image_size must be divisible by"),
         (["--backbone", "musc_tny"], "did you mean 'musc-tiny'?"),
-        (["--contamination", "0.9"], "contamination must be 'auto' or a share above 0 and at most 0.5"),
     ],
 )
 def test_what_the_model_refuses_is_one_line_too(arguments, message, pile, tmp_path):

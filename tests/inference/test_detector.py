@@ -31,6 +31,7 @@ def test_it_is_what_a_prediction_gives(detector, references):
         found = detector.predict(image)
         assert found.score == pytest.approx(of_pool.score, abs=1e-5)
         assert found.label == of_pool.label
+        assert found.raw_score == pytest.approx(of_pool.raw_score, abs=1e-5)
         np.testing.assert_allclose(found.anomaly_map, of_pool.anomaly_map, atol=1e-5)
         np.testing.assert_array_equal(found.mask, of_pool.mask)
         np.testing.assert_array_equal(found.image, image)
@@ -76,6 +77,25 @@ def test_other_references_take_the_place_of_the_first(references):
     detector = Detector(OwnBackbone()).fit([255 - image for image in references])
     assert detector.predict(product(20)[0]).label == "anomalous"
     assert detector.fit(references).predict(product(20)[0]).label == "normal"
+
+
+def test_a_failed_fit_leaves_the_bank_as_it_was(references, tmp_path):
+    detector = Detector(OwnBackbone()).fit(references)
+    expected = detector.predict(product(20)[0]).score
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=f"{tmp_path}/bad.png"):
+        detector.fit([tmp_path / "bad.png", *references])
+    assert detector.predict(product(20)[0]).score == expected
+
+
+def test_predictions_go_on_while_another_thread_fits(references):
+    detector = Detector(OwnBackbone()).fit(references)
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(detector.predict, product(20)[0]) for _ in range(20)]
+        fitted = pool.submit(detector.fit, references[:6])
+        running += [pool.submit(detector.predict, product(20)[0]) for _ in range(20)]
+        assert fitted.result() is detector
+        assert all(found.result().score is not None for found in running)
 
 
 def test_grey_images_of_16_bits():

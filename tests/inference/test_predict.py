@@ -114,6 +114,67 @@ def test_a_file_given_twice_is_there_twice(pile):
     assert found[0].score == found[3].score
 
 
+def test_a_file_reached_in_two_ways_is_one_image(pile, monkeypatch):
+    monkeypatch.chdir(pile)
+    found = predict(["good", "bad", "good/001.png", pile / "good/002.png"], OwnBackbone())
+    assert len(found) == 15
+    assert len(set(found.scores.round(6))) == 13
+    assert not found.warnings
+
+
+def test_two_images_under_one_name_are_refused(arrays):
+    with pytest.raises(ValueError, match="two images are called 'image 0'"):
+        predict({0: arrays[0], "image 0": arrays[1], 1: arrays[2]}, OwnBackbone())
+
+
+def test_an_image_outlives_its_predictions(arrays):
+    np.testing.assert_array_equal(predict(arrays, OwnBackbone())[2].image, arrays[2])
+    np.testing.assert_array_equal(predict(arrays, OwnBackbone())[3:5][1].image, arrays[4])
+
+
+def test_a_table_survives_what_happens_to_a_file(arrays, tmp_path, monkeypatch):
+    for index, image in enumerate(arrays):
+        cv2.imwrite(str(tmp_path / f"{index}.png"), image)
+    monkeypatch.chdir(tmp_path)
+    found = predict([f"{index}.png" for index in range(8)], OwnBackbone())
+    monkeypatch.chdir("/")
+    (tmp_path / "2.png").unlink()
+    found.save(tmp_path / "out")
+    rows = read_table(tmp_path / "out")
+    assert len(rows) == 8
+    assert {name for name, row in rows.items() if "no picture" in row["note"]} == {"2.png"}
+
+
+@pytest.mark.parametrize("name", ["\0n", "\ud800", "/", "a/../../b", ""])
+def test_names_that_no_file_may_have(name, arrays, tmp_path):
+    found = predict({name: arrays[0], **{str(index): image for index, image in enumerate(arrays[1:])}}, OwnBackbone())
+    found.save(tmp_path / "out")
+    assert sum(1 for _ in (tmp_path / "out/predictions.csv").open(encoding="utf-8-sig")) >= 9
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_numbers_of_other_libraries(arrays):
+    found = predict(arrays, OwnBackbone(), threshold=np.float32(0.5))
+    for value in (np.float32(0.25), torch.tensor(0.25), 0.25):
+        found.threshold = value
+        assert found.threshold == 0.25
+
+
+def test_big_endian_images_of_pillow(tmp_path):
+    images = [grey(seed, defect=seed == 6).astype(np.uint16) * 40 for seed in range(7)]
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    swapped = [Image.frombytes("I;16B", image.shape[::-1], image.astype(">u2").tobytes()) for image in images]
+    np.testing.assert_allclose(
+        predict(swapped, OwnBackbone()).scores, predict(tmp_path, OwnBackbone()).scores, atol=1e-5
+    )
+
+
+def test_an_empty_folder_among_others_is_passed_over(pile, tmp_path):
+    with pytest.warns(UserWarning, match="No image lies in"):
+        assert len(predict([pile, tmp_path], OwnBackbone())) == 13
+
+
 def test_another_threshold_labels_anew(arrays, tmp_path):
     backbone = OwnBackbone()
     found = predict(arrays, backbone)
@@ -137,6 +198,8 @@ def test_a_data_frame_and_a_picture(arrays):
     found = predict(arrays, OwnBackbone())
     frame = found.to_pandas()
     assert frame["path"][0] == "image 7"
+    assert (frame[frame.score > 0.5].label == "anomalous").all()
+    assert 0 < frame.raw_score.mean() < 2
     assert frame["rank"].tolist() == list(range(1, 9))
     assert frame["label"].value_counts().to_dict() == {"normal": 7, "anomalous": 1}
     assert np.asarray(found.show(7)).shape[1] > np.asarray(found.show(0)).shape[1] - 1
@@ -212,7 +275,8 @@ def test_another_model_of_engine(mvtec_root, make_engine):
         ([np.full((8, 8), "a")] * 2, ValueError, "must hold numbers"),
         ([np.full((8, 8), 1e300)] * 2, ValueError, "beyond 3.4e\\+38"),
         ([np.zeros((0, 8), np.uint8)] * 2, ValueError, "must have the shape"),
-        ([np.zeros((8, 8, 3), np.uint8)], ValueError, "at least 2 images"),
+        ([np.zeros((8, 8, 3), np.uint8)], ValueError, r"at least 2 of one product.* got 1 \(image 0\)"),
+        ("", ValueError, "empty name"),
     ],
 )
 def test_what_is_no_image(images, error, message):
@@ -223,6 +287,9 @@ def test_what_is_no_image(images, error, message):
 def test_arguments_that_do_not_go_together(arrays):
     with pytest.raises(ValueError, match="device must be one of"):
         predict(arrays, OwnBackbone(), device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device='cuda': this machine has none"):
+            predict(arrays, OwnBackbone(), device="cuda")
     with pytest.raises(ValueError, match="image_sensitivity must be a number from 0 to 1"):
         predict(arrays, OwnBackbone(), sensitivity=3)
     with pytest.raises(ValueError, match="sensitivity are for the default post-processor"):
