@@ -79,7 +79,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, RuntimeError, TypeError) as error:
         if arguments.verbose:
             traceback.print_exc()
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        message = " ".join(str(error).split()).replace("default_root_dir", "--output")
+        sys.stderr.write(f"error: {message}\n")
         return 2 if isinstance(error, (ValueError, FileNotFoundError)) else 1
 
 

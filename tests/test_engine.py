@@ -248,7 +248,7 @@ def test_each_of_several_pools_decides_for_itself(again, tmp_path, folder, own_b
     }
     flagged = {path for path, label in labels.items() if label}
     assert flagged >= {path for path in labels if "/scratch/" in path}
-    assert len([path for path in flagged if "/rough/" in path]) <= 2  # of 12 good ones
+    assert len([path for path in flagged if "/rough/" in path]) <= 3  # of 12 good ones
 
 
 def test_limit_test_batches_makes_the_pool(mvtec_root, own_backbone, make_engine):
@@ -385,7 +385,7 @@ def test_truncated_test_image_is_named(tmp_path, mvtec_root, own_backbone, make_
 def test_read_only_output_is_named_before_the_long_work(tmp_path, folder, own_backbone):
     blocked = tmp_path / "blocked"
     blocked.write_text("a file where the results should go")
-    with pytest.raises(OSError, match=r"Results cannot be written to .*blocked.* Choose another folder"):
+    with pytest.raises(OSError, match=r"Results cannot be written to .*blocked.* Choose another default_root_dir"):
         Engine(default_root_dir=blocked, enable_progress_bar=False).predict(MuSc(own_backbone), data_path=folder)
     assert own_backbone.num_images == 0
 

@@ -37,6 +37,26 @@ def check(code: str, python: Path | str = sys.executable, **environment: str) ->
     return done.stdout
 
 
+FORKS = """
+import os, sys
+import lightning.pytorch, open_clip, timm  # third parties, which take longest
+for number, code in enumerate({snippets!r}):
+    process = os.fork()
+    if not process:
+        os.environ.update({environment!r}[number])
+        exec(code, {{"__name__": "__main__"}})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, code
+"""
+
+
+def check_each(*snippets: str, environment: dict[int, dict[str, str]] | None = None) -> None:
+    """Run each piece of code in a fork of one interpreter that knows nothing of anomalib yet; all must succeed."""
+    variables = [(environment or {}).get(number, {}) for number in range(len(snippets))]
+    check(FORKS.format(snippets=[textwrap.dedent(snippet) for snippet in snippets], environment=variables))
+
+
 def make_venv(folder: Path) -> tuple[Path, Path]:
     """Make an environment that sees our dependencies, but none of our site-packages' start-up files."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
@@ -46,8 +66,7 @@ def make_venv(folder: Path) -> tuple[Path, Path]:
     return folder / "bin/python", site_packages
 
 
-def test_every_name_is_known():
-    check("""
+EVERY_NAME = """
         from anomalib.models import MuSc, get_model, list_models
         small = {"backbone": "test_vit", "pretrained": False}
         assert "mu_sc" in list_models() and "MuSc" in list_models(case="pascal")
@@ -60,27 +79,8 @@ def test_every_name_is_known():
         from anomalib.data import MVTec, MVTecAD, get_datamodule
         assert issubclass(MVTec, MVTecAD)
         assert type(get_datamodule({"class_path": "MVTec", "init_args": {"root": "/none"}})) is MVTec
-    """)
-
-
-def test_any_module_may_be_imported_first():
-    """Those that import anomalib's models themselves, too: each in a fork of one that has third parties at hand."""
-    check("""
-        import os, sys
-        import lightning.pytorch, open_clip, timm
-        for first in ("output.prediction_writer", "compat.export", "pool.folder", "inference.detector", "torch_model"):
-            process = os.fork()
-            if not process:
-                __import__(f"anomalib_musc.{first}")
-                import anomalib.models, anomalib_musc
-                is_there = anomalib.models.MuSc is anomalib_musc.MuSc
-                os._exit(0 if is_there and "anomalib_musc" in anomalib.models.ALLOWED_MODULES else 1)
-            assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, first
-    """)
-
-
-def test_unusual_finders_and_loaders_do_no_harm():
-    check("""
+    """
+UNUSUAL_FINDERS_AND_LOADERS = """
         import sys
         from importlib.machinery import PathFinder
 
@@ -103,20 +103,28 @@ def test_unusual_finders_and_loaders_do_no_harm():
 
         sys.meta_path[1:1] = [WithoutFindSpec(), Slotted] if sys.version_info < (3, 12) else [Slotted]
         from anomalib.models import MuSc
-    """)
-
-
-def test_it_can_be_switched_off():
-    check(
-        """
+    """
+SWITCHED_OFF = """
         import sys, anomalib.models
         assert not hasattr(anomalib.models, "MuSc")
         loaded = {name for name in sys.modules if name.startswith("anomalib_musc.")}
         assert loaded == {"anomalib_musc.startup", "anomalib_musc.compat", "anomalib_musc.compat.old_names"}
         from anomalib_musc import MuSc  # still there for who asks
-        """,
-        ANOMALIB_MUSC_ZOO="0",
-    )
+        """
+ANY_MODULE_FIRST = """
+    import {first}
+    import anomalib.models, anomalib_musc
+    assert anomalib.models.MuSc is anomalib_musc.MuSc
+    assert "anomalib_musc" in anomalib.models.ALLOWED_MODULES
+"""
+FIRST = ("output.prediction_writer", "compat.export", "pool.folder", "inference.detector", "torch_model")
+
+
+def test_it_joins_in_every_way():
+    """All names, odd finders, switched off, and modules that import anomalib's models themselves."""
+    modules = [ANY_MODULE_FIRST.format(first=f"anomalib_musc.{name}") for name in FIRST]
+    environment = {2: {"ANOMALIB_MUSC_ZOO": "0"}}
+    check_each(EVERY_NAME, UNUSUAL_FINDERS_AND_LOADERS, SWITCHED_OFF, *modules, environment=environment)
 
 
 @pytest.mark.parametrize("value", ["false", "no", "OFF"])

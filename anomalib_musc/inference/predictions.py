@@ -254,7 +254,7 @@ class Predictions(Sequence[ImagePrediction]):
             FileExistsError: If there is a table already.
         """
         folder = Path(folder)
-        check_writable(folder)
+        check_writable(folder, "folder")
         table = folder / "predictions.csv"
         if table.exists():
             msg = f"{table} is there already; save to another folder."

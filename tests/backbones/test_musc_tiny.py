@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from anomalib.data.utils import read_image
 from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.engine import Engine
 from conftest import SHARED
@@ -89,7 +88,7 @@ class TestNetwork:
         with pytest.raises(ValueError, match="did you mean 'musc-tiny'"):
             create_backbone("musc_tiny")
 
-    def test_exports_and_checkpoint_give_what_lightning_gives(self, mvtec_root, tmp_path, monkeypatch):
+    def test_export_and_checkpoint_give_what_lightning_gives(self, mvtec_root, tmp_path, monkeypatch):
         engine = Engine(default_root_dir=tmp_path, enable_progress_bar=False)
         engine.fit(
             MuSc("musc-tiny", image_size=64, mode="reference", k_shot=3, visualizer=False),
@@ -105,14 +104,6 @@ class TestNetwork:
         exported = TorchInferencer(path, device="cpu").predict(image)
         assert exported.pred_score.item() == pytest.approx(expected.pred_score.item(), abs=1e-5)
         torch.testing.assert_close(exported.anomaly_map.squeeze(), expected.anomaly_map.squeeze(), atol=1e-5, rtol=0)
-        onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-        path = engine.export(model, ExportType.ONNX, export_root=tmp_path, input_size=(96, 128))  # of the images
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        pixels = read_image(image, as_tensor=True)[None].numpy()
-        score, anomaly_map = session.run(["pred_score", "anomaly_map"], {"input": pixels})
-        assert score.item() == pytest.approx(expected.pred_score.item(), abs=1e-4)
-        np.testing.assert_allclose(anomaly_map.squeeze(), expected.anomaly_map.squeeze().numpy(), atol=1e-4)
 
 
 def test_learned_features_find_what_random_ones_miss():
@@ -131,12 +122,10 @@ def test_learned_features_find_what_random_ones_miss():
 
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../shared/data is not here")
-@pytest.mark.parametrize(("root", "image", "pixel"), [("cookies", 0.91, 0.94), ("magnetic_tile", 0.78, 0.71)])
-def test_photographs(root, image, pixel):
-    """Of the tiles every second one, for time."""
-    (pool,) = dataset_products(SHARED / "data" / root, IMAGE_SIZE[0])
-    step = 2 if root == "magnetic_tile" else 1
-    labelled = Labelled(root, pool.images[::step], pool.masks[::step])
+def test_photographs():
+    """Every second tile, for time; of cookies and all tiles the model card has the numbers."""
+    (pool,) = dataset_products(SHARED / "data/magnetic_tile", IMAGE_SIZE[0])
+    labelled = Labelled("magnetic_tile", pool.images[::2], pool.masks[::2])
     (learned,) = (evaluate(model, labelled) for model in models("package"))
-    assert learned[1] > image
-    assert learned[2] > pixel
+    assert learned[1] > 0.78
+    assert learned[2] > 0.71
