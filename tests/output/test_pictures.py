@@ -32,7 +32,10 @@ def test_panels_have_the_images_proportions(size):
     width, height = size
     picture = draw_picture(np.full((height, width, 3), GREY, np.uint8), "x.png", torch.zeros(8, 8))
     scale = min(SIDE / max(size), 4)
-    assert picture.width == 8 + 2 * (8 + max(1, round(width * scale)))
+    panel = max(1, round(width * scale))
+    assert picture.width == 8 + 2 * (8 + max(panel, 160))  # of narrow ones the caption is to be read
+    shown = (np.asarray(picture)[-20] == GREY).all(axis=-1)
+    assert abs(int(shown[: picture.width // 2].sum()) - panel) <= 1
     assert abs(picture.height - round(height * scale) - 60) <= 1
 
 
