@@ -22,7 +22,7 @@ from lightning.pytorch import Callback
 from runs import datamodule
 from torch.utils.data import DataLoader, Dataset
 
-from anomalib_musc import MuSc, PredictionWriter
+from anomalib_musc import MuSc, PredictionWriter, RsCINPostProcessor
 from anomalib_musc.output.files import MirroredFolder
 from anomalib_musc.output.predictions import PoolReport, Prediction
 from anomalib_musc.output.summary import summary
@@ -38,6 +38,12 @@ def pile(tmp_path: Path) -> Path:
     write_products(tmp_path / "pile/good", range(12))
     write_products(tmp_path / "pile/bad", range(30, 32), masks=tmp_path / "masks")
     return tmp_path / "pile"
+
+
+def test_least_pixel_sensitivity_has_its_page(pile, tmp_path, own_backbone, make_engine):
+    post_processor = RsCINPostProcessor(pixel_sensitivity=0)
+    make_engine().predict(MuSc(own_backbone, post_processor=post_processor), data_path=pile)
+    assert list(tmp_path.rglob("review.html"))
 
 
 # --- the table -----------------------------------------------------------------------------------------------------

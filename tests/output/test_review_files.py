@@ -119,7 +119,7 @@ class TestArguments:
         ("changes", "message"),
         [
             ({"threshold": float("nan")}, "threshold must be a finite number, got nan"),
-            ({"region_fraction": 1.0}, "region_fraction must lie between 0 and 1, got 1.0"),
+            ({"region_fraction": 1.1}, "region_fraction must be above 0 and at most 1, got 1.1"),
             ({"argument_scale": (0.0, 1.0)}, "argument_scale must be two finite numbers"),
         ],
     )

@@ -86,8 +86,8 @@ class Review:
         if not math.isfinite(self.threshold):
             msg = f"threshold must be a finite number, got {self.threshold!r}."
             raise ValueError(msg)
-        if not 0 < self.region_fraction < 1:
-            msg = f"region_fraction must lie between 0 and 1, got {self.region_fraction!r}."
+        if not 0 < self.region_fraction <= 1:
+            msg = f"region_fraction must be above 0 and at most 1, got {self.region_fraction!r}."
             raise ValueError(msg)
         slope, offset = self.argument_scale
         if not (slope > 0 and math.isfinite(slope) and math.isfinite(offset)):
