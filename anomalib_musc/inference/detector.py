@@ -15,13 +15,13 @@ from anomalib_musc.compat.paths import Listing
 from anomalib_musc.compat.quiet import quiet
 from anomalib_musc.functional.arguments import is_number
 from anomalib_musc.inference.inputs import as_folder, is_in_memory, to_pillow
-from anomalib_musc.inference.predictions import Entry, ImagePrediction, to_pixels
+from anomalib_musc.inference.predictions import Entry, ImagePrediction
 from anomalib_musc.inference.run import device_of, make_model, run
 from anomalib_musc.lightning_model import MuSc
 from anomalib_musc.output.predictions import Prediction
 from anomalib_musc.output.regions import find_regions
 from anomalib_musc.pool.grey_range import GreyRange
-from anomalib_musc.pool.high_bit_depth import decode, read_image_file
+from anomalib_musc.pool.high_bit_depth import decode, read_image_file, to_pixels
 
 
 class Detector:

@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.functional.arguments import is_number
 from anomalib_musc.inference.inputs import Inputs
-from anomalib_musc.output.batches import original_size, prediction_of, report_of
+from anomalib_musc.output.batches import original_size, prediction_of, report_of, with_picture
 from anomalib_musc.output.files import MirroredFolder, atomic_write, check_writable
 from anomalib_musc.output.picture import draw_picture
 from anomalib_musc.output.predictions import Decision, PoolReport, Prediction
@@ -27,7 +27,7 @@ from anomalib_musc.output.summary import summary
 from anomalib_musc.output.table import COLUMNS, rows_of
 from anomalib_musc.output.visualizer import caption_of
 from anomalib_musc.pool.grey_range import GreyRange
-from anomalib_musc.pool.high_bit_depth import read_image_file
+from anomalib_musc.pool.high_bit_depth import read_image_file, to_pixels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -260,14 +260,7 @@ class Predictions(Sequence[ImagePrediction]):
             msg = f"{table} is there already; save to another folder."
             raise FileExistsError(msg)
         drawn, failures = self._draw(folder / "images") if pictures else ({}, {})
-        ranked = [
-            replace(
-                prediction,
-                picture=drawn.get(prediction.path),
-                notes=[*prediction.notes, *([failures[prediction.path]] if prediction.path in failures else [])],
-            )
-            for prediction in self._ranked(review)
-        ]
+        ranked = [with_picture(prediction, drawn, failures) for prediction in self._ranked(review)]
         write_results(table, ranked, self._report, review=review)
         return table
 
@@ -338,11 +331,6 @@ def _mask(known: Prediction, values: torch.Tensor, report: PoolReport) -> np.nda
     if bound is None:
         return (values >= decision.region_fraction * values.max()).numpy()
     return (values > bound).numpy()
-
-
-def to_pixels(image: torch.Tensor) -> np.ndarray:
-    """Return an image ``(3, H, W)`` in [0, 1] as ``(H, W, 3)``, uint8."""
-    return np.ascontiguousarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
 
 def _renamed(entry: Entry, name: str, names: Mapping[str, str]) -> Entry:

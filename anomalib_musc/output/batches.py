@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of each image, from the batches that Engine gives, the pool and the pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,17 @@ def joined(predictions: Sequence[Prediction], report: PoolReport, model: Any) ->
         for name, other in report.images.items()
         if name not in seen
     ]
-    joined = []
-    for prediction in predictions:
-        known = _with_pool(prediction, report.images.get(prediction.path))
-        failure = [failures[prediction.path]] if prediction.path in failures else []
-        joined.append(replace(known, picture=pictures.get(prediction.path), notes=[*known.notes, *failure]))
-    return sorted([*joined, *not_reached], key=lambda prediction: prediction.order)
+    reached = [
+        with_picture(_with_pool(prediction, report.images.get(prediction.path)), pictures, failures)
+        for prediction in predictions
+    ]
+    return sorted([*reached, *not_reached], key=lambda prediction: prediction.order)
+
+
+def with_picture(prediction: Prediction, pictures: Mapping[str, Path], failures: Mapping[str, str]) -> Prediction:
+    """Add where an image's picture is, or why there is none, both by path."""
+    failure = [failures[prediction.path]] if prediction.path in failures else []
+    return replace(prediction, picture=pictures.get(prediction.path), notes=[*prediction.notes, *failure])
 
 
 def _with_pool(prediction: Prediction, of_pool: Prediction | None) -> Prediction:

@@ -15,7 +15,7 @@ from anomalib_musc.output.files import MirroredFolder, atomic_write
 from anomalib_musc.output.picture import SIDE, draw_picture
 from anomalib_musc.output.regions import find_regions
 from anomalib_musc.pool.grey_range import GreyRange
-from anomalib_musc.pool.high_bit_depth import read_image_file, read_small
+from anomalib_musc.pool.high_bit_depth import read_image_file, read_small, to_pixels
 from anomalib_musc.pool.loaders import image_paths
 
 _JPEG = {".jpg", ".jpeg"}
@@ -120,8 +120,7 @@ def _read(path: Path, grey_range: GreyRange | None, *, is_whole: bool) -> tuple[
                 picture, size = read_small(image, 2 * SIDE)
                 return np.asarray(picture.convert("RGB")), size
     file = read_image_file(path)
-    shown = file.scaled(grey_range).clamp(0, 1).permute(1, 2, 0)
-    return np.ascontiguousarray((shown * 255).round().to(torch.uint8).numpy()), file.size
+    return to_pixels(file.scaled(grey_range)), file.size
 
 
 def _plane(mask: torch.Tensor | None) -> np.ndarray | None:

@@ -77,6 +77,11 @@ def decode(image: Image.Image) -> ImageFile:
     return ImageFile(values, is_deep, orientation, num_frames)
 
 
+def to_pixels(image: torch.Tensor) -> np.ndarray:
+    """Return an image ``(3, H, W)`` in [0, 1] as ``(H, W, 3)``, uint8."""
+    return np.ascontiguousarray((image.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+
+
 def read_small(image: Image.Image, side: int) -> tuple[Image.Image, tuple[int, int]]:
     """Decode an opened file as a viewer shows it, a JPEG at a fraction of its size, in a fraction of the time.
 

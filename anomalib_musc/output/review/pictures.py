@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.output.review.records import Card
 from anomalib_musc.pool.grey_range import find_grey_range, sample
-from anomalib_musc.pool.high_bit_depth import has_high_bit_depth, read_small
+from anomalib_musc.pool.high_bit_depth import has_high_bit_depth, read_small, to_pixels
 
 # With at most three small thumbnails of other pages a card, 2,000 cards take
 # 2000 x (30 + 3 x 3 + 4) kB x 4/3 for base64 = 115 MB at the very most.
@@ -69,7 +69,7 @@ def thumbnail_of(image: torch.Tensor) -> bytes:
     """Return the thumbnail of an image ``(3, H, W)`` in [0, 1]."""
     step = max(1, min(max(image.shape[-2:]) // (2 * SIDE), *image.shape[-2:]))
     image = image[:, ::step, ::step]  # of more than twice the thumbnail's size
-    return encode_thumbnail((image.permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    return encode_thumbnail(to_pixels(image))
 
 
 def picture_of(card: Card) -> Picture:
