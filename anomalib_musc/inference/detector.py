@@ -13,7 +13,6 @@ import torch
 
 from anomalib_musc.compat.paths import Listing
 from anomalib_musc.compat.quiet import quiet
-from anomalib_musc.functional.arguments import is_number
 from anomalib_musc.inference.inputs import as_folder, is_in_memory, to_pillow
 from anomalib_musc.inference.predictions import Entry, ImagePrediction
 from anomalib_musc.inference.run import device_of, make_model, run
@@ -131,7 +130,7 @@ class Detector:
     @property
     def _grey_range(self) -> GreyRange | None:
         of_bank = self._model.model.bank.grey_range
-        return None if of_bank is None or not all(map(is_number, of_bank)) else GreyRange(*of_bank)
+        return None if of_bank is None else GreyRange(*of_bank)
 
     def _make_ready(self) -> None:
         self._model.eval().to(self._device)
