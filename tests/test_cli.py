@@ -119,6 +119,15 @@ def test_a_users_own_module_in_a_configuration(tmp_path, mvtec_root):
     assert metric(done.stdout, "image_AUROC") == 1
 
 
+def test_what_a_prediction_says_last_is_its_summary(tmp_path, folder):
+    done = anomalib("predict", "--model", "MuSc", "--data", folder, *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    summary = done.stdout.splitlines().index(next(x for x in done.stdout.splitlines() if x.startswith("12 images: ")))
+    assert "MuSc: extracting features" in done.stdout
+    assert "extracting" not in "".join(done.stdout.splitlines()[summary:])
+    assert done.stdout.rstrip().splitlines()[-1].startswith("Written: ")
+
+
 def test_the_readmes_options(folder, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 

@@ -4,6 +4,7 @@
 import pytest
 from anomalib.callbacks import ModelCheckpoint
 from commands import TINY
+from lightning.pytorch.callbacks import ModelCheckpoint as LightningCheckpoint
 from runs import datamodule
 
 from anomalib_musc import MuSc
@@ -31,3 +32,11 @@ def test_without_an_evaluator(tmp_path, mvtec_root, make_engine):
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "own", monitor="image_AUROC")
     with pytest.raises(ValueError, match=r"monitor='image_AUROC'"):
         make_engine(callbacks=[checkpoint]).fit(MuSc(**TINY, evaluator=False), datamodule=datamodule(mvtec_root))
+
+
+def test_lightnings_own_is_said_to_save_nothing(tmp_path, mvtec_root, make_engine):
+    checkpoint = LightningCheckpoint(dirpath=tmp_path / "own", monitor="image_AUROC")
+    engine = make_engine(callbacks=[checkpoint])
+    with pytest.warns(UserWarning, match=r"saved nothing, .* use anomalib\.callbacks\.ModelCheckpoint"):
+        engine.fit(MuSc(**TINY), datamodule=datamodule(mvtec_root))
+    assert not (tmp_path / "own").exists()

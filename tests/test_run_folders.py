@@ -10,6 +10,7 @@ from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from commands import SMALL, anomalib
 from conftest import OwnBackbone, write_products
+from lightning.pytorch import Callback
 from runs import datamodule
 
 from anomalib_musc import MuSc
@@ -40,6 +41,34 @@ def test_a_second_prediction_leaves_the_first_alone(reuse, tmp_path):
     assert len(pictures(root / "v0")) == 4
     assert len(pictures(root / "v1")) == 5
     assert sorted(path.name for path in root.iterdir()) == ["latest", "v0", "v1"]
+
+
+class Interrupted(Callback):
+    def on_predict_batch_start(self, *args):  # noqa: ARG002
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_fails_leaves_no_folder(tmp_path):
+    products, one = tmp_path / "products", tmp_path / "one"
+    write_products(products, range(4))
+    write_products(one, range(1))
+    root = tmp_path / "results/MuSc"
+    with pytest.raises(ValueError, match="at least 2 images"):
+        engine(tmp_path / "results").predict(MuSc(OwnBackbone()), data_path=one)
+    assert not list(root.iterdir())
+    engine(tmp_path / "results").predict(MuSc(OwnBackbone()), data_path=products)
+    before = sorted(tmp_path.rglob("*"))
+    runner = engine(tmp_path / "results")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="at least 2 images"):
+            runner.predict(MuSc(OwnBackbone()), data_path=one)
+    stopped = Engine(default_root_dir=tmp_path / "results", callbacks=[Interrupted()], logger=False)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        stopped.predict(MuSc(OwnBackbone(), prediction_writer=False), data_path=products)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (root / "latest").resolve() == root / "v0"
+    runner.predict(MuSc(OwnBackbone()), data_path=products)
+    assert (root / "latest").resolve() == root / "v1"
 
 
 def test_every_command_in_any_order(tmp_path, mvtec_root):

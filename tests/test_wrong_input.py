@@ -10,6 +10,7 @@ from anomalib.deploy import ExportType
 from anomalib.engine import Engine
 from commands import TINY
 from conftest import OwnBackbone, write_products
+from lightning.pytorch.callbacks import RichProgressBar
 from runs import datamodule
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -54,6 +55,23 @@ def test_a_model_of_two_threads(tmp_path, folder, make_engine):
     first.join()
     assert len(found[0]) == 12  # unharmed
     assert len(other.predict(model, data_path=folder)) == 12  # one after the other is no fault
+
+
+def test_two_models_in_two_threads_beside_each_other(tmp_path, folder):
+    """With Lightning's own progress bars, which draw on one console."""
+    found, backbone = {}, SlowBackbone()
+
+    def predict(name: str, model: MuSc) -> None:
+        engine = Engine(default_root_dir=tmp_path / name, callbacks=[RichProgressBar(refresh_rate=1)], logger=False)
+        found[name] = len(engine.predict(model, data_path=folder))
+
+    first = threading.Thread(target=predict, args=("first", MuSc(backbone, visualizer=False)))
+    first.start()
+    assert backbone.has_begun.wait(60)
+    predict("second", MuSc(OwnBackbone(), visualizer=False))  # begins and ends while the first one goes on
+    backbone.may_end.set()
+    first.join()
+    assert found == {"first": 12, "second": 12}
 
 
 def test_a_model_is_free_again_after_an_error(tmp_path, folder, make_engine):

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bar of our own on whichever progress bar Lightning's trainer shows, and times in its profiler."""
+"""A bar of our own on whichever progress bar Lightning's trainer shows, and times in its profiler.
+
+Lightning 2.6 ends a ``RichProgressBar`` at teardown: what a callback prints before comes ahead of the bar's last state
+where output goes to a file.
+"""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -63,3 +67,10 @@ def progress_bar(trainer: Trainer, description: str, total: float) -> Iterator[C
             yield tqdm.update
     else:
         yield lambda _steps: None
+
+
+def end_progress_bar(trainer: Trainer) -> None:
+    """Show the last state of a trainer's bars, so that what is printed comes after it."""
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar):
+        bar._stop_progress()

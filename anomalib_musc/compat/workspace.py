@@ -15,7 +15,7 @@ from pathlib import Path
 import anomalib.models
 from anomalib.models.components import AnomalibModule
 from anomalib.utils.path import create_versioned_dir
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 _MOST_RACES = 20
@@ -23,14 +23,16 @@ _CHECKPOINTS = Path("weights/lightning")
 MARKER = ".anomalib_run"  # in the folder of every run, whose pictures are no input of later ones
 
 
-class RunFolders:
+class RunFolders(Callback):
     """Gives each run a numbered folder, to which ``latest`` points, where Engine has chosen the place.
 
-    A run is a validation and the test or prediction after it. Other trainers keep their ``default_root_dir``.
+    A run is a validation and the test or prediction after it. Other trainers keep their ``default_root_dir``. A run
+    that fails before it has written anything leaves no folder.
     """
 
     def __init__(self) -> None:
         self._begun: Path | None = None
+        self._own: Path | None = None
 
     def enter(self, trainer: Trainer, model: str) -> None:
         """Let a trainer write into a folder of its own, before it fits, validates, tests or predicts.
@@ -42,6 +44,7 @@ class RunFolders:
         stage = trainer.state.fn
         given = folder = Path(trainer.default_root_dir)
         goes_on = stage in {"test", "predict"} and folder == self._begun
+        self._own = self._own if goes_on else None
         if not goes_on and (_is_engines(folder) or _checkpoints(trainer, folder)):
             with suppress(OSError):  # whoever writes there says that it cannot be written to
                 root = folder.parent if _is_engines(folder) else folder / model / _product(trainer)
@@ -50,7 +53,24 @@ class RunFolders:
                 for checkpoint in _checkpoints(trainer, given):
                     checkpoint.dirpath = str(folder / _CHECKPOINTS)
                 trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]  # set unseen by mypy
+                self._own = folder
         self._begun = folder if stage in {"fit", "validate"} else None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Remove a folder that holds nothing, and let ``latest`` point to the run before."""
+        del trainer, pl_module, exception
+        folder, self._own, self._begun = self._own, None, None
+        if folder is None or not _is_new(folder):
+            return
+        latest = folder.parent / "latest"
+        was_latest = latest.is_symlink() and latest.resolve() == folder.resolve()
+        with suppress(OSError):  # another process may have written there, or the disk be read-only
+            (folder / MARKER).unlink(missing_ok=True)
+            folder.rmdir()
+            if was_latest:
+                latest.unlink()
+                if left := _numbers(folder.parent):
+                    latest.symlink_to(f"v{max(left)}")
 
 
 def _checkpoints(trainer: Trainer, folder: Path) -> list[ModelCheckpoint]:
@@ -105,13 +125,16 @@ def _next(root: Path) -> Path:
     """Make the next numbered folder; a plain folder ``latest`` becomes the one before it."""
     latest = root / "latest"
     if latest.is_dir() and not latest.is_symlink():
-        numbers = [int(path.name[1:]) for path in root.glob("v*") if re.fullmatch(r"v\d+", path.name)]
         (latest / MARKER).touch()
-        latest.rename(root / f"v{max(numbers, default=-1) + 1}")
+        latest.rename(root / f"v{max(_numbers(root), default=-1) + 1}")
     for _ in range(_MOST_RACES):
         with suppress(FileExistsError):  # another run has just taken the number
             return create_versioned_dir(root)
     return create_versioned_dir(root)
+
+
+def _numbers(root: Path) -> list[int]:
+    return [int(path.name[1:]) for path in root.glob("v*") if re.fullmatch(r"v\d+", path.name)]
 
 
 def is_result(path: Path) -> bool:

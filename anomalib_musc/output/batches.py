@@ -61,8 +61,8 @@ def _with_pool(prediction: Prediction, of_pool: Prediction | None) -> Prediction
 
 
 def original_size(item: Any) -> tuple[int, int]:
-    """Return width and height of the image file, or of what was made of it."""
-    if item.image_path is None:
+    """Return width and height of the image file, or of what came where there is none, as of a camera's frame."""
+    if item.image_path is None or not Path(item.image_path).exists():
         return item.image.shape[-1], item.image.shape[-2]
     with Image.open(item.image_path) as image:
         return image.size

@@ -7,9 +7,10 @@ import cv2
 import numpy as np
 import torch
 from anomalib.visualization.image.functional import visualize_anomaly_map
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from anomalib_musc.output.files import printable
+from anomalib_musc.output.fonts import legible
 from anomalib_musc.output.regions import Region
 
 SIDE = 512  # pixels of a panel's longer side
@@ -18,7 +19,9 @@ _SEEN = 12  # pixels below which a region is shown enlarged, too
 _OPACITY = 0.45  # of the heatmap
 _TEXT, _MARGIN = 18, 8
 _NARROWEST = 160  # of a panel's column, in which its name and half of a caption can be read
-_INK, _PAPER = (30, 30, 30), (255, 255, 255)
+_INK, _FAINT, _PAPER = (30, 30, 30), (110, 110, 110), (255, 255, 255)
+
+Colour = tuple[int, int, int]
 
 
 def draw_picture(
@@ -90,25 +93,24 @@ def _enlarged(image: np.ndarray, region: Region, size: tuple[int, int]) -> np.nd
 
 def _joined(panels: dict[str, np.ndarray], caption: str, size: tuple[int, int]) -> Image.Image:
     """Put panels beside each other, each beneath its name, and the caption above them all."""
-    font = ImageFont.load_default(_TEXT - 4)
     width, height = size
     top = _MARGIN + 2 * (_TEXT + _MARGIN // 2)
     column = max(width, _NARROWEST)  # of a panel and its name
     canvas = Image.new("RGB", (_MARGIN + len(panels) * (column + _MARGIN), top + height + _MARGIN), _PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((_MARGIN, _MARGIN), _fitted(caption, font, canvas.width - 2 * _MARGIN), _INK, font)
+    _write(draw, (_MARGIN, _MARGIN), caption, canvas.width - 2 * _MARGIN, _INK)
     for index, (name, panel) in enumerate(panels.items()):
         left = _MARGIN + index * (column + _MARGIN)
-        draw.text((left, top - _TEXT), _fitted(name, font, column), (110, 110, 110), font)
+        _write(draw, (left, top - _TEXT), name, column, _FAINT)
         canvas.paste(Image.fromarray(panel), (left, top))
     return canvas
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """Shorten a text in its beginning, as a path's end tells more."""
-    shown = printable(text)
-    if font.getlength(shown) <= width:
-        return shown
-    while shown and font.getlength(f"…{shown}") > width:
+def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: float, ink: Colour) -> None:
+    """Write a text, shortened in its beginning to a width, as a path's end tells more."""
+    shown, font = legible(printable(text), _TEXT - 4)
+    fitted = shown
+    while shown and font.getlength(fitted) > width:
         shown = shown[1 + len(shown) // 20 :]
-    return f"…{shown}"
+        fitted = f"…{shown}"
+    draw.text(place, fitted, ink, font)

@@ -18,6 +18,7 @@ from anomalib.visualization import ImageVisualizer
 from anomalib.visualization.image.functional import visualize_anomaly_map
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from anomalib_musc.compat.progress import end_progress_bar
 from anomalib_musc.output.batches import joined, original_size, prediction_of, report_of
 from anomalib_musc.output.files import MirroredFolder, atomic_write, check_writable
 from anomalib_musc.output.predictions import Prediction
@@ -170,6 +171,7 @@ class PredictionWriter(Callback):
         self.files = write_results(folder / _table_name(trainer), self.predictions, report, review=self.review)
         if self.summary and trainer.is_global_zero:
             encoding = sys.stdout.encoding or "utf-8"
+            end_progress_bar(trainer)
             text = summary(self.predictions, report, self.files).encode(encoding, "backslashreplace").decode(encoding)
             _say(text)
 

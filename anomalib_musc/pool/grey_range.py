@@ -85,6 +85,39 @@ def find_grey_range(samples: torch.Tensor) -> GreyRange:
     return GreyRange(0.0, level if are_whole or high > level / 2 or high == 0 else high)
 
 
+def range_of_images(samples: Sequence[torch.Tensor]) -> tuple[GreyRange, list[int]]:
+    """Find black and white of a pool, and which of its images they do not suit, such as an overexposed one.
+
+    That is an image whose median is a far outlier among the medians of all, and lies further from the values of the
+    other images than these reach: it does not decide, and is clipped.
+
+    Args:
+        samples: Finite values, one tensor ``(n,)`` an image.
+
+    Returns:
+        The range, and the positions of the images that it does not suit.
+
+    Example:
+        >>> range_of_images([*torch.linspace(100, 900, 10).split(1), torch.tensor([60000.0])])
+        (GreyRange(black=0.0, white=1023.0), [10])
+    """
+    medians = [values.double().median().item() for values in samples if len(values)]
+    if not medians:
+        return find_grey_range(torch.cat([torch.empty(0), *samples])), []
+    ordered = sorted(medians)
+    lower, upper = ordered[math.ceil((len(ordered) - 1) / 4)], ordered[3 * (len(ordered) - 1) // 4]
+    reach = _FENCE * (upper - lower)
+    is_far = [len(values) > 0 and not lower - reach <= values.median() <= upper + reach for values in samples]
+    others = torch.cat([values for values, far in zip(samples, is_far, strict=True) if not far])
+    low, high = _robust_ends(_without_markers(others.double().sort().values))
+    outlying = [
+        position
+        for position, values in enumerate(samples)
+        if is_far[position] and not 2 * low - high <= values.double().median() <= 2 * high - low
+    ]
+    return find_grey_range(torch.cat([values for i, values in enumerate(samples) if i not in outlying])), outlying
+
+
 def white_level(brightest: float) -> float:
     """Return the largest value of as many bits, of 8 or more, as the brightest one needs; 1 for fractions.
 

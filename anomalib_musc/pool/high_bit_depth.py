@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize, to_dtype, to_image
 
-from anomalib_musc.pool.grey_range import GreyRange, find_grey_range, sample
+from anomalib_musc.pool.grey_range import GreyRange, range_of_images, sample
 from anomalib_musc.pool.orientation import SIDEWAYS, UPRIGHT, is_sideways_tiff, orientation_of, turned, turned_tensor
 
 _SINGLE_PICTURES = {"MPO"}  # a camera's, whose further pictures are previews
@@ -109,10 +109,16 @@ def has_high_bit_depth(image: Image.Image) -> bool:
     return image.mode in {"I", "F"} or image.mode.startswith("I;16")
 
 
-def grey_range_of_files(paths: Sequence[Path]) -> GreyRange | None:
-    """Return the range of the grey images of more than 8 bits among files, ``None`` where there is none."""
-    samples = [sample(read_image_file(path).values) for path in paths if is_high_bit_depth(path)]
-    return find_grey_range(torch.cat(samples)) if samples else None
+def grey_range_of_files(paths: Sequence[Path]) -> tuple[GreyRange | None, list[Path]]:
+    """Return the range of the grey images of more than 8 bits among files, and those that it does not suit.
+
+    It is ``None`` where there is no such image. See :func:`~anomalib_musc.pool.grey_range.range_of_images`.
+    """
+    samples = {path: sample(read_image_file(path).values) for path in paths if is_high_bit_depth(path)}
+    if not samples:
+        return None, []
+    grey_range, outlying = range_of_images(list(samples.values()))
+    return grey_range, [list(samples)[position] for position in outlying]
 
 
 def corrected_image(item: Any, grey_range: GreyRange | None, *, is_as_stored: bool) -> tuple[torch.Tensor, int]:

@@ -67,7 +67,7 @@ class PoolModule(NoValidationData):
             self._run_folders.enter(trainer, str(self.name))
         callbacks: Any = super().configure_callbacks()
         listed = list(callbacks) if isinstance(callbacks, Sequence) else [callbacks]
-        return [*listed, self._one_thread, TerminationStatus()]
+        return [*listed, self._one_thread, self._run_folders, TerminationStatus()]
 
     def teardown(self, stage: str) -> None:
         """Say where the results are, and end here if told to: another stage may be to follow."""

@@ -13,7 +13,7 @@ import torch
 from anomalib.data import ImageBatch
 
 from anomalib_musc.pool.checks import NO_FILE, describe_fault, unreadable
-from anomalib_musc.pool.grey_range import GreyRange, find_grey_range, sample
+from anomalib_musc.pool.grey_range import GreyRange, range_of_images, sample
 from anomalib_musc.pool.high_bit_depth import ImageFile, corrected_image, grey_range_of_files, read_image_file
 from anomalib_musc.pool.looks import Look, look_at
 from anomalib_musc.pool.orientation import UPRIGHT
@@ -135,7 +135,8 @@ class PoolReader:
                 waiting.append(path)
                 samples.append(found.samples)
         if waiting:
-            self.grey_range = self._known(find_grey_range(torch.cat(samples)), waiting[0])
+            found_range, outlying = range_of_images(samples)
+            self._take(found_range, waiting[0], [waiting[position] for position in outlying])
             yield from ((str(path), found.image) for path, found in self._files(waiting) if found.image is not None)
 
     def _files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, _Read]]:
@@ -156,7 +157,7 @@ class PoolReader:
         if found.file.orientation != UPRIGHT:
             self.orientations[name] = found.file.orientation
         if found.file.num_frames > 1:
-            self.notes[name] = f"only the first of {found.file.num_frames} pages or frames is looked at"
+            self.notes.setdefault(name, f"only the first of {found.file.num_frames} pages or frames is looked at")
         if found.look is not None:
             self.looks[name] = found.look
         if found.thumbnail is not None:
@@ -183,8 +184,10 @@ class PoolReader:
     def _batches_of_loader(self) -> Iterator[Prepared]:
         """Read the source by its own dataloader, whose images may be others than its files are."""
         paths = self._source.all_paths if self._source.paths is None else self._source.paths
-        if self.grey_range is None and (found := grey_range_of_files(paths)) is not None:
-            self.grey_range = self._known(found, paths[0])
+        if self.grey_range is None:
+            found, outlying = grey_range_of_files(paths)
+            if found is not None:
+                self._take(found, paths[0], outlying)
         batches = self._source.batches()
         first = next(batches, None)
         if first is not None and next(iter(first)).image_path is not None:
@@ -223,15 +226,24 @@ class PoolReader:
             )
             raise ValueError(msg)
 
-    def _known(self, found: GreyRange, path: Path) -> GreyRange:
-        """Return black and white that were found; a ValueError where they should have been given."""
+    def _take(self, found: GreyRange, path: Path, outlying: Sequence[Path]) -> None:
+        """Take black and white that were found, and note what they do not suit.
+
+        Raises:
+            ValueError: If they should have been given.
+        """
         if self._needs_grey_range and found.white != 1:  # fractions are known
             msg = (
                 f"{path} has more than 8 bits and the references have not: nobody knows which value is white. Take "
                 "references of the same camera, or name black and white: MuSc(grey_range=(0, 4095))."
             )
             raise ValueError(msg)
-        return found
+        self.grey_range = found
+        reason = (
+            f"most values lie far from those of the other images, and are clipped to {found.black:g} and "
+            f"{found.white:g}, their black and white; MuSc(grey_range=(black, white)) names others"
+        )
+        self.notes |= {str(path): reason for path in outlying}
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images if self._transform is None else self._transform(images)

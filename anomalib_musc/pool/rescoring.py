@@ -101,7 +101,7 @@ def image_features(
     check_readable(files, decode=True)
     model = MuScModel(backbone, pretrained=pretrained, image_size=image_size).to(device).eval()
     transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
-    grey_range = grey_range_of_files(files)
+    grey_range, _ = grey_range_of_files(files)
     images = ahead(lambda path: transform(read_image_file(path).scaled(grey_range)[None]), files)
     features = []
     for _ in tqdm(range(0, len(files), _BATCH), desc="RsCIN: extracting image features"):

@@ -13,6 +13,7 @@ from PIL import Image
 from runs import datamodule
 
 from anomalib_musc import MuSc
+from anomalib_musc.output.fonts import legible
 from anomalib_musc.output.picture import SIDE, draw_picture
 from anomalib_musc.output.regions import Region
 
@@ -116,3 +117,16 @@ def test_pictures_of_grey_images_are_grey(tmp_path, own_backbone, make_engine):
     first, _ = panels(Image.open(picture), 2, 1)
     assert first.std() > 20
     assert (first[..., 0] == first[..., 1]).all()
+
+
+@pytest.mark.parametrize("text", ["Größe œuvre Łódź.png", "деталь 7.png", "Ωμέγα", "部品.png", "產品 ไทย 🙂"])
+def test_no_letter_of_a_caption_is_a_box(text):
+    shown, font = legible(text, 14)
+    nothing = font.getmask("\U000f8ff0")  # of a private plane
+    assert all(bytes(font.getmask(letter)) != bytes(nothing) for letter in shown if not letter.isspace())
+    assert len(shown) == len(text)
+
+
+def test_letters_of_europe_are_shown_as_they_are():
+    for text in ("Größe œuvre Łódź.png", "деталь 7.png", "Ωμέγα"):
+        assert legible(text, 14)[0] == text

@@ -12,7 +12,7 @@ from PIL import Image
 from runs import by_path, datamodule, predict_loader
 
 from anomalib_musc import MuSc, RsCINPostProcessor
-from anomalib_musc.pool.grey_range import GreyRange, find_grey_range, sample
+from anomalib_musc.pool.grey_range import GreyRange, find_grey_range, range_of_images, sample
 
 NUM_IMAGES, DEFECT = 8, "7.tif"
 PLAIN = {"visualizer": False}
@@ -95,6 +95,41 @@ def test_black_and_white_of_known_values(values, expected):
 def test_a_small_bright_object_on_black_keeps_its_contrast():
     values = torch.cat([torch.zeros(9900) + torch.arange(9900) % 3, torch.linspace(20000, 30000, 100).round()])
     assert find_grey_range(values) == (0, 32767)
+
+
+OVEREXPOSED = {
+    "one of 8": ([3], 60000, (0, 1023)),
+    "two of 8": ([0, 5], 65535, (0, 1023)),
+    "dark ones of 12 bits": ([1], 0, None),
+}
+
+
+@pytest.mark.parametrize(("bad", "value", "expected"), OVEREXPOSED.values(), ids=OVEREXPOSED.keys())
+@pytest.mark.parametrize("is_tested", [False, True])
+def test_a_wrong_exposure_does_not_decide(bad, value, expected, is_tested, tmp_path, make_engine):
+    def expose(values: np.ndarray, number: int) -> np.ndarray:
+        noise = np.random.default_rng(number).integers(-300, 300, values.shape)
+        return np.clip(value + noise, 0, 65535).astype(np.uint16) if number in bad else ten_bits(values)
+
+    folder = write(tmp_path / "pool", expose, "png")
+    model = MuSc(OwnBackbone(), **PLAIN)
+    if is_tested:
+        engine = make_engine()
+        engine.test(model, dataloaders=predict_loader(folder))
+        notes = model.pools[0].notes
+    else:
+        make_engine().predict(model, data_path=folder)
+        notes = {name: row["note"] for name, row in read_table(tmp_path).items() if row["note"]}
+    assert model.pools[0].grey_range == (expected or (0, 1023))
+    named = {Path(name).name for name, note in notes.items() if "clipped to 0 and 1023" in note}
+    assert named == ({f"{number}.png" for number in bad} if expected else set())
+
+
+def test_images_of_one_camera_all_decide():
+    samples = [torch.linspace(0, top, 500).round() for top in (800, 900, 1000, 4000)]
+    assert range_of_images(samples) == ((0, 4095), [])
+    assert range_of_images([torch.empty(0), *samples]) == ((0, 4095), [])
+    assert range_of_images([torch.empty(0)]) == ((0, 1), [])
 
 
 def test_the_log_says_the_range_and_one_by_hand_wins(tmp_path, make_engine, caplog):

@@ -43,7 +43,7 @@ def test_fractions_and_colour_are_read_as_they_are(tmp_path):
     Image.fromarray((grey(0) / 255).astype(np.float32)).save(fractions)
     colour = tmp_path / "colour.png"
     cv2.imwrite(str(colour), product(0)[0].astype(np.uint16) * 257)
-    found = grey_range_of_files([fractions, colour])
+    found, _ = grey_range_of_files([fractions, colour])
     assert found == (0, 1)
     expected = torch.from_numpy(grey(0) / 255).float()
     torch.testing.assert_close(read_image_file(fractions).scaled(found)[0], expected)
