@@ -8,10 +8,10 @@ import torch
 from anomalib_musc.distances.kernels import Kernel
 from anomalib_musc.distances.tiles import Tile
 
+Comparison = tuple[slice, slice, torch.Tensor, torch.Tensor]
 
-def compare_tiles(
-    left: Tile, right: Tile, kernel: Kernel, chunk: int
-) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
+
+def compare_tiles(left: Tile, right: Tile, kernel: Kernel, chunk: int) -> Iterator[Comparison]:
     """Compare every image of a tile with every image of another, or of itself; each pair once.
 
     Args:
@@ -21,39 +21,52 @@ def compare_tiles(
         chunk: With how many at once.
 
     Yields:
-        The image on the left, the c images on the right, and both distances ``(D, c, L)``, as the kernel's.
+        Which images on the left, n of them, which on the right, c of them, and the distances of those to these,
+        ``(D, n, c, L)``, and of these to those, ``(D, c, n, L)``.
     """
-    resolution = max(left.resolution, right.resolution)
+    left_resolution, right_resolution = left.resolution, right.resolution
     for image in range(len(left.patches)):
         start = image + 1 if right is left else 0
         for first in range(start, len(right.patches), chunk):
             images = slice(first, min(first + chunk, len(right.patches)))
             to_right, to_left = kernel(left, image, right, images)
-            if min(to_right.min(), to_left.min()) < resolution:
-                _restore_small_distances((to_right, to_left), (left, image), (right, images.start), resolution)
-            yield image, images, to_right.sqrt_(), to_left.sqrt_()
+            spoilt_right = to_right < left_resolution[:, image, None]
+            spoilt_left = to_left < right_resolution[:, images]
+            if spoilt_right.any() or spoilt_left.any():
+                for index in range(len(left.degrees)):
+                    for offset in range(images.stop - first):
+                        one, other = (left, image), (right, first + offset)
+                        _restore(to_right[index, offset], spoilt_right[index, offset], one, other, index)
+                        _restore(to_left[index, offset], spoilt_left[index, offset], other, one, index)
+            yield slice(image, image + 1), images, to_right.sqrt_()[:, None], to_left.sqrt_()[:, :, None]
 
 
-def _restore_small_distances(
-    squared: tuple[torch.Tensor, torch.Tensor], left: tuple[Tile, int], right: tuple[Tile, int], resolution: float
+def _restore(
+    squared: torch.Tensor, is_spoilt: torch.Tensor, query: tuple[Tile, int], reference: tuple[Tile, int], index: int
 ) -> None:
-    """Recompute in float64, in place, the squared distances ``(D, c, L)`` that are too small for the products.
+    """Recompute in float64, in place, the squared distances that are too small for the products.
+
+    Of equal patches, as those of a plain background, one is compared.
 
     Args:
-        squared: Distances of the image to each of c others, and of theirs to it.
-        left: A tile and the position of the image.
-        right: A tile and the position of the first of the others.
-        resolution: What is too small.
+        squared: Distances of the query's patches to the reference, ``(L,)``.
+        is_spoilt: Which are too small.
+        query: A tile and the position of an image.
+        reference: Another tile and position.
+        index: That of the degree.
     """
-    for distances, is_mirrored in zip(squared, (False, True), strict=True):
-        is_spoilt = distances < resolution
-        for degree, other in is_spoilt.any(dim=-1).nonzero().tolist():
-            query, reference = left[0].vectors(left[1], degree), right[0].vectors(right[1] + other, degree)
-            if is_mirrored:
-                query, reference = reference, query
-            patches = is_spoilt[degree, other]
-            exact = torch.cdist(_in_float64(query[patches]), _in_float64(reference)).amin(dim=1)
-            distances[degree, other, patches] = exact.square().to(distances)
+    patches = is_spoilt.nonzero().flatten()
+    if not len(patches):
+        return
+    (tile, image), (other_tile, other) = query, reference
+    positions, equals = tile.distinct(image, index)
+    chosen, of_patches = equals[patches].unique(return_inverse=True)
+    others = other_tile.distinct(other, index)[0]
+    nearest = torch.cdist(
+        _in_float64(tile.vectors(image, index)[positions[chosen]]),
+        _in_float64(other_tile.vectors(other, index)[others]),
+    ).amin(dim=1)
+    squared[patches] = nearest.square().to(squared)[of_patches]
 
 
 def _in_float64(tensor: torch.Tensor) -> torch.Tensor:

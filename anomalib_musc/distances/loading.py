@@ -8,8 +8,8 @@ import torch
 
 from anomalib_musc.distances.plan import Workload
 from anomalib_musc.distances.storage import release
-from anomalib_musc.distances.survey import check_values, common_offset
-from anomalib_musc.distances.tiles import Tile, tile_of_maps, tile_of_vectors
+from anomalib_musc.distances.survey import check_values, densest_place, some_of
+from anomalib_musc.distances.tiles import CANCELLATION, Tile, tile_of_maps, tile_of_vectors
 from anomalib_musc.distances.windows import unit_vectors
 
 
@@ -21,41 +21,49 @@ class PoolLoader:
         features: Patches ``(N, L, C)`` or maps ``(N, C, H, W)``, on any device.
         images: Indices of those that are compared.
         prepare: Changes the features of one image, ``(1, ...)``.
-        offset: What is subtracted from all patches, ``(C,)``, see :func:`.common_offset`.
+        some: A few of them, at which one may look.
+        origin: What is subtracted from all that is compared, ``(C,)``, see :func:`.densest_place`.
     """
 
     features: torch.Tensor
     images: Sequence[int]
     prepare: Callable[[torch.Tensor], torch.Tensor] | None
-    offset: torch.Tensor | None = None
+    some: Sequence[int] = ()
+    origin: torch.Tensor | None = None
 
     def surveyed(self) -> "PoolLoader":
-        """Look at all features; return a loader that subtracts what all patches have in common.
+        """Look at all features; a ValueError if one is not finite, or its square would overflow."""
+        return replace(self, some=some_of(check_values(self.features, self.images)))
 
-        Raises:
-            ValueError: If one is not finite, or its square would overflow.
-        """
-        check_values(self.features, self.images)
-        if self.features.ndim == 4:  # unit vectors
+    def centred(self, workload: Workload) -> "PoolLoader":
+        """Return a loader that subtracts the densest place, where vectors are compared as they are loaded."""
+        if len(workload.degrees) > 1:  # whose windows are still to be summed and scaled
             return self
-        return replace(self, offset=common_offset(self.features, self.images, self.prepare))
+        return replace(self, origin=self._densest_place(workload)[0])
+
+    def has_background(self, workload: Workload) -> bool:
+        """Whether a tenth of the patches are so alike that one product for all degrees cannot tell them apart."""
+        one = replace(workload, degrees=workload.degrees[:1])
+        return len(workload.degrees) > 1 and self._densest_place(one)[1] ** 2 < CANCELLATION
+
+    def _densest_place(self, workload: Workload) -> tuple[torch.Tensor, float]:
+        return densest_place(self._patches(workload, image)[0] for image in self.some)
 
     def tile(self, workload: Workload, first: int, last: int) -> Tile:
         """Load the images from the first up to, not including, the last."""
         is_shared, rounding = len(workload.degrees) > 1, workload.kernel.rounding
         images = self.images[first:last]
-        if self.features.ndim == 3 and self.prepare is None:  # not one by one: where nothing changes, nothing is copied
-            rows = slice(first, last) if self.images == range(len(self.features)) else list(images)
-            patches = rounding.prepare(self._centred(self.features[rows].to(workload.like)))
-        else:
-            patches = workload.like.new_empty(last - first, *workload.shape[1:])
-            for target, image in zip(patches, images, strict=True):
-                target.copy_(rounding.prepare(self._patches(workload, image))[0])
-                release(self.features)
+        _, num_patches, channels = workload.shape
+        width = channels + (0 if is_shared else rounding.norm_channels)
+        storage = workload.like.new_empty(last - first, num_patches, width)
+        patches = storage[..., :channels]
+        for target, image in zip(patches, images, strict=True):
+            target.copy_(rounding.prepare(self._patches(workload, image))[0])
+            release(self.features)
         if is_shared:
             tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding)
         else:
-            tile = tile_of_vectors(patches, rounding)
+            tile = tile_of_vectors(storage, channels, rounding)
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)
         if not is_finite.all():
             bad = [images[index] for index in (~is_finite).nonzero().flatten().tolist()]
@@ -68,10 +76,8 @@ class PoolLoader:
         features = self.features[image : image + 1].to(workload.like)
         if self.prepare is not None:
             features = self.prepare(features)
-        if features.ndim == 3:
-            return self._centred(features)
-        patches = features.permute(0, 2, 3, 1).contiguous()
-        return patches.flatten(1, 2) if len(workload.degrees) > 1 else unit_vectors(patches, workload.degrees[0])
-
-    def _centred(self, patches: torch.Tensor) -> torch.Tensor:
-        return patches if self.offset is None else patches - self.offset.to(patches)
+        if features.ndim == 4:
+            patches = features.permute(0, 2, 3, 1).contiguous()
+            is_shared = len(workload.degrees) > 1
+            features = patches.flatten(1, 2) if is_shared else unit_vectors(patches, workload.degrees[0])
+        return features if self.origin is None else features - self.origin

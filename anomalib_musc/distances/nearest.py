@@ -51,8 +51,8 @@ def nearest_distances(
             keeps their shape. So a pool that fits no memory is prepared as it is compared.
         precision: ``"exact"``: within 1e-4 of float64 for unit vectors; for others within 1e-4 of the longest
             difference between a patch and the mean patch, whatever offset all patches share. ``"fast"``: products of
-            8-bit integers on processors that have them (AVX-512 VNNI), of 16-bit numbers on CUDA with Triton; elsewhere
-            as ``"exact"``.
+            8-bit integers or 16-bit numbers where a trial of a few milliseconds shows that the processor multiplies
+            them faster, of 16-bit numbers on CUDA with Triton; elsewhere as ``"exact"``.
         memory_budget: GiB that may be taken, beside ``features``, on the device and on the host, and for sorting a
             block. What does not fit goes to temporary files; no distance depends on it. Defaults to half of what is
             free.
@@ -62,8 +62,8 @@ def nearest_distances(
     Yields:
         A slice of n images, and their distances, shape ``(D, n, N, L)``: entry ``[d, i, j, p]`` is that of patch p of
         image i of the slice to image j; infinite where that is the image itself. float64 for float64 features, else
-        float32, on ``device``. Slices ascend and cover all images once, with all degrees; or, where that is less work
-        (few channels), once for each degree in turn, with D = 1.
+        float32, on ``device``. Slices ascend and cover all images once, with all degrees; or, where a trial shows that
+        to be faster, once for each degree in turn, with D = 1.
 
     Raises:
         ValueError: If there are fewer than two images, a feature is not finite or above 1e15 (float32), so that its
@@ -79,8 +79,8 @@ def nearest_distances(
         slice(0, 2, None) tensor([[inf, 1.],
                 [1., inf]])
         >>> blocks = nearest_distances(torch.randn(4, 8, 5, 6), degrees=(1, 3))
-        >>> [tuple(distances.shape) for images, distances in blocks]  # few channels: one degree after the other
-        [(1, 4, 4, 30), (1, 4, 4, 30)]
+        >>> sum(len(distances) for images, distances in blocks)  # of both degrees, in one block or in two
+        2
     """
     _check_features(features, degrees)
     pool = range(len(features)) if images is None else images
@@ -139,21 +139,23 @@ def _like(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 def _surveyed_blocks(
     pool: PoolLoader, workloads: Sequence[Workload], memory_budget: float | None, progress: Progress | None
 ) -> Iterator[Block]:
-    yield from _all_blocks(pool.surveyed(), workloads, memory_budget, progress)
+    yield from compared(pool.surveyed(), workloads, memory_budget, progress)
 
 
-def _all_blocks(
+def compared(
     pool: PoolLoader, workloads: Sequence[Workload], memory_budget: float | None, progress: Progress | None
 ) -> Iterator[Block]:
+    """Compare the images of a surveyed pool, one workload after the other; see :func:`nearest_distances`."""
     for workload in workloads:
-        can_share = True
+        can_share = not pool.has_background(workload)
         try:
-            yield from _blocks(pool, workload, memory_budget, progress)
+            if can_share:
+                yield from _blocks(pool.centred(workload), workload, memory_budget, progress)
         except CancellingWindowsError:  # rare; before any block, and before any comparison where one tile holds all
             can_share = False
         if not can_share:
             separate = [replace(workload, degrees=(degree,)) for degree in workload.degrees]
-            yield from _all_blocks(pool, separate, memory_budget, progress)
+            yield from compared(pool, separate, memory_budget, progress)
 
 
 def _blocks(
@@ -194,11 +196,11 @@ def _compare_all(
             if right is left:
                 blocks = blocks[0], blocks[0]
                 blocks[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
-            for image, images, to_right, to_left in compare_tiles(left, right, workload.kernel, plan.chunk):
-                blocks[0][:, image, images] = to_right
-                blocks[1][:, images, image] = to_left
+            for some, others, to_right, to_left in compare_tiles(left, right, workload.kernel, plan.chunk):
+                blocks[0][:, some, others] = to_right
+                blocks[1][:, others, some] = to_left
                 if progress is not None:
-                    progress(to_right.shape[0] * to_right.shape[1])
+                    progress(len(to_right) * to_right.shape[1] * to_right.shape[2])
             if plan.device is None:
                 for target, block in zip(targets, blocks, strict=True):
                     for line in range(target.shape[1]):

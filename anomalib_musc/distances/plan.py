@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from anomalib_musc.distances.kernels import Kernel, Precision, make_kernel
+from anomalib_musc.distances.kernels import Kernel, Precision
 from anomalib_musc.distances.storage import MemoryBudgetError, budget_in_bytes
+from anomalib_musc.distances.trial import fastest
 
 # Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices.
 _SORTING = 5
@@ -38,7 +39,7 @@ class Workload:
     def image_bytes(self) -> int:
         """Memory of an image in a tile."""
         _, num_patches, channels = self.shape
-        numbers = num_patches * (channels + 2 * len(self.degrees))
+        numbers = num_patches * (channels + self.kernel.rounding.norm_channels + 2 * len(self.degrees))
         return numbers * self.like.itemsize + num_patches * channels * self.kernel.rounding.number_bytes
 
     @property
@@ -89,8 +90,8 @@ def make_workloads(
         precision: "exact" or "fast".
         like: A tensor of the device and type of the comparison.
     """
-    kernel = make_kernel(precision, like)
-    if shape[2] >= kernel.channels_to_share:
+    kernel, is_shared = fastest(precision, *shape[1:], degrees, like)
+    if is_shared:
         return [Workload(shape, tuple(degrees), like, kernel)]
     return [Workload(shape, (degree,), like, kernel) for degree in degrees]
 

@@ -13,9 +13,11 @@ class Rounding(Protocol):
 
     Attributes:
         number_bytes: Memory of a rounded number, beside the number itself.
+        norm_channels: How many channels hold norms beside those of a patch.
     """
 
     number_bytes: int
+    norm_channels: int
 
     def prepare(self, patches: torch.Tensor) -> torch.Tensor:
         """Return patches ``(b, L, C)`` in another orthonormal basis of the channels, or as they are."""
@@ -31,6 +33,7 @@ class NoRounding:
     """Patches are multiplied as they are."""
 
     number_bytes = 0
+    norm_channels = 0
 
     def prepare(self, patches: torch.Tensor) -> torch.Tensor:
         """See :class:`Rounding`."""
@@ -40,18 +43,27 @@ class NoRounding:
         """See :class:`Rounding`."""
         return (patches,)
 
-    def decode(self, encoded: Encoded, image: int) -> None:
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor | None:
         """See :class:`Rounding`."""
+        del encoded, image
+        return None
 
 
-class HalfRounding(NoRounding):
-    """Patches are rounded to float16."""
+class SixteenBitRounding(NoRounding):
+    """Patches are rounded to 16-bit numbers.
+
+    Args:
+        dtype: float16 or bfloat16.
+    """
 
     number_bytes = 2
 
+    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
+        self.dtype = dtype
+
     def encode(self, patches: torch.Tensor) -> Encoded:
         """See :class:`Rounding`."""
-        rounded = patches.half()
+        rounded = patches.to(self.dtype)
         if not rounded.isfinite().all():
             msg = (
                 "features must be finite, and small enough for 16-bit numbers; scale them to unit length, or use "
@@ -60,6 +72,6 @@ class HalfRounding(NoRounding):
             raise ValueError(msg)
         return (rounded,)
 
-    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:  # type: ignore[override]
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
         """See :class:`Rounding`."""
         return encoded[0][image].float()

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One look at all features before the long work: can they be compared, and what have all patches in common."""
+"""A look at the features before the long work: can they be compared, and around what do most of them lie."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from anomalib_musc.distances.storage import release
 
 _SHARE = 0.39  # of the exponent: 1e15 in float32, whose squares can still be added over channels and windows
+_IMAGES, _PATCHES = 8, 64  # that are looked at: enough to find a tenth of all, few beside the pairs of a pool
+_TENTH = 10
 
 
 def largest_value(dtype: torch.dtype) -> float:
@@ -15,48 +17,63 @@ def largest_value(dtype: torch.dtype) -> float:
     return float(f"{torch.finfo(torch.promote_types(dtype, torch.float32)).max ** _SHARE:.0e}")
 
 
-def check_values(features: torch.Tensor, images: Sequence[int], name: str = "features") -> None:
-    """Raise a ValueError that names the images with NaN, infinity, or numbers whose squares would overflow.
+def check_values(
+    features: torch.Tensor, images: Sequence[int], name: str = "features"
+) -> dict[int, tuple[float, float]]:
+    """Return the least and the largest number of each image; finite ones, and not so large that squares overflow.
 
     Args:
         features: Features of N images, shape ``(N, ...)``, on any device.
         images: Indices of those that are compared.
         name: What the argument is called.
+
+    Raises:
+        ValueError: If there are others; it names their images.
     """
-    most, bad = largest_value(features.dtype), []
+    most, found = largest_value(features.dtype), {}
     for image in images:
         low, high = features[image].aminmax()
-        if not (-low <= most and high <= most):  # NaN is neither
-            bad.append(image)
+        found[image] = low.item(), high.item()
         release(features)
+    bad = [image for image, (low, high) in found.items() if not (-low <= most and high <= most)]  # NaN is neither
     if bad:
         msg = (
             f"{name} must be finite, got NaN or infinity in images {bad[:10]}, or numbers above {most:.0e}, whose "
             "squares overflow."
         )
         raise ValueError(msg)
+    return found
 
 
-def common_offset(
-    patches: torch.Tensor, images: Sequence[int], prepare: Callable[[torch.Tensor], torch.Tensor] | None
-) -> torch.Tensor | None:
-    r"""Return the mean patch ``(C,)`` where it is longer than patches differ from it, else ``None``.
-
-    Distances do not change where it is subtracted, but products lose the digits that all patches have in common:
-    with an offset c the error of :math:`\lVert x \rVert^2 + \lVert y \rVert^2 - 2 x \cdot y` is of the size of
-    :math:`\lVert c \rVert^2`. Unit vectors are left as they are, unless they are much alike.
+def some_of(values: dict[int, tuple[float, float]]) -> list[int]:
+    """Return a few images, the same in whatever order they come.
 
     Args:
-        patches: Patches of N images, shape ``(N, L, C)``.
-        images: Indices of those that are compared.
-        prepare: Changes the patches of one image, ``(1, L, C)``.
+        values: The least and the largest number of each, see :func:`check_values`.
     """
-    dtype = torch.promote_types(patches.dtype, torch.float32)
-    mean, squares = torch.zeros(patches.shape[2], dtype=torch.float64), 0.0
-    for image in images:
-        found = patches[image : image + 1].to(dtype)
-        found = found if prepare is None else prepare(found)
-        mean += found.mean(dim=(0, 1)).double().cpu() / len(images)
-        squares += found.square().mean().item() * patches.shape[2] / len(images)
-        release(patches)
-    return mean.to(dtype) if mean.square().sum().item() > squares / 2 else None
+    ordered = sorted(values, key=lambda image: values[image])
+    return ordered[:: max(1, len(ordered) // _IMAGES)][:_IMAGES]
+
+
+def densest_place(images: Iterable[torch.Tensor]) -> tuple[torch.Tensor, float]:
+    r"""Return the mean ``(C,)`` of the tenth of the patches that lie closest together, as those of a background do.
+
+    Beside it the distance within which they lie.
+
+    Distances do not change where it is subtracted, but products lose the digits that patches have in common: the error
+    of :math:`\lVert x \rVert^2 + \lVert y \rVert^2 - 2 x \cdot y` is of the size of the norms. So it is small where
+    distances are, whatever offset all patches share.
+
+    Args:
+        images: Patches of a few images, each ``(L, C)``, of which some are looked at.
+    """
+    generator = torch.Generator().manual_seed(0)
+    some = [patches[torch.randperm(len(patches), generator=generator)[:_PATCHES]] for patches in images]
+    points = torch.cat(some)
+    points = points[points.isfinite().all(dim=1)]  # who loads the others will say so
+    if not len(points):
+        return torch.zeros_like(points.sum(dim=0)), float("inf")
+    centred = points - points.mean(dim=0)
+    nearest = torch.cdist(centred, centred).topk(max(1, len(points) // _TENTH), largest=False)
+    densest = nearest.values[:, -1].argmin()
+    return points[nearest.indices[densest]].mean(dim=0), nearest.values[densest, -1].item()

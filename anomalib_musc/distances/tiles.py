@@ -1,22 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that are held at once, ready to be compared."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 
 from anomalib_musc.distances.rounding import Encoded, Rounding
 from anomalib_musc.distances.windows import unit_vectors, window_sums
 
-# Below this squared distance (relative to the squared norms) the difference |x|² + |y|² - 2xy has lost the digits
+# Below this squared distance (relative to the squared norm) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
-_CANCELLATION = 1e-4
+CANCELLATION = 1e-4
 # How much longer the terms of a window may be than their sum; the error of a product grows with the square of it.
 _CONDITION = 10
 _TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
+# Patches are taken for equal whose coordinates on so many random axes are, in units of a tenth of the bound of 1e-4.
+_AXES, _EQUAL = 16, 1e-5
 
 
-class Tile(NamedTuple):
+@dataclass
+class Tile:
     """Images that are held on the compute device, ready to be compared at D degrees.
 
     Attributes:
@@ -34,12 +37,13 @@ class Tile(NamedTuple):
     operands: Encoded
     scales: torch.Tensor | None
     half_norms: torch.Tensor
+    _distinct: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
-    def resolution(self) -> float:
-        """Squared distance below which the products are too coarse."""
+    def resolution(self) -> torch.Tensor:
+        """Squared distances below which the products are too coarse, ``(D, b, L)``."""
         is_double = self.half_norms.dtype == torch.float64
-        return 0.0 if is_double else 2 * _CANCELLATION * self.half_norms.max().item()
+        return self.half_norms * (0.0 if is_double else 2 * CANCELLATION)
 
     def vectors(self, image: int, index: int) -> torch.Tensor:
         """Return what is compared at the degree of that index, ``(L, C)``."""
@@ -47,12 +51,33 @@ class Tile(NamedTuple):
             return self.patches[image]
         return unit_vectors(self.patches[image].view(1, *self.grid, -1), self.degrees[index])[0]
 
+    def distinct(self, image: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tell the equal patches of an image, as those of a plain background, at the degree of that index.
 
-def tile_of_vectors(vectors: torch.Tensor, rounding: Rounding) -> Tile:
-    """Make a tile of prepared vectors ``(b, L, C)`` that are compared as they are."""
-    operands = rounding.encode(vectors)
-    half_norms = [_half_norms(image, rounding.decode(operands, index)) for index, image in enumerate(vectors)]
-    return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, torch.stack(half_norms)[None])
+        Returns:
+            Positions ``(K,)`` of patches that differ, and for each patch which of them it equals, ``(L,)``.
+        """
+        if (image, index) not in self._distinct:
+            self._distinct[image, index] = _distinct(self.vectors(image, index), self.half_norms[index].max())
+        return self._distinct[image, index]
+
+
+def tile_of_vectors(storage: torch.Tensor, channels: int, rounding: Rounding) -> Tile:
+    """Make a tile of prepared vectors that are compared as they are.
+
+    Args:
+        storage: Vectors ``(b, L, C)``, and the rounding's channels for norms after theirs.
+        channels: C.
+        rounding: How they are rounded.
+    """
+    vectors = storage[..., :channels]
+    encoded = rounding.encode(vectors)
+    norms = [_half_norms(image, rounding.decode(encoded, index)) for index, image in enumerate(vectors)]
+    half_norms = torch.stack(norms)
+    if rounding.norm_channels:
+        storage[..., channels], storage[..., channels + 1] = half_norms, 1
+        encoded = (storage,)
+    return Tile(vectors, (1, vectors.shape[1]), (1,), encoded, None, half_norms[None])
 
 
 class CancellingWindowsError(ArithmeticError):
@@ -98,3 +123,16 @@ def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tens
     """
     squared = torch.linalg.vector_norm(exact, dim=-1).square_()
     return squared / 2 if rounded is None else (exact * rounded).sum(dim=-1) - squared / 2
+
+
+def _distinct(vectors: torch.Tensor, largest_half_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tell equal vectors ``(L, C)`` by their coordinates on random axes, see :meth:`Tile.distinct`."""
+    generator = torch.Generator().manual_seed(0)
+    axes = torch.randn(vectors.shape[1], _AXES, generator=generator).to(vectors)
+    unit = (2 * largest_half_norm).sqrt() * _EQUAL
+    cells = (vectors @ axes / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round().nan_to_num(0.0).cpu().long()
+    odd = torch.randint(2**62, (_AXES,), generator=generator) * 2 + 1
+    _, equals = (cells * odd).sum(dim=1).unique(return_inverse=True)  # hashed, modulo 2**64
+    positions = torch.empty(int(equals.max()) + 1, dtype=torch.long)
+    positions[equals] = torch.arange(len(equals))
+    return positions.to(vectors.device), equals.to(vectors.device)

@@ -34,8 +34,8 @@ def mutual_scores(
         interval: Which of the N - 1 ascending distances are averaged. A bound below 1 is a fraction, index
             ``int((N - 1) * bound)``; a bound of 1 or more is a count. At least one value is always averaged.
         precision: ``"exact"``: within 1e-4 of float64 for unit vectors; for others see
-            :func:`~anomalib_musc.distances.nearest_distances`. ``"fast"``: products of 8-bit integers on processors
-            that have them (AVX-512 VNNI), of 16-bit numbers on CUDA with Triton; elsewhere the same as ``"exact"``.
+            :func:`~anomalib_musc.distances.nearest_distances`. ``"fast"``: products of 8-bit integers or 16-bit
+            numbers where a trial shows that the device multiplies them faster; elsewhere the same as ``"exact"``.
         memory_budget: GiB that the computation may take, beside ``features``, on the device and on the host. What does
             not fit goes to temporary files; no result depends on it. Defaults to half of what is free.
         device: Where to compute. Defaults to where ``features`` are.

@@ -4,10 +4,14 @@
 import numpy as np
 import pytest
 import torch
-from seeded import assert_close, randn
+from seeded import assert_close, randn, unit
 
+from anomalib_musc.distances.kernels import make_kernels
 from anomalib_musc.distances.kernels.int8 import EightBitProduct
-from anomalib_musc.distances.kernels.plain import FloatProduct, _convolve, is_convolution_faster
+from anomalib_musc.distances.kernels.products import ConvolutionProduct, FloatProduct, SixteenBitProduct
+from anomalib_musc.distances.tiles import tile_of_maps, tile_of_vectors
+from anomalib_musc.distances.trial import fastest
+from anomalib_musc.distances.windows import unit_vectors
 
 CPU = torch.device("cpu")
 needs_integers = pytest.mark.skipif(not EightBitProduct.is_supported(CPU), reason="this processor has no AVX-512 VNNI")
@@ -27,13 +31,63 @@ def test_eight_bit_products(channels):
     np.testing.assert_allclose(product(encoded, 0, encoded, slice(1, 4)), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_both_ways_to_multiply_are_exact():
+@pytest.mark.parametrize("product", [FloatProduct(), ConvolutionProduct()], ids=lambda product: product.name)
+def test_both_ways_to_multiply_are_exact(product):
     features = randn(4, 50, 64)
     expected = features[1:4].double() @ features[1].double().T
-    assert_close(FloatProduct()((features,), 1, (features,), slice(1, 4)), expected, 1e-4)
-    assert_close(_convolve(features[1], features[1:4].flatten(0, 1)).view(3, 50, 50), expected, 1e-4)
+    assert_close(product((features,), 1, (features,), slice(1, 4)), expected, 1e-4)
+    half_norms = features.square().sum(dim=2, keepdim=True) / 2
+    operands = (torch.cat([features, half_norms, torch.ones_like(half_norms)], dim=2),)
+    found = product(operands, 1, operands, slice(1, 4), has_norms=True)
+    distances = torch.cdist(features[1:4].double(), features[1].double())
+    assert_close(-2 * found, distances.square(), 1e-3)
+    assert operands[0][1, :, -1].eq(1).all()  # left as they were
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bit_products(dtype):
+    product, images = SixteenBitProduct(dtype), unit(4, 50, 64)
+    encoded = product.encode(images)
+    found = product(encoded, 1, encoded, slice(1, 4))
+    assert found.dtype == torch.float32
+    assert_close(found, images[1:4].double() @ images[1].double().T, 2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 def test_convolutions_are_for_float32_on_several_threads():
-    assert not is_convolution_faster(CPU, torch.float32, 1)
-    assert not is_convolution_faster(CPU, torch.float64, 2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert not ConvolutionProduct.is_supported(torch.empty(0))
+        torch.set_num_threads(2)
+        assert not ConvolutionProduct.is_supported(torch.empty(0, dtype=torch.float64))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("channels", [1, 24, 192, 768])
+def test_a_trial_chooses_once_a_process(precision, channels):
+    kernel, is_shared = fastest(precision, 49, channels, (1, 3), torch.empty(0))
+    again, is_again = fastest(precision, 49, channels, (1, 3), torch.empty(0))
+    assert (kernel.name, is_shared) == (again.name, is_again)
+    assert kernel.name in {kernel.name for kernel in make_kernels(precision, torch.empty(0))}
+    only, _ = fastest("fast", 49, channels, (1,), torch.empty(0, dtype=torch.float64))
+    assert only.name == "float32 (BLAS)"  # 64 bits are never rounded
+
+
+def test_every_kernel_finds_the_same_distances():
+    """Whatever a trial chooses, with vectors and with windows that are still to be summed."""
+    maps = randn(4, 6, 5, 96)
+    vectors = unit_vectors(maps, 3)
+    expected = torch.cdist(vectors[1:4].double(), vectors[0].double())
+    for kernel in make_kernels("fast", torch.empty(0)):
+        storage = torch.cat([kernel.rounding.prepare(vectors), vectors[..., : kernel.rounding.norm_channels]], dim=-1)
+        tiles = [tile_of_vectors(storage, 96, kernel.rounding)]
+        if kernel.can_share:
+            prepared = kernel.rounding.prepare(maps.flatten(1, 2)).view_as(maps)
+            tiles.append(tile_of_maps(prepared, (3,), kernel.rounding))
+        for tile in tiles:
+            to_right, to_left = kernel(tile, 0, tile, slice(1, 4))
+            tolerance = 1e-5 if kernel.name.startswith("float32") else 0.03
+            assert_close(to_right[0].sqrt(), expected.amin(dim=1), tolerance)
+            assert_close(to_left[0].sqrt(), expected.amin(dim=2), tolerance)

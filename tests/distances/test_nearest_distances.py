@@ -11,11 +11,32 @@ import torch
 from seeded import assert_close, randn, to_numpy, unit
 
 from anomalib_musc.distances import MemoryBudgetError, least_memory, nearest_distances
-from anomalib_musc.distances.plan import make_plan, make_workloads
+from anomalib_musc.distances.loading import PoolLoader
+from anomalib_musc.distances.nearest import compared
+from anomalib_musc.distances.plan import Workload, make_plan, make_workloads
 from anomalib_musc.distances.storage import GIB
+from anomalib_musc.distances.trial import fastest
 
 CPU = torch.device("cpu")
-TOGETHER, IN_TURN = 256, 24  # channels: one product for all degrees, and one for each
+
+
+@pytest.fixture(params=[True, False], ids=["one product for all degrees", "one for each"])
+def search_maps(request):
+    """nearest_distances of maps, as if a trial had chosen either way."""
+
+    def search_maps(
+        maps: torch.Tensor, degrees: tuple[int, ...], precision: str = "exact", budget: float | None = None
+    ):
+        num_images, channels, height, width = maps.shape
+        kernel, _ = fastest(precision, height * width, channels, degrees, torch.empty(0))
+        together = [tuple(degrees)] if request.param else [(degree,) for degree in degrees]
+        shape = (num_images, height * width, channels)
+        workloads = [Workload(shape, some, torch.empty(0), kernel) for some in together]
+        pool = PoolLoader(maps, range(num_images), None).surveyed()
+        return compared(pool, workloads, budget, None)
+
+    search_maps.is_shared = request.param
+    return search_maps
 
 
 def search(features: np.ndarray) -> np.ndarray:
@@ -65,25 +86,24 @@ def test_patches_are_compared_as_they_are(shape, dtype):
 
 
 @pytest.mark.parametrize("degrees", [(1,), (3,), (1, 5, 3), (3, 3)])
-@pytest.mark.parametrize("channels", [TOGETHER, IN_TURN])
-def test_windows_of_maps_are_compared(channels, degrees):
-    maps = randn(4, channels, 3, 5)
-    slices, distances = collect(nearest_distances(maps, degrees), 4)
-    assert slices == [slice(0, 4, None)] * (1 if channels == TOGETHER else len(degrees))
+def test_windows_of_maps_are_compared(search_maps, degrees):
+    maps = randn(4, 24, 3, 5)
+    slices, distances = collect(search_maps(maps, degrees), 4)
+    assert slices == [slice(0, 4, None)] * (1 if search_maps.is_shared else len(degrees))
     expected = [search(window_vectors(to_numpy(maps), degree)) for degree in degrees]
     assert_close(distances, np.stack(expected), 1e-4)
 
 
-@pytest.mark.parametrize("channels", [TOGETHER, IN_TURN])
+@pytest.mark.parametrize("channels", [24, 256])
 def test_a_budget_that_forces_files_changes_no_distance(channels):
     maps, degrees = randn(11, channels, 4, 5), (1, 3)
     _, expected = collect(nearest_distances(maps, degrees), 11)
     least = least_memory(maps.shape, degrees, "exact", CPU)
-    (workload, *_) = make_workloads((11, 20, channels), degrees, "exact", torch.empty(0))
-    assert make_plan(workload, least / GIB).device is None  # a file
+    workloads = make_workloads((11, 20, channels), degrees, "exact", torch.empty(0))
+    assert make_plan(workloads[0], least / GIB).device is None  # a file
     slices, distances = collect(nearest_distances(maps, degrees, memory_budget=least / GIB), 11)
     once = [slice(image, image + 1, None) for image in range(11)]
-    assert slices == once * (1 if channels == TOGETHER else len(degrees))
+    assert slices == once * len(workloads)
     assert_close(distances, expected, 2e-6)
     with pytest.raises(MemoryBudgetError, match="memory_budget must be at least"):
         list(nearest_distances(maps, degrees, memory_budget=0.99 * least / GIB))
@@ -100,7 +120,7 @@ def test_blocks_ascend_and_cover_all_images_once(budget):
     assert covered == list(range(300))
 
 
-@pytest.mark.parametrize("channels", [TOGETHER, IN_TURN])
+@pytest.mark.parametrize("channels", [24, 256])
 def test_a_block_stays_as_it_was(channels):
     """Whoever keeps blocks has not kept memory that the next ones are written to."""
     maps = randn(5, channels, 3, 3)
@@ -111,6 +131,28 @@ def test_a_block_stays_as_it_was(channels):
     for (images, distances), (same, expected) in zip(kept, again, strict=True):
         assert images == same
         torch.testing.assert_close(distances, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("noise", [0, 1e-6, 1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize("share", [0.3, 1])
+def test_patches_that_are_all_but_equal(search_maps, share, noise, precision):
+    """As those of a plain background are, within an image and among images."""
+    maps = randn(5, 96, 5, 6)
+    flat = maps.flatten(2)
+    flat[..., : int(share * 30)] = randn(1, 96, 1, seed=1)
+    maps += noise * randn(5, 96, 5, 6, seed=2)
+    _, distances = collect(search_maps(maps, (1, 3), precision), 5)
+    expected = np.stack([search(window_vectors(to_numpy(maps), degree)) for degree in (1, 3)])
+    assert_close(distances, expected, 1e-4 if precision == "exact" else 2e-2)
+
+
+def test_two_backgrounds():
+    features = unit(6, 60, 192)
+    features[:, :20], features[:, 20:40] = features[0, 0].clone(), features[0, 30].clone()
+    features = features + 1e-3 * unit(6, 60, 192, seed=1)
+    _, distances = collect(nearest_distances(features), 6)
+    assert_close(distances[0], search(to_numpy(features)), 1e-4)
 
 
 def test_images_are_counted_in_the_order_given():
@@ -139,7 +181,7 @@ def test_each_image_is_prepared_alone(degrees):
 
 
 def test_progress_counts_each_pair_at_each_degree():
-    for channels in (TOGETHER, IN_TURN):
+    for channels in (24, 256):
         steps = []
         collect(nearest_distances(randn(6, channels, 2, 2), (1, 3), progress=steps.append), 6)
         assert sum(steps) == 2 * 15

@@ -57,8 +57,8 @@ def test_the_order_of_images_and_the_threads_change_nothing(channels, precision)
     assert_close(score(maps[order]), expected[order], 2e-6)
     try:
         for number in (1, 2, 3):
-            torch.set_num_threads(number)
-            assert_close(score(maps), expected, 2e-6)
+            torch.set_num_threads(number)  # of which each has a trial of its own
+            assert_close(score(maps), expected, 2e-6 if precision == "exact" else FAST)
     finally:
         torch.set_num_threads(threads)
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to compare one image with several: plain torch, 8-bit integers, one Triton kernel on a GPU."""
+"""Ways to compare one image with several: plain torch with several products, one Triton kernel on a GPU."""
 
 from typing import Literal, Protocol, get_args
 
 import torch
 
 from anomalib_musc.distances.kernels.int8 import EightBitProduct
-from anomalib_musc.distances.kernels.plain import FloatProduct, PlainKernel
+from anomalib_musc.distances.kernels.plain import PlainKernel, Product
+from anomalib_musc.distances.kernels.products import ConvolutionProduct, FloatProduct, SixteenBitProduct
 from anomalib_musc.distances.rounding import Rounding
 from anomalib_musc.distances.tiles import Tile
 
@@ -28,13 +29,15 @@ class Kernel(Protocol):
     """How one image is compared with several.
 
     Attributes:
+        name: What multiplies, in words.
         rounding: How patches are rounded before.
-        channels_to_share: From so many channels on, one comparison at all degrees is less work than one at each.
+        can_share: Whether it compares at several degrees with one product.
         block: Products that are best computed at once.
     """
 
+    name: str
     rounding: Rounding
-    channels_to_share: float
+    can_share: bool
     block: int
 
     def pair_bytes(self, num_patches: int) -> int:
@@ -55,11 +58,17 @@ def check_precision(precision: str) -> None:
         raise ValueError(msg)
 
 
-def make_kernel(precision: Precision, like: torch.Tensor) -> Kernel:
-    """Choose the fastest kernel of this precision for the device and the type of a tensor."""
-    is_fast = precision == "fast"
+def make_kernels(precision: Precision, like: torch.Tensor) -> list[Kernel]:
+    """Return the kernels of this precision for the device and the type of a tensor; a trial tells the fastest."""
+    is_fast = precision == "fast" and like.dtype == torch.float32
     if like.dtype == torch.float32 and HAS_TRITON and triton_kernel.is_usable(like.device):
-        return triton_kernel.TritonKernel(is_half=is_fast)
-    if like.dtype == torch.float32 and is_fast and EightBitProduct.is_supported(like.device):
-        return PlainKernel(EightBitProduct(), _CPU_BLOCK)
-    return PlainKernel(FloatProduct(), _CPU_BLOCK if like.device.type == "cpu" else _GPU_BLOCK)
+        return [triton_kernel.TritonKernel(is_half=is_fast)]
+    products: list[Product] = [FloatProduct()]
+    if ConvolutionProduct.is_supported(like):
+        products.append(ConvolutionProduct())
+    if is_fast and EightBitProduct.is_supported(like.device):
+        products.append(EightBitProduct())
+    if is_fast:
+        products += [SixteenBitProduct(dtype) for dtype in SixteenBitProduct.supported(like)]
+    block = _CPU_BLOCK if like.device.type == "cpu" else _GPU_BLOCK
+    return [PlainKernel(product, block) for product in products]

@@ -3,7 +3,8 @@
 
 import torch
 
-from anomalib_musc.distances.kernels.plain import has_onednn, reuse_buffer
+from anomalib_musc.distances.kernels.plain import reuse_buffer
+from anomalib_musc.distances.kernels.products import has_onednn
 from anomalib_musc.distances.rounding import Encoded
 
 _LARGEST = 127
@@ -17,9 +18,11 @@ class EightBitProduct:
     as transformers have them, over 64 channels: the largest number decides the error of all others.
     """
 
+    name = "8-bit integers"
+    can_share = True
     number_bytes = 1
+    norm_channels = 0
     result_bytes = 8
-    channels_to_share = 640
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0, dtype=torch.int32)
@@ -58,8 +61,11 @@ class EightBitProduct:
         integers, scales = encoded
         return integers[image] * scales[image, :, None]
 
-    def __call__(self, left: Encoded, image: int, right: Encoded, images: slice) -> torch.Tensor:
+    def __call__(
+        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
+    ) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
+        del has_norms
         (x, scales_x), (y, scales_y) = left, right
         num_patches, count = x.shape[1], images.stop - images.start
         size = count * num_patches**2

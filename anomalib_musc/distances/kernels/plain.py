@@ -1,36 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are compared in plain torch, on any device."""
 
-import functools
-import time
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.distances.rounding import Encoded, NoRounding, Rounding
+from anomalib_musc.distances.rounding import Encoded, Rounding
 from anomalib_musc.distances.tiles import Tile
 from anomalib_musc.distances.windows import window_sum
-
-_ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
 
 
 class Product(Rounding, Protocol):
     """How two images are multiplied.
 
     Attributes:
+        name: In words, such as "float32 (BLAS)".
         result_bytes: Working memory of one product of two patches.
-        channels_to_share: From so many channels on, summing a product over windows costs less than another product.
+        can_share: Whether products are precise enough to be summed over windows, whose terms may cancel.
     """
 
+    name: str
     result_bytes: int
-    channels_to_share: int
+    can_share: bool
 
-    def __call__(self, left: Encoded, image: int, right: Encoded, images: slice) -> torch.Tensor:
+    def __call__(
+        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
+    ) -> torch.Tensor:
         """Multiply an image p on the left with c images q on the right: ``(c, L, L)``, over q then p.
 
-        The next call may overwrite the result.
+        Where the operands have norms, :attr:`~anomalib_musc.distances.rounding.Rounding.norm_channels`, half of them
+        are subtracted. The next call may overwrite the result.
         """
 
 
@@ -47,8 +46,9 @@ class PlainKernel:
 
     def __init__(self, product: Product, block: int) -> None:
         self.block = block
+        self.can_share = product.can_share
+        self.name = product.name
         self.rounding: Rounding = product
-        self.channels_to_share: float = product.channels_to_share
         self._product = product
         self._buffer = torch.empty(0)
 
@@ -58,9 +58,15 @@ class PlainKernel:
 
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
-        products = self._product(left.operands, image, right.operands, images)  # (c, L, L)
-        spare = self._spare(products)
+        has_norms = left.scales is None and self._product.norm_channels > 0
+        products = self._product(left.operands, image, right.operands, images, has_norms=has_norms)  # (c, L, L)
         distances = products.new_empty(2, len(left.degrees), *products.shape[:2])
+        if has_norms:  # -|x - y|² / 2
+            torch.amax(products, dim=1, out=distances[0, 0])
+            torch.amax(products, dim=2, out=distances[1, 0])
+            to_right, to_left = distances.mul_(-2).clamp_min_(0)
+            return to_right, to_left
+        spare = self._spare(products)
         for index, degree in enumerate(left.degrees):
             similarities = _sum_windows(products, left.grid, degree // 2, spare)
             if left.scales is not None and right.scales is not None:
@@ -101,60 +107,10 @@ def _largest(similarities: torch.Tensor, half_norms: torch.Tensor, dim: int, out
     return torch.sub(similarities, half_norms, out=out).amax(dim=dim)
 
 
-class FloatProduct(NoRounding):
-    """The products in the precision of the patches."""
-
-    result_bytes = 8
-    channels_to_share = 256
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-
-    def __call__(self, left: Encoded, image: int, right: Encoded, images: slice) -> torch.Tensor:
-        """See :class:`Product`."""
-        x, y = left[0][image], right[0][images]
-        num_patches, channels = x.shape
-        if is_convolution_faster(x.device, x.dtype, torch.get_num_threads()):
-            return _convolve(x, y.reshape(-1, channels)).view(-1, num_patches, num_patches)
-        size = len(y) * num_patches**2
-        self._buffer = reuse_buffer(self._buffer, size, x)
-        products = self._buffer[:size].view(-1, num_patches)
-        torch.mm(y.reshape(-1, channels), x.T, out=products)
-        return products.view(-1, num_patches, num_patches)
+_ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
 
 
 def reuse_buffer(buffer: torch.Tensor, size: int, like: torch.Tensor) -> torch.Tensor:
     """Return a buffer of at least so many numbers: the same, which stays in a processor's cache, if it suffices."""
     suffices = buffer.numel() >= size and buffer.dtype == like.dtype and buffer.device == like.device
     return buffer if suffices else like.new_empty(size)
-
-
-def _convolve(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Return ``y @ x.T`` as a 1 x 1 convolution, for oneDNN."""
-    pixels = y.view(1, -1, 1, y.shape[-1]).permute(0, 3, 1, 2)  # (1, C, rows of y, 1), channels last
-    return F.conv2d(pixels, x[:, :, None, None])[0, :, :, 0].T
-
-
-@functools.lru_cache
-def is_convolution_faster(device: torch.device, dtype: torch.dtype, num_threads: int) -> bool:
-    """Try whether oneDNN multiplies faster than the BLAS of this torch, which is twice as slow on some processors."""
-    # With one thread, torch does not give such convolutions to oneDNN.
-    if device.type != "cpu" or dtype != torch.float32 or num_threads == 1 or not has_onednn():
-        return False
-    x, y = torch.rand(2, 512, 512)
-    return _seconds(lambda: _convolve(x, y)) < _seconds(lambda: y @ x.T)
-
-
-def has_onednn() -> bool:
-    """Whether this torch has oneDNN, and may use it."""
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    """Return the shortest of a few times."""
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)

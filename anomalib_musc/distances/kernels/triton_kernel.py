@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nearest patches of many pairs of images in one GPU kernel; imports only where Triton is installed."""
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 
-from anomalib_musc.distances.rounding import HalfRounding, NoRounding, Rounding
+from anomalib_musc.distances.rounding import NoRounding, Rounding, SixteenBitRounding
 from anomalib_musc.distances.tiles import Tile
 
 _INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test: TRITON_INTERPRET=1 before Triton is imported
@@ -102,11 +100,12 @@ class TritonKernel:
         is_half: Whether 16-bit numbers are multiplied; their products are added in float32.
     """
 
-    channels_to_share = math.inf
+    can_share = False
     block = 2**31
 
     def __init__(self, is_half: bool) -> None:
-        self.rounding: Rounding = HalfRounding() if is_half else NoRounding()
+        self.name = "Triton, 16 bits" if is_half else "Triton"
+        self.rounding: Rounding = SixteenBitRounding() if is_half else NoRounding()
 
     def pair_bytes(self, num_patches: int) -> int:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""

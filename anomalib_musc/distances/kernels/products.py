@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products in the precision of the patches, or in 16 bits, by the libraries that torch has for them."""
+
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from anomalib_musc.distances.kernels.plain import reuse_buffer
+from anomalib_musc.distances.rounding import Encoded, NoRounding, SixteenBitRounding
+
+
+class FloatProduct(NoRounding):
+    """Products in the precision of the patches, by the BLAS of this torch.
+
+    Patches have two more channels, half their squared norm and 1, so that a product gives -|x - y|² / 2 at once.
+    """
+
+    name = "float32 (BLAS)"
+    can_share = True
+    result_bytes = 8
+    norm_channels = 2
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def __call__(
+        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
+    ) -> torch.Tensor:
+        """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
+        x, y = left[0][image], right[0][images]
+        if has_norms:
+            x = x.clone()
+            x[:, -1] = -x[:, -2]
+            x[:, -2] = -1
+        return self._multiply(x, y.reshape(-1, y.shape[-1])).view(-1, len(x), len(x))
+
+    def _multiply(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Return ``y @ x.T``."""
+        size = len(y) * len(x)
+        self._buffer = reuse_buffer(self._buffer, size, x)
+        return torch.mm(y, x.T, out=self._buffer[:size].view(len(y), len(x)))
+
+
+class ConvolutionProduct(FloatProduct):
+    """The same as 1 x 1 convolutions, for oneDNN, which is faster than some BLAS."""
+
+    name = "float32 (oneDNN)"
+
+    @staticmethod
+    def is_supported(like: torch.Tensor) -> bool:
+        """Whether torch gives such convolutions to oneDNN, as it does on several threads."""
+        is_float = like.device.type == "cpu" and like.dtype == torch.float32
+        return is_float and torch.get_num_threads() > 1 and has_onednn()
+
+    def _multiply(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        pixels = y.view(1, -1, 1, y.shape[-1]).permute(0, 3, 1, 2)  # (1, C, rows of y, 1), channels last
+        return F.conv2d(pixels, x[:, :, None, None])[0, :, :, 0].T
+
+
+class SixteenBitProduct(SixteenBitRounding):
+    """Products of 16-bit numbers, which are added in float32 and rounded to 16 bits again.
+
+    Args:
+        dtype: bfloat16, or float16.
+    """
+
+    can_share = False
+    result_bytes = 6
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.name = str(dtype).removeprefix("torch.")
+        self._rounded, self._buffer = torch.empty(0, dtype=dtype), torch.empty(0)
+
+    @staticmethod
+    def supported(like: torch.Tensor) -> list[torch.dtype]:
+        """Return the types that the processor multiplies by instructions of its own."""
+        if like.device.type != "cpu" or not has_onednn():
+            return []
+        if torch.backends.cpu.get_cpu_capability() in {"AVX2", "AVX512"}:
+            has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
+            return [torch.bfloat16] if has_bfloat16 else []
+        return [torch.float16, torch.bfloat16]  # Arm, where a trial tells
+
+    def __call__(
+        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
+    ) -> torch.Tensor:
+        """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
+        del has_norms
+        x, y = left[0][image], right[0][images]
+        size = len(y) * len(x) ** 2
+        self._rounded = reuse_buffer(self._rounded, size, self._rounded)
+        self._buffer = reuse_buffer(self._buffer, size, self._buffer)
+        rounded = torch.mm(y.flatten(0, 1), x.T, out=self._rounded[:size].view(-1, len(x)))
+        return self._buffer[:size].view(-1, len(x), len(x)).copy_(rounded.view(-1, len(x), len(x)))
+
+
+def has_onednn() -> bool:
+    """Whether this torch has oneDNN, and may use it."""
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
