@@ -14,6 +14,7 @@ from anomalib_musc.backbones.own import check_images, check_output, resolve_back
 from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
 from anomalib_musc.functional.arguments import check_count
+from anomalib_musc.functional.second_interval import check_second_interval
 from anomalib_musc.functional.subsets import count_subsets, split_into_subsets
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
@@ -59,6 +60,8 @@ class MuScModel(nn.Module):
         aggregation_degrees: LNAMD's degrees r, odd numbers.
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.
+        second_interval: Another one beyond it, such as ``(0.4, 0.7)``, for defects that many images share, see
+            :func:`~anomalib_musc.functional.larger_score`; not of the paper, and not for a bank alone.
         precision: "exact", or "fast" arithmetic where the device has it, see
             :func:`~anomalib_musc.functional.mutual_scores`.
         num_subsets: Into how many subsets a pool is split, at random, each scored on its own, as the
@@ -85,16 +88,21 @@ class MuScModel(nn.Module):
         activation: Activation | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
+        second_interval: tuple[float, float] | None = None,
         precision: Precision = "exact",
         num_subsets: int = 1,
     ) -> None:
         super().__init__()
         check_interval(interval)
+        check_second_interval(second_interval, interval)
         check_precision(precision)
         check_count("num_subsets", num_subsets)
         check_degrees(aggregation_degrees, "aggregation_degrees")
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = (float(interval[0]), float(interval[1]))
+        self.second_interval = (
+            None if second_interval is None else (float(second_interval[0]), float(second_interval[1]))
+        )
         self.precision = precision
         self.num_subsets = num_subsets
         self.backbone, self.image_size = resolve_backbone(
@@ -109,7 +117,8 @@ class MuScModel(nn.Module):
     def settings(self) -> tuple[object, ...]:
         """What decides patch scores beside the backbone's weights."""
         activation = getattr(self.backbone, "activation", None)  # a checkpoint may change it, and no weight shows it
-        return self.image_size, self.interval, self.aggregation_degrees, self.precision, self.num_subsets, activation
+        intervals = self.interval, self.second_interval
+        return self.image_size, *intervals, self.aggregation_degrees, self.precision, self.num_subsets, activation
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -195,12 +204,20 @@ class MuScModel(nn.Module):
         self.bank.fill(layers, tokens, raw_scores, patch_scores, grey_range=grey_range, origin=origin)
 
     def check_bank_size(self, num_images: int, size: int | None) -> None:
-        """Raise a ValueError where the interval does not suit a bank of ``size`` of the images, without a pool."""
+        """Raise a ValueError where the intervals do not suit a bank of ``size`` of the images, without a pool."""
+        if self.second_interval is not None:
+            msg = (
+                f"second_interval={self.second_interval} is for a pool of images, and a bank alone has one interval; "
+                "leave it out, or use mode='both'."
+            )
+            raise ValueError(msg)
         check_interval(self.interval, min(size or num_images, num_images) + 1)
 
     def check_pool_size(self, num_images: int, num_references: int = 0) -> None:
-        """Raise a ValueError where the interval does not suit a pool of so many images, and references besides."""
-        check_interval(self.interval, num_images // count_subsets(self.num_subsets, num_images) + num_references)
+        """Raise a ValueError where the intervals do not suit a pool of so many images, and references besides."""
+        num_compared = num_images // count_subsets(self.num_subsets, num_images) + num_references
+        check_interval(self.interval, num_compared)
+        check_second_interval(self.second_interval, self.interval, num_compared)
 
     def _scores_of_each_other(self, feature_maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the raw scores ``(N,)`` and patch scores ``(N, h, w)`` of a pool; 0 for an image that is alone."""
@@ -273,6 +290,7 @@ class MuScModel(nn.Module):
                     feature_map,
                     self.aggregation_degrees,
                     self.interval,
+                    second_interval=self.second_interval,
                     images=subset,
                     precision=self.precision,
                     memory_budget=memory_budget,

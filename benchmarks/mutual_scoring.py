@@ -24,7 +24,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc.distances.kernels.int8 import EightBitProduct
 from anomalib_musc.functional import Precision, layer_scores, mutual_scores
 
-SIZES = ((16, 1369, 1024), (64, 256, 768), (32, 1024, 384))  # images, patches, channels
+SIZES = ((16, 1369, 1024), (64, 256, 768), (32, 1024, 384), (24, 400, 192))  # images, patches, channels
 DEGREES = (1, 3, 5)
 LAYERS = 4
 COLUMNS = (

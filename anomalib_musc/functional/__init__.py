@@ -9,7 +9,8 @@ Unlabeled Images", ICLR 2024, https://arxiv.org/abs/2401.16753.
 3. :func:`rscin` re-scores each image with the scores of the images most like it (section 3.3).
 
 :func:`layer_scores` takes the first two steps together, at several degrees, with less work. :func:`reference_scores`
-and :func:`rscin_by_references` are steps 2 and 3 against a memory bank, for one image at a time.
+and :func:`rscin_by_references` are steps 2 and 3 against a memory bank, for one image at a time. :func:`larger_score`
+goes beyond the paper.
 """
 
 from anomalib_musc.distances import Precision, check_budget, check_degrees, check_precision
@@ -18,6 +19,7 @@ from anomalib_musc.functional.lnamd import lnamd
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
 from anomalib_musc.functional.reference_scoring import reference_scores
 from anomalib_musc.functional.rscin import reference_scale, rscin, rscin_by_references
+from anomalib_musc.functional.second_interval import check_second_interval, larger_score
 from anomalib_musc.functional.subsets import split_into_subsets
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "check_degrees",
     "check_interval",
     "check_precision",
+    "check_second_interval",
+    "larger_score",
     "layer_scores",
     "lnamd",
     "mutual_scores",

@@ -9,6 +9,7 @@ from anomalib_musc.distances import Precision, nearest_distances
 from anomalib_musc.functional.arguments import check_maps
 from anomalib_musc.functional.lnamd import layer_norm
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_mean
+from anomalib_musc.functional.second_interval import check_second_interval, larger_score
 
 
 def layer_scores(
@@ -16,6 +17,7 @@ def layer_scores(
     degrees: Sequence[int] = (1, 3, 5),
     interval: tuple[float, float] = (0.0, 0.3),
     *,
+    second_interval: tuple[float, float] | None = None,
     images: Sequence[int] | None = None,
     precision: Precision = "exact",
     memory_budget: float | None = None,
@@ -35,6 +37,8 @@ def layer_scores(
         feature_map: Patch features of one backbone layer, shape ``(N, C, H, W)``.
         degrees: LNAMD's aggregation degrees, odd numbers.
         interval: See :func:`~anomalib_musc.functional.mutual_scores`, as ``precision``, ``memory_budget``, ``device``.
+        second_interval: Another one beyond it, for defects that many images share: the larger score counts, see
+            :func:`~anomalib_musc.functional.larger_score`, of the averages over the degrees. Defaults to none.
         images: Indices of the images that form the pool, n of them. Defaults to all.
         precision: "exact" or "fast".
         memory_budget: GiB that the computation may take, beside ``feature_map``.
@@ -59,6 +63,8 @@ def layer_scores(
         msg = f"feature_map must hold at least 2 images to compare, got {num_images}."
         raise ValueError(msg)
     check_interval(interval, num_images)
+    check_second_interval(second_interval, interval, num_images)
+    intervals = [interval] if second_interval is None else [interval, second_interval]
     blocks = nearest_distances(
         feature_map,
         degrees,
@@ -71,7 +77,9 @@ def layer_scores(
     )
     dtype, num_patches = torch.promote_types(feature_map.dtype, torch.float32), feature_map[0, 0].numel()
     device = feature_map.device if device is None else device
-    scores = torch.zeros(num_images, num_patches, dtype=dtype, device=device)
+    scores = torch.zeros(len(intervals), num_images, num_patches, dtype=dtype, device=device)
     for block, distances in blocks:  # (D, n, N, L): of all degrees, or of one after the other
-        scores[block] += interval_mean(distances, interval).sum(dim=0)
-    return scores / len(degrees)
+        for means, bounds in zip(scores, intervals, strict=True):
+            means[block] += interval_mean(distances, bounds).sum(dim=0)
+    scores /= len(degrees)
+    return scores[0] if second_interval is None else larger_score(*scores)

@@ -105,7 +105,8 @@ def range_of_images(samples: Sequence[torch.Tensor]) -> tuple[GreyRange, list[in
     if not medians:
         return find_grey_range(torch.cat([torch.empty(0), *samples])), []
     ordered = sorted(medians)
-    lower, upper = ordered[math.ceil((len(ordered) - 1) / 4)], ordered[3 * (len(ordered) - 1) // 4]
+    last = len(ordered) - 1
+    lower, upper = sorted((ordered[math.ceil(last / 4)], ordered[3 * last // 4]))  # of two, both
     reach = _FENCE * (upper - lower)
     is_far = [len(values) > 0 and not lower - reach <= values.median() <= upper + reach for values in samples]
     others = torch.cat([values for values, far in zip(samples, is_far, strict=True) if not far])

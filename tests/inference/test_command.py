@@ -106,9 +106,9 @@ def test_patterns_lists_and_several_folders(pile, tmp_path):
     for images in given:
         done = predict(*images, *SMALL, "--quiet", "--no-review", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        scores.append({name: row["score"] for name, row in read_paths(tmp_path).items()})
+        scores.append({name: float(row["score"]) for name, row in read_paths(tmp_path).items()})
         assert not list(Path(done.stdout.strip()).parent.glob("*.html"))
-    assert all(found == scores[0] for found in scores)
+    assert all(found == pytest.approx(scores[0], abs=1e-4) for found in scores)  # by products that a trial chooses
 
 
 def test_options_reach_the_model(pile, tmp_path):

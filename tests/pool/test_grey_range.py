@@ -130,6 +130,7 @@ def test_images_of_one_camera_all_decide():
     assert range_of_images(samples) == ((0, 4095), [])
     assert range_of_images([torch.empty(0), *samples]) == ((0, 4095), [])
     assert range_of_images([torch.empty(0)]) == ((0, 1), [])
+    assert range_of_images([torch.full((5,), 3.0), torch.full((5,), 60000.0)]) == ((0, 65535), [])
 
 
 def test_the_log_says_the_range_and_one_by_hand_wins(tmp_path, make_engine, caplog):
