@@ -8,10 +8,10 @@ import torch
 from anomalib_musc.distances.kernels import Kernel
 from anomalib_musc.distances.tiles import Tile
 
-Comparison = tuple[slice, slice, torch.Tensor, torch.Tensor]
 
-
-def compare_tiles(left: Tile, right: Tile, kernel: Kernel, chunk: int) -> Iterator[Comparison]:
+def compare_tiles(
+    left: Tile, right: Tile, kernel: Kernel, chunk: int
+) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
     """Compare every image of a tile with every image of another, or of itself; each pair once.
 
     Args:
@@ -21,8 +21,7 @@ def compare_tiles(left: Tile, right: Tile, kernel: Kernel, chunk: int) -> Iterat
         chunk: With how many at once.
 
     Yields:
-        Which images on the left, n of them, which on the right, c of them, and the distances of those to these,
-        ``(D, n, c, L)``, and of these to those, ``(D, c, n, L)``.
+        The image on the left, the c images on the right, and both distances ``(D, c, L)``, as the kernel's.
     """
     left_resolution, right_resolution = left.resolution, right.resolution
     for image in range(len(left.patches)):
@@ -38,7 +37,7 @@ def compare_tiles(left: Tile, right: Tile, kernel: Kernel, chunk: int) -> Iterat
                         one, other = (left, image), (right, first + offset)
                         _restore(to_right[index, offset], spoilt_right[index, offset], one, other, index)
                         _restore(to_left[index, offset], spoilt_left[index, offset], other, one, index)
-            yield slice(image, image + 1), images, to_right.sqrt_()[:, None], to_left.sqrt_()[:, :, None]
+            yield image, images, to_right.sqrt_(), to_left.sqrt_()
 
 
 def _restore(

@@ -196,11 +196,11 @@ def _compare_all(
             if right is left:
                 blocks = blocks[0], blocks[0]
                 blocks[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
-            for some, others, to_right, to_left in compare_tiles(left, right, workload.kernel, plan.chunk):
-                blocks[0][:, some, others] = to_right
-                blocks[1][:, others, some] = to_left
+            for image, images, to_right, to_left in compare_tiles(left, right, workload.kernel, plan.chunk):
+                blocks[0][:, image, images] = to_right
+                blocks[1][:, images, image] = to_left
                 if progress is not None:
-                    progress(len(to_right) * to_right.shape[1] * to_right.shape[2])
+                    progress(to_right.shape[0] * to_right.shape[1])
             if plan.device is None:
                 for target, block in zip(targets, blocks, strict=True):
                     for line in range(target.shape[1]):

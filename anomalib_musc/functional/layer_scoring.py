@@ -8,7 +8,7 @@ import torch
 from anomalib_musc.distances import Precision, nearest_distances
 from anomalib_musc.functional.arguments import check_maps
 from anomalib_musc.functional.lnamd import layer_norm
-from anomalib_musc.functional.mutual_scoring import check_interval, interval_mean
+from anomalib_musc.functional.mutual_scoring import check_interval, interval_means
 from anomalib_musc.functional.second_interval import check_second_interval, larger_score
 
 
@@ -79,7 +79,7 @@ def layer_scores(
     device = feature_map.device if device is None else device
     scores = torch.zeros(len(intervals), num_images, num_patches, dtype=dtype, device=device)
     for block, distances in blocks:  # (D, n, N, L): of all degrees, or of one after the other
-        for means, bounds in zip(scores, intervals, strict=True):
-            means[block] += interval_mean(distances, bounds).sum(dim=0)
+        for total, means in zip(scores, interval_means(distances, *intervals), strict=True):
+            total[block] += means.sum(dim=0)
     scores /= len(degrees)
     return scores[0] if second_interval is None else larger_score(*scores)

@@ -64,23 +64,24 @@ def mutual_scores(
     dtype = torch.promote_types(features.dtype, torch.float32)
     scores = torch.empty(features.shape[:2], dtype=dtype, device=features.device if device is None else device)
     for images, distances in blocks:  # (1, n, N, L): to the nearest patch of each image
-        scores[images] = interval_mean(distances, interval).mean(dim=0)
+        (means,) = interval_means(distances, interval)
+        scores[images] = means.mean(dim=0)
     return scores
 
 
-def interval_mean(distances: torch.Tensor, interval: tuple[float, float]) -> torch.Tensor:
-    """Average an interval of the ascending distances to the other images.
+def interval_means(distances: torch.Tensor, *intervals: tuple[float, float]) -> list[torch.Tensor]:
+    """Average intervals of the ascending distances to the other images, which are sorted once.
 
     Args:
         distances: Distances to N images, infinite to the image itself, shape ``(..., N, L)``.
-        interval: See :func:`mutual_scores`.
+        *intervals: See :func:`mutual_scores`.
 
     Returns:
-        Means, shape ``(..., L)``.
+        Means, shape ``(..., L)``, one tensor an interval.
     """
-    start, stop = interval_bounds(interval, distances.shape[-2] - 1)
-    ascending = distances.topk(stop, dim=-2, largest=False).values
-    return ascending[..., start:, :].mean(dim=-2)
+    bounds = [interval_bounds(interval, distances.shape[-2] - 1) for interval in intervals]
+    ascending = distances.topk(max(stop for _, stop in bounds), dim=-2, largest=False).values
+    return [ascending[..., start:stop, :].mean(dim=-2) for start, stop in bounds]
 
 
 def interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int]:
@@ -90,16 +91,17 @@ def interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int
     return start, max(stop, start + 1)
 
 
-def check_interval(interval: tuple[float, float], num_images: int | None = None) -> None:
-    """Raise a ValueError unless ``interval`` is a pair of bounds ``0 <= lo < hi``, see :func:`mutual_scores`.
+def check_interval(interval: tuple[float, float], num_images: int | None = None, name: str = "interval") -> None:
+    """Raise a ValueError unless an interval is a pair of bounds ``0 <= lo < hi``, see :func:`mutual_scores`.
 
     Args:
         interval: The two bounds, fractions below 1 or counts.
         num_images: Size of the pool. A fraction and a count can only be compared where it is known.
+        name: What the argument is called.
     """
     is_pair = isinstance(interval, Sequence) and len(interval) == 2 and all(isinstance(b, Real) for b in interval)
     if not is_pair or not (interval[0] >= 0 and 0 < interval[1] < float("inf")):
-        msg = f"interval must be two finite bounds 0 <= lo < hi, got {interval!r}."
+        msg = f"{name} must be two finite bounds 0 <= lo < hi, got {interval!r}."
         raise ValueError(msg)
     low, high = interval
     if num_images is not None:
@@ -107,5 +109,5 @@ def check_interval(interval: tuple[float, float], num_images: int | None = None)
     comparable = num_images is not None or (low < 1) == (high < 1)
     if comparable and low >= high:
         pool = "" if num_images is None else f" for {num_images} images"
-        msg = f"interval must begin below its end, got {tuple(interval)}{pool}; a bound of 1 or more is a count."
+        msg = f"{name} must begin below its end, got {tuple(interval)}{pool}; a bound of 1 or more is a count."
         raise ValueError(msg)

@@ -45,11 +45,7 @@ def check_second_interval(
     """
     if second_interval is None:
         return
-    try:
-        check_interval(second_interval, num_images)
-    except ValueError as error:
-        msg = f"second_{error}"
-        raise ValueError(msg) from None
+    check_interval(second_interval, num_images, "second_interval")
     end, begin = interval[1], second_interval[0]
     if (end < 1) == (begin < 1) and begin < end:
         msg = (

@@ -10,6 +10,7 @@ from PIL import ImageFont
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _UNKNOWN = "?"
+_NO_LETTER = "\U000f8ff0"  # of a private plane, for which a font draws what it draws for letters that it has not
 
 
 def legible(text: str, size: int) -> tuple[str, Font]:
@@ -23,11 +24,23 @@ def legible(text: str, size: int) -> tuple[str, Font]:
         >>> legible("bolt.png", 14)[0]
         'bolt.png'
     """
-    if text.isascii():
-        return text, ImageFont.load_default(size)
+    if all(_is_drawn(letter, size) for letter in set(text)):
+        return text, _default_font(size)
     path = _font_file("".join(sorted(set(text))))
     known = _letters(path)
     return "".join(letter if ord(letter) in known else _UNKNOWN for letter in text), ImageFont.truetype(path, size)
+
+
+@lru_cache
+def _default_font(size: int) -> Font:
+    return ImageFont.load_default(size)
+
+
+@lru_cache(maxsize=4096)
+def _is_drawn(letter: str, size: int) -> bool:
+    """Whether the default font has a letter."""
+    font = _default_font(size)
+    return letter.isascii() or bytes(font.getmask(letter)) != bytes(font.getmask(_NO_LETTER))
 
 
 @lru_cache(maxsize=1024)

@@ -101,22 +101,18 @@ def range_of_images(samples: Sequence[torch.Tensor]) -> tuple[GreyRange, list[in
         >>> range_of_images([*torch.linspace(100, 900, 10).split(1), torch.tensor([60000.0])])
         (GreyRange(black=0.0, white=1023.0), [10])
     """
-    medians = [values.double().median().item() for values in samples if len(values)]
+    medians = {place: values.double().median().item() for place, values in enumerate(samples) if len(values)}
     if not medians:
-        return find_grey_range(torch.cat([torch.empty(0), *samples])), []
-    ordered = sorted(medians)
-    last = len(ordered) - 1
+        return find_grey_range(torch.empty(0)), []
+    ordered, last = sorted(medians.values()), len(medians) - 1
     lower, upper = sorted((ordered[math.ceil(last / 4)], ordered[3 * last // 4]))  # of two, both
     reach = _FENCE * (upper - lower)
-    is_far = [len(values) > 0 and not lower - reach <= values.median() <= upper + reach for values in samples]
-    others = torch.cat([values for values, far in zip(samples, is_far, strict=True) if not far])
+    far = {place for place, median in medians.items() if not lower - reach <= median <= upper + reach}
+    others = torch.cat([values for place, values in enumerate(samples) if place not in far])
     low, high = _robust_ends(_without_markers(others.double().sort().values))
-    outlying = [
-        position
-        for position, values in enumerate(samples)
-        if is_far[position] and not 2 * low - high <= values.double().median() <= 2 * high - low
-    ]
-    return find_grey_range(torch.cat([values for i, values in enumerate(samples) if i not in outlying])), outlying
+    outlying = sorted(place for place in far if not 2 * low - high <= medians[place] <= 2 * high - low)
+    kept = [values for place, values in enumerate(samples) if place not in outlying]
+    return find_grey_range(torch.cat(kept)), outlying
 
 
 def white_level(brightest: float) -> float:

@@ -29,7 +29,7 @@ def maps(num_images: int, channels: int, height: int = 6, width: int = 5) -> tor
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("channels", [24, 256], ids=["a product for each degree", "one product for all degrees"])
+@pytest.mark.parametrize("channels", [24, 256], ids=["few channels", "many channels"])
 def test_a_budget_changes_nothing(channels, precision):
     features = maps(13, channels)
     expected = layer_scores(features, DEGREES, precision=precision)

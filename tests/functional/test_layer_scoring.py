@@ -12,7 +12,7 @@ from seeded import assert_close, randn, to_numpy, unit
 
 from anomalib_musc.functional import layer_scores, mutual_scores
 
-SHARED, SEPARATE = 256, 24  # channels: one product for all degrees, and one for each
+SHARED, SEPARATE = 256, 24  # channels, for which a trial may choose one product for all degrees, or one for each
 FAST = 5e-3  # of a distance; a map's range is about 1 here
 
 

@@ -9,6 +9,8 @@ from anomalib_musc.distances.rounding import Encoded, Rounding
 from anomalib_musc.distances.tiles import Tile
 from anomalib_musc.distances.windows import window_sum
 
+_ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
+
 
 class Product(Rounding, Protocol):
     """How two images are multiplied.
@@ -105,9 +107,6 @@ def _largest(similarities: torch.Tensor, half_norms: torch.Tensor, dim: int, out
     if high - low <= _ROUNDING * torch.finfo(high.dtype).eps * high:
         return similarities.amax(dim=dim) - high
     return torch.sub(similarities, half_norms, out=out).amax(dim=dim)
-
-
-_ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
 
 
 def reuse_buffer(buffer: torch.Tensor, size: int, like: torch.Tensor) -> torch.Tensor:
