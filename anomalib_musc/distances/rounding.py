@@ -28,6 +28,17 @@ class Rounding(Protocol):
     def decode(self, encoded: Encoded, image: int) -> torch.Tensor | None:
         """Return the rounded patches ``(L, C)`` of an image; ``None`` where nothing was rounded."""
 
+    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
+        """Return operands whose last channels hold half the squared norms, then ones, in as many channels.
+
+        A product of two of them gives -|x - y|² / 2 at once, where one has them exchanged and negated.
+
+        Args:
+            storage: Patches before they were rounded, with room for norms, ``(b, L, C + norm_channels)``.
+            encoded: The rounded patches.
+            half_norms: Half the squared norms, ``(b, L)``.
+        """
+
 
 class NoRounding:
     """Patches are multiplied as they are."""
@@ -48,6 +59,11 @@ class NoRounding:
         del encoded, image
         return None
 
+    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
+        """See :class:`Rounding`."""
+        del storage, half_norms
+        return encoded
+
 
 class SixteenBitRounding(NoRounding):
     """Patches are rounded to 16-bit numbers.
@@ -63,15 +79,18 @@ class SixteenBitRounding(NoRounding):
 
     def encode(self, patches: torch.Tensor) -> Encoded:
         """See :class:`Rounding`."""
-        rounded = patches.to(self.dtype)
+        return (self._round(patches),)
+
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
+        """See :class:`Rounding`."""
+        return encoded[0][image].float()
+
+    def _round(self, numbers: torch.Tensor) -> torch.Tensor:
+        rounded = numbers.to(self.dtype)
         if not rounded.isfinite().all():
             msg = (
                 "features must be finite, and small enough for 16-bit numbers; scale them to unit length, or use "
                 "precision='exact'."
             )
             raise ValueError(msg)
-        return (rounded,)
-
-    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
-        """See :class:`Rounding`."""
-        return encoded[0][image].float()
+        return rounded

@@ -74,10 +74,8 @@ def tile_of_vectors(storage: torch.Tensor, channels: int, rounding: Rounding) ->
     encoded = rounding.encode(vectors)
     norms = [_half_norms(image, rounding.decode(encoded, index)) for index, image in enumerate(vectors)]
     half_norms = torch.stack(norms)
-    if rounding.norm_channels:
-        storage[..., channels], storage[..., channels + 1] = half_norms, 1
-        encoded = (storage,)
-    return Tile(vectors, (1, vectors.shape[1]), (1,), encoded, None, half_norms[None])
+    operands = rounding.with_norms(storage, encoded, half_norms)
+    return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None])
 
 
 class CancellingWindowsError(ArithmeticError):

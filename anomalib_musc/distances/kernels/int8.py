@@ -61,16 +61,18 @@ class EightBitProduct:
         integers, scales = encoded
         return integers[image] * scales[image, :, None]
 
-    def __call__(
-        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
-    ) -> torch.Tensor:
+    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        del storage, half_norms
+        return encoded
+
+    def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
-        del has_norms
-        (x, scales_x), (y, scales_y) = left, right
-        num_patches, count = x.shape[1], images.stop - images.start
+        (numbers_x, scales_x), (numbers_y, scales_y) = x, y
+        count, num_patches, _ = numbers_y.shape
         size = count * num_patches**2
         self._buffer = reuse_buffer(self._buffer, 2 * size, self._buffer)
         integers, products = self._buffer[: 2 * size].view(2, count, num_patches, num_patches)
-        torch._int_mm(y[images].flatten(0, 1), x[image].T, out=integers.flatten(0, 1))  # noqa: SLF001
-        torch.mul(integers, scales_x[image], out=products.view(torch.float32))
-        return products.view(torch.float32).mul_(scales_y[images, :, None])
+        torch._int_mm(numbers_y.flatten(0, 1), numbers_x.T, out=integers.flatten(0, 1))  # noqa: SLF001
+        torch.mul(integers, scales_x, out=products.view(torch.float32))
+        return products.view(torch.float32).mul_(scales_y[..., None])

@@ -25,13 +25,10 @@ class Product(Rounding, Protocol):
     result_bytes: int
     can_share: bool
 
-    def __call__(
-        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
-    ) -> torch.Tensor:
-        """Multiply an image p on the left with c images q on the right: ``(c, L, L)``, over q then p.
+    def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
+        """Multiply the patches p of an image with those q of c others: ``(c, L, L)``, over q then p.
 
-        Where the operands have norms, :attr:`~anomalib_musc.distances.rounding.Rounding.norm_channels`, half of them
-        are subtracted. The next call may overwrite the result.
+        The next call may overwrite the result.
         """
 
 
@@ -61,7 +58,10 @@ class PlainKernel:
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
         has_norms = left.scales is None and self._product.norm_channels > 0
-        products = self._product(left.operands, image, right.operands, images, has_norms=has_norms)  # (c, L, L)
+        x = tuple(part[image] for part in left.operands)
+        if has_norms:
+            x = (_exchange_norms(x[0], self._product.norm_channels),)
+        products = self._product(x, tuple(part[images] for part in right.operands))  # (c, L, L)
         distances = products.new_empty(2, len(left.degrees), *products.shape[:2])
         if has_norms:  # -|x - y|² / 2
             torch.amax(products, dim=1, out=distances[0, 0])
@@ -88,6 +88,13 @@ class PlainKernel:
         size = like.numel()
         self._buffer = reuse_buffer(self._buffer, 2 * size, like)
         return [block.view(like.shape) for block in self._buffer[: 2 * size].split(size)]
+
+
+def _exchange_norms(x: torch.Tensor, norm_channels: int) -> torch.Tensor:
+    """Exchange norms and ones, and negate them; see :meth:`~anomalib_musc.distances.rounding.Rounding.with_norms`."""
+    x = x.clone()
+    x[:, -norm_channels:] = -x[:, -norm_channels:].roll(norm_channels // 2, dims=1)
+    return x
 
 
 def _sum_windows(products: torch.Tensor, grid: tuple[int, int], radius: int, spare: list[torch.Tensor]) -> torch.Tensor:

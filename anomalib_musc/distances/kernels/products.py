@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products in the precision of the patches, or in 16 bits, by the libraries that torch has for them."""
 
+import math
+
 import torch
 from torch.nn import functional as F  # noqa: N812
 
@@ -11,7 +13,7 @@ from anomalib_musc.distances.rounding import Encoded, NoRounding, SixteenBitRoun
 class FloatProduct(NoRounding):
     """Products in the precision of the patches, by the BLAS of this torch.
 
-    Patches have two more channels, half their squared norm and 1, so that a product gives -|x - y|² / 2 at once.
+    Patches may have two more channels, half their squared norm and 1, so that a product gives -|x - y|² / 2 at once.
     """
 
     name = "float32 (BLAS)"
@@ -22,16 +24,16 @@ class FloatProduct(NoRounding):
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
-    def __call__(
-        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
-    ) -> torch.Tensor:
+    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        del encoded
+        storage[..., -2], storage[..., -1] = half_norms, 1
+        return (storage,)
+
+    def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
-        x, y = left[0][image], right[0][images]
-        if has_norms:
-            x = x.clone()
-            x[:, -1] = -x[:, -2]
-            x[:, -2] = -1
-        return self._multiply(x, y.reshape(-1, y.shape[-1])).view(-1, len(x), len(x))
+        (left,), (right,) = x, y
+        return self._multiply(left, right.reshape(-1, right.shape[-1])).view(-1, len(left), len(left))
 
     def _multiply(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return ``y @ x.T``."""
@@ -59,12 +61,16 @@ class ConvolutionProduct(FloatProduct):
 class SixteenBitProduct(SixteenBitRounding):
     """Products of 16-bit numbers, which are added in float32 and rounded to 16 bits again.
 
+    Norms are multiplied with the patches, in two numbers each, so that what is rounded in the end is the distance: the
+    product is larger, the more so the closer two patches are.
+
     Args:
         dtype: bfloat16, or float16.
     """
 
     can_share = False
     result_bytes = 6
+    norm_channels = 4
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
@@ -81,17 +87,23 @@ class SixteenBitProduct(SixteenBitRounding):
             return [torch.bfloat16] if has_bfloat16 else []
         return [torch.float16, torch.bfloat16]  # Arm, where a trial tells
 
-    def __call__(
-        self, left: Encoded, image: int, right: Encoded, images: slice, *, has_norms: bool = False
-    ) -> torch.Tensor:
+    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        norms = storage[..., -self.norm_channels :]
+        norms[..., 0] = self._round(half_norms)
+        norms[..., 1] = half_norms - norms[..., 0]
+        norms[..., 2:] = 1
+        return (torch.cat([encoded[0], norms.to(self.dtype)], dim=-1),)
+
+    def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
-        del has_norms
-        x, y = left[0][image], right[0][images]
-        size = len(y) * len(x) ** 2
+        (left,), (right,) = x, y
+        shape = len(right), len(left), len(left)
+        size = math.prod(shape)
         self._rounded = reuse_buffer(self._rounded, size, self._rounded)
         self._buffer = reuse_buffer(self._buffer, size, self._buffer)
-        rounded = torch.mm(y.flatten(0, 1), x.T, out=self._rounded[:size].view(-1, len(x)))
-        return self._buffer[:size].view(-1, len(x), len(x)).copy_(rounded.view(-1, len(x), len(x)))
+        rounded = torch.mm(right.flatten(0, 1), left.T, out=self._rounded[:size].view(-1, len(left)))
+        return self._buffer[:size].view(shape).copy_(rounded.view(shape))
 
 
 def has_onednn() -> bool:
