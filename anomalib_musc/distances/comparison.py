@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of one tile against those of another; small distances are computed again in float64."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -10,19 +10,26 @@ from anomalib_musc.distances.tiles import Tile
 
 
 def compare_tiles(
-    left: Tile, right: Tile, kernel: Kernel, chunk: int
-) -> Iterator[tuple[int, slice, torch.Tensor, torch.Tensor]]:
+    left: Tile,
+    right: Tile,
+    kernel: Kernel,
+    chunk: int,
+    targets: tuple[torch.Tensor, torch.Tensor],
+    progress: Callable[[int], object] | None,
+) -> None:
     """Compare every image of a tile with every image of another, or of itself; each pair once.
 
     Args:
-        left: A tile.
-        right: Another one, or the same.
+        left: n images.
+        right: m others, or the same.
         kernel: Compares an image with several.
         chunk: With how many at once.
-
-    Yields:
-        The image on the left, the c images on the right, and both distances ``(D, c, L)``, as the kernel's.
+        targets: Where the distances go, ``(D, n, m, L)`` to the right and ``(D, m, n, L)`` to the left; one and the
+            same where the tiles are.
+        progress: Called with the number of image pairs just compared, each counted once a degree.
     """
+    if right is left:
+        targets[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
     left_resolution, right_resolution = left.resolution, right.resolution
     for image in range(len(left.patches)):
         start = image + 1 if right is left else 0
@@ -37,7 +44,10 @@ def compare_tiles(
                         one, other = (left, image), (right, first + offset)
                         _restore(to_right[index, offset], spoilt_right[index, offset], one, other, index)
                         _restore(to_left[index, offset], spoilt_left[index, offset], other, one, index)
-            yield image, images, to_right.sqrt_(), to_left.sqrt_()
+            targets[0][:, image, images] = to_right.sqrt_()
+            targets[1][:, images, image] = to_left.sqrt_()
+            if progress is not None:
+                progress(to_right.shape[0] * to_right.shape[1])
 
 
 def _restore(
@@ -62,11 +72,12 @@ def _restore(
     chosen, of_patches = equals[patches].unique(return_inverse=True)
     others = other_tile.distinct(other, index)[0]
     nearest = torch.cdist(
-        _in_float64(tile.vectors(image, index)[positions[chosen]]),
-        _in_float64(other_tile.vectors(other, index)[others]),
+        in_float64(tile.vectors(image, index)[positions[chosen]]),
+        in_float64(other_tile.vectors(other, index)[others]),
     ).amin(dim=1)
     squared[patches] = nearest.square().to(squared)[of_patches]
 
 
-def _in_float64(tensor: torch.Tensor) -> torch.Tensor:
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()  # which has no float64
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, on the host where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

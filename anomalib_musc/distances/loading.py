@@ -55,7 +55,10 @@ class PoolLoader:
         images = self.images[first:last]
         _, num_patches, channels = workload.shape
         width = channels + (0 if is_shared else rounding.norm_channels)
-        storage = workload.like.new_empty(last - first, num_patches, width)
+        if workload.places is None:
+            storage = workload.like.new_empty(last - first, num_patches, width)
+        else:  # the images lie beside each other at every place
+            storage = workload.like.new_empty(num_patches, last - first, width).transpose(0, 1)
         patches = storage[..., :channels]
         for target, image in zip(patches, images, strict=True):
             target.copy_(rounding.prepare(self._patches(workload, image))[0])

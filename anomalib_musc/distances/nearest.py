@@ -10,6 +10,7 @@ from anomalib_musc.distances.comparison import compare_tiles
 from anomalib_musc.distances.kernels import Precision, check_precision
 from anomalib_musc.distances.loading import PoolLoader
 from anomalib_musc.distances.plan import Plan, Workload, make_plan, make_workloads
+from anomalib_musc.distances.same_place import compare_places, make_places
 from anomalib_musc.distances.storage import check_budget, file_tensor, release, trim
 from anomalib_musc.distances.tiles import CancellingWindowsError
 
@@ -21,6 +22,7 @@ def nearest_distances(
     features: torch.Tensor,
     degrees: Sequence[int] | None = None,
     *,
+    search_radius: int | None = None,
     images: Sequence[int] | None = None,
     prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
     precision: Precision = "exact",
@@ -46,6 +48,8 @@ def nearest_distances(
         features: Patches of N images, shape ``(N, L, C)``; or maps, shape ``(N, C, H, W)``, with L = H * W. They may
             lie on the host, in a memory-mapped file too, while another device computes.
         degrees: For maps, the D window sizes, odd numbers. ``None`` for patches, with D = 1.
+        search_radius: For maps, within how many rows and columns of its own place a patch is sought in the other
+            images. Defaults to the whole image.
         images: Indices of the images that are compared, which are then counted from 0. Defaults to all.
         prepare: Changes the features of one image, shape ``(1, ...)``, each time that it is loaded to the device; it
             keeps their shape. So a pool that fits no memory is prepared as it is compared.
@@ -94,11 +98,24 @@ def nearest_distances(
     check_budget(memory_budget)
     like = _like(features.dtype, features.device if device is None else torch.device(device))
     num_patches, channels = features.shape[1:] if degrees is None else (features[0, 0].numel(), features.shape[1])
-    workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like)
+    check_search_radius(search_radius)
+    if search_radius is not None and degrees is None:
+        msg = (
+            f"search_radius={search_radius} needs maps (N, C, H, W) with degrees, as patches (N, L, C) have no places."
+        )
+        raise ValueError(msg)
+    places = None if degrees is None else make_places((features.shape[2], features.shape[3]), search_radius)
+    workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like, places)
     return _surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress)
 
 
-def least_memory(shape: Sequence[int], degrees: Sequence[int], precision: Precision, device: torch.device) -> int:
+def least_memory(
+    shape: Sequence[int],
+    degrees: Sequence[int],
+    precision: Precision,
+    device: torch.device,
+    search_radius: int | None = None,
+) -> int:
     """Return the bytes without which :func:`nearest_distances` cannot compare float32 maps.
 
     Args:
@@ -106,10 +123,11 @@ def least_memory(shape: Sequence[int], degrees: Sequence[int], precision: Precis
         degrees: The window sizes.
         precision: "exact" or "fast".
         device: Where to compute.
+        search_radius: How far from its own place a patch is sought.
     """
     num_images, channels, height, width = shape
-    like = _like(torch.float32, device)
-    workloads = make_workloads((num_images, height * width, channels), degrees, precision, like)
+    like, places = _like(torch.float32, device), make_places((height, width), search_radius)
+    workloads = make_workloads((num_images, height * width, channels), degrees, precision, like, places)
     return max(workload.least_bytes for workload in workloads)
 
 
@@ -118,6 +136,14 @@ def check_degrees(degrees: Sequence[int], name: str = "degrees") -> None:
     is_list = isinstance(degrees, Sequence) and len(degrees) > 0
     if not is_list or not all(isinstance(degree, int) and degree >= 1 and degree % 2 == 1 for degree in degrees):
         msg = f"{name} must be a non-empty sequence of positive odd numbers, got {degrees!r}."
+        raise ValueError(msg)
+
+
+def check_search_radius(search_radius: int | None) -> None:
+    """Raise a ValueError unless ``search_radius`` is a whole number, not negative, or ``None``."""
+    is_number = isinstance(search_radius, int) and not isinstance(search_radius, bool)
+    if search_radius is not None and not (is_number and search_radius >= 0):
+        msg = f"search_radius must be a whole number of at least 0, or None for the whole image, got {search_radius!r}."
         raise ValueError(msg)
 
 
@@ -195,12 +221,11 @@ def _compare_all(
                 blocks = torch.empty_like(targets[0]), torch.empty_like(targets[1])
             if right is left:
                 blocks = blocks[0], blocks[0]
-                blocks[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
-            for image, images, to_right, to_left in compare_tiles(left, right, workload.kernel, plan.chunk):
-                blocks[0][:, image, images] = to_right
-                blocks[1][:, images, image] = to_left
-                if progress is not None:
-                    progress(to_right.shape[0] * to_right.shape[1])
+            if workload.places is None:
+                compare_tiles(left, right, workload.kernel, plan.chunk, blocks, progress)
+            else:
+                norm_channels = workload.kernel.rounding.norm_channels
+                compare_places(left, right, workload.places, norm_channels, blocks, progress)
             if plan.device is None:
                 for target, block in zip(targets, blocks, strict=True):
                     for line in range(target.shape[1]):

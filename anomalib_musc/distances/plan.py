@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from anomalib_musc.distances.kernels import Kernel, Precision
+from anomalib_musc.distances.same_place import Places
 from anomalib_musc.distances.storage import MemoryBudgetError, budget_in_bytes
-from anomalib_musc.distances.trial import fastest
+from anomalib_musc.distances.trial import fastest, fastest_by_place
 
 # Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices.
 _SORTING = 5
@@ -28,12 +29,14 @@ class Workload:
         degrees: The D degrees that are compared together.
         like: A tensor of the device and type of the comparison.
         kernel: Compares an image with several.
+        places: Where a patch is sought; ``None`` for the whole image.
     """
 
     shape: tuple[int, int, int]
     degrees: tuple[int, ...]
     like: torch.Tensor
     kernel: Kernel
+    places: Places | None = None
 
     @property
     def image_bytes(self) -> int:
@@ -50,6 +53,8 @@ class Workload:
     @property
     def pair_bytes(self) -> int:
         """Working memory of comparing two images."""
+        if self.places is not None:
+            return self.places.pair_numbers() * self.like.itemsize
         return self.kernel.pair_bytes(self.shape[1])
 
     @property
@@ -80,7 +85,11 @@ class Workload:
 
 
 def make_workloads(
-    shape: tuple[int, int, int], degrees: Sequence[int], precision: Precision, like: torch.Tensor
+    shape: tuple[int, int, int],
+    degrees: Sequence[int],
+    precision: Precision,
+    like: torch.Tensor,
+    places: Places | None = None,
 ) -> list[Workload]:
     """Compare all degrees together where that is less work, else one after the other.
 
@@ -89,7 +98,11 @@ def make_workloads(
         degrees: Their degrees.
         precision: "exact" or "fast".
         like: A tensor of the device and type of the comparison.
+        places: Where a patch is sought; ``None`` for the whole image.
     """
+    if places is not None:
+        kernel = fastest_by_place(precision, shape[0], places, shape[2], like)
+        return [Workload(shape, (degree,), like, kernel, places) for degree in degrees]
     kernel, is_shared = fastest(precision, *shape[1:], degrees, like)
     if is_shared:
         return [Workload(shape, tuple(degrees), like, kernel)]
@@ -128,7 +141,8 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
 
     pair_bytes, image_bytes = workload.pair_bytes, workload.image_bytes
     spared = min(budget // 4, budget - workload.least_bytes + pair_bytes)
-    chunk = max(1, min(workload.kernel.block // num_patches**2, spared // pair_bytes, num_images))
+    best_chunk = workload.kernel.block // num_patches**2 if workload.places is None else 1
+    chunk = max(1, min(best_chunk, spared // pair_bytes, num_images))
     rest = budget - chunk * pair_bytes - workload.loading_bytes
     device = _buffer_device(workload, rest, memory_budget)
     if device == workload.like.device:
@@ -137,11 +151,13 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     sortable = 1 + (rest - workload.tile_bytes) // workload.sorting_bytes
     block = max(1, min(block_bytes // workload.row_bytes, sortable, num_images))
     rest -= block * workload.row_bytes  # the last block of a degree is still held while the next degree is compared
-    if device is None:
-        written = 2 * workload.distances_bytes  # tile² * written + tile * 2 * image_bytes = rest
-        tile = int((math.sqrt(image_bytes**2 + written * rest) - image_bytes) / written)
+    of_pairs = (2 * workload.distances_bytes if device is None else 0) + (0 if workload.places is None else pair_bytes)
+    if num_images * image_bytes + num_images**2 * of_pairs <= rest:
+        tile = num_images
+    elif of_pairs:  # tile² * of_pairs + tile * 2 * image_bytes = rest
+        tile = int((math.sqrt(image_bytes**2 + of_pairs * rest) - image_bytes) / of_pairs)
     else:
-        tile = num_images if num_images * image_bytes <= rest else rest // (2 * image_bytes)
+        tile = rest // (2 * image_bytes)
     return Plan(min(max(1, tile), num_images), chunk, block, device)
 
 

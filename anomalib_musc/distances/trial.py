@@ -3,16 +3,18 @@
 
 import math
 import time
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.distances.kernels import Kernel, Precision, make_kernels
+from anomalib_musc.distances.kernels import Kernel, Precision, make_batched_kernels, make_kernels
+from anomalib_musc.distances.same_place import Places, compare_places
 from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_maps, tile_of_vectors
 
 _SIDE = 32  # of the largest grid that is tried: what is fastest at 400 patches need not be at 1000
+_RADIUS = 2
 _TRIALS = 2
 _IMAGES = 4
 
@@ -68,13 +70,60 @@ def _fastest(
     return min(seconds, key=lambda way: seconds[way])
 
 
+def fastest_by_place(
+    precision: Precision, num_images: int, places: Places, channels: int, like: torch.Tensor
+) -> Kernel:
+    """Choose the kernel for same-place search, see :func:`fastest`."""
+    some = min(num_images, _SIDE)
+    row = Places((1, min(places.grid[1], _SIDE)), min(places.radius, _RADIUS))
+    threads = torch.get_num_threads()
+    seconds = _seconds_by_place(precision, some, row, channels, like.dtype, like.device, threads)
+    # Images are rounded once, and compared with each other.
+    whole = [rounding * num_images / some + comparing * (num_images / some) ** 2 for rounding, comparing in seconds]
+    return make_batched_kernels(precision, like)[whole.index(min(whole))]
+
+
+@lru_cache
+def _seconds_by_place(
+    precision: Precision,
+    num_images: int,
+    places: Places,
+    channels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    num_threads: int,
+) -> list[tuple[float, float]]:
+    """Return how long each kernel takes to round images, and to compare them, at one row of a grid."""
+    del num_threads  # a trial for each
+    like = torch.empty(0, dtype=dtype, device=device)
+    kernels = make_batched_kernels(precision, like)
+    if len(kernels) == 1:
+        return [(0.0, 0.0)]
+    vectors = torch.randn(num_images, places.grid[1], channels, generator=torch.Generator().manual_seed(0)).to(like)
+    distances = like.new_empty(1, num_images, num_images, places.grid[1])
+    seconds = []
+    for kernel in kernels:
+        norm_channels = kernel.rounding.norm_channels
+        make_tile = partial(tile_of_vectors, F.pad(vectors, (0, norm_channels)), channels, kernel.rounding)
+        tile = make_tile()
+        compare = partial(compare_places, tile, tile, places, norm_channels, (distances, distances), None)
+        seconds.append((_shortest(make_tile, like), _shortest(compare, like)))
+    return seconds
+
+
 def _seconds(kernel: Kernel, tile: Tile) -> float:
     """Return the shortest of a few times, for one pair of images."""
     count = max(1, min(_IMAGES - 1, kernel.block // tile.patches.shape[1] ** 2))
+    return _shortest(partial(kernel, tile, 0, tile, slice(1, 1 + count)), tile.half_norms) / count
+
+
+def _shortest(compare: Callable[[], object], like: torch.Tensor) -> float:
+    """Return the shortest of a few times, each until the device of a tensor has done it."""
     times = []
     for _ in range(1 + _TRIALS):
         start = time.perf_counter()
-        distances, _ = kernel(tile, 0, tile, slice(1, 1 + count))
-        distances.sum().item()  # when the device has done it
-        times.append((time.perf_counter() - start) / count)
+        compare()
+        if like.device.type != "cpu":
+            torch.accelerator.synchronize(like.device)
+        times.append(time.perf_counter() - start)
     return min(times[1:])

@@ -18,6 +18,7 @@ def layer_scores(
     interval: tuple[float, float] = (0.0, 0.3),
     *,
     second_interval: tuple[float, float] | None = None,
+    search_radius: int | None = None,
     images: Sequence[int] | None = None,
     precision: Precision = "exact",
     memory_budget: float | None = None,
@@ -39,6 +40,8 @@ def layer_scores(
         interval: See :func:`~anomalib_musc.functional.mutual_scores`, as ``precision``, ``memory_budget``, ``device``.
         second_interval: Another one beyond it, for defects that many images share: the larger score counts, see
             :func:`~anomalib_musc.functional.larger_score`, of the averages over the degrees. Defaults to none.
+        search_radius: Within how many rows and columns of its own place a patch is sought in the other images, where
+            camera and product do not move; the time falls with the number of places. Defaults to the whole image.
         images: Indices of the images that form the pool, n of them. Defaults to all.
         precision: "exact" or "fast".
         memory_budget: GiB that the computation may take, beside ``feature_map``.
@@ -68,6 +71,7 @@ def layer_scores(
     blocks = nearest_distances(
         feature_map,
         degrees,
+        search_radius=search_radius,
         images=images,
         prepare=layer_norm,
         precision=precision,

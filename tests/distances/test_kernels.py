@@ -47,10 +47,15 @@ def test_both_ways_to_multiply_are_exact(product):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bit_products(dtype):
     product, images = SixteenBitProduct(dtype), unit(4, 50, 64)
-    encoded = product.encode(images)
-    found = product(of(encoded, 1), of(encoded, slice(1, 4)))
+    storage = torch.cat([images, torch.zeros(4, 50, product.norm_channels)], dim=2)
+    (operands,) = product.with_norms(storage, product.encode(images), torch.full((4, 50), 0.5))
+    assert operands.dtype == dtype
+    facing = operands[1].clone()
+    facing[:, 64:] = -torch.cat([operands[1, :, 66:], operands[1, :, 64:66]], dim=1)  # exchanged and negated
+    found = product((facing,), (operands[1:4],))
     assert found.dtype == torch.float32
-    assert_close(found, images[1:4].double() @ images[1].double().T, 2e-2 if dtype == torch.bfloat16 else 2e-3)
+    expected = torch.cdist(images[1:4].double(), images[1].double()).square()
+    assert_close(-2 * found, expected, 2e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 def test_convolutions_are_for_float32_on_several_threads():

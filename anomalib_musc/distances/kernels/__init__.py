@@ -72,3 +72,11 @@ def make_kernels(precision: Precision, like: torch.Tensor) -> list[Kernel]:
         products += [SixteenBitProduct(dtype) for dtype in SixteenBitProduct.supported(like)]
     block = _CPU_BLOCK if like.device.type == "cpu" else _GPU_BLOCK
     return [PlainKernel(product, block) for product in products]
+
+
+def make_batched_kernels(precision: Precision, like: torch.Tensor) -> list[Kernel]:
+    """Return the kernels whose operands same-place search multiplies place by place: those that have norms."""
+    products: list[Product] = [FloatProduct()]
+    if precision == "fast" and like.dtype == torch.float32:
+        products += [SixteenBitProduct(dtype) for dtype in SixteenBitProduct.supported(like)]
+    return [PlainKernel(product, _CPU_BLOCK) for product in products]

@@ -87,13 +87,22 @@ class SixteenBitProduct(SixteenBitRounding):
             return [torch.bfloat16] if has_bfloat16 else []
         return [torch.float16, torch.bfloat16]  # Arm, where a trial tells
 
+    def encode(self, patches: torch.Tensor) -> Encoded:
+        """Leave them, as they are rounded with their norms."""
+        return (patches,)
+
+    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        return self._round(encoded[0][image]).float()
+
     def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        del encoded
         norms = storage[..., -self.norm_channels :]
         norms[..., 0] = self._round(half_norms)
         norms[..., 1] = half_norms - norms[..., 0]
         norms[..., 2:] = 1
-        return (torch.cat([encoded[0], norms.to(self.dtype)], dim=-1),)
+        return (self._round(storage),)
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
