@@ -12,7 +12,14 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc.backbones.base import Activation
 from anomalib_musc.backbones.own import check_images, check_output, resolve_backbone
 from anomalib_musc.distances import least_memory
-from anomalib_musc.functional import Precision, check_degrees, check_interval, check_precision, layer_scores
+from anomalib_musc.functional import (
+    Precision,
+    check_degrees,
+    check_interval,
+    check_precision,
+    check_search_radius,
+    layer_scores,
+)
 from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.functional.second_interval import check_second_interval
 from anomalib_musc.functional.subsets import count_subsets, split_into_subsets
@@ -62,6 +69,8 @@ class MuScModel(nn.Module):
             :func:`~anomalib_musc.functional.mutual_scores`.
         second_interval: Another one beyond it, such as ``(0.4, 0.7)``, for defects that many images share, see
             :func:`~anomalib_musc.functional.larger_score`; not of the paper, and not for a bank alone.
+        search_radius: Within how many rows and columns of its own place, in patches, a patch is sought in the other
+            images, where camera and product do not move; not of the paper. Defaults to the whole image, as there.
         precision: "exact", or "fast" arithmetic where the device has it, see
             :func:`~anomalib_musc.functional.mutual_scores`.
         num_subsets: Into how many subsets a pool is split, at random, each scored on its own, as the
@@ -78,6 +87,9 @@ class MuScModel(nn.Module):
         (torch.Size([3]), torch.Size([3, 1, 64, 64]))
     """
 
+    second_interval: tuple[float, float] | None = None  # of a pickled model of version 0.1
+    search_radius: int | None = None
+
     def __init__(
         self,
         backbone: str | nn.Module = "ViT-L-14-336",
@@ -89,12 +101,14 @@ class MuScModel(nn.Module):
         aggregation_degrees: Sequence[int] = (1, 3, 5),
         interval: tuple[float, float] = (0.0, 0.3),
         second_interval: tuple[float, float] | None = None,
+        search_radius: int | None = None,
         precision: Precision = "exact",
         num_subsets: int = 1,
     ) -> None:
         super().__init__()
         check_interval(interval)
         check_second_interval(second_interval, interval)
+        check_search_radius(search_radius)
         check_precision(precision)
         check_count("num_subsets", num_subsets)
         check_degrees(aggregation_degrees, "aggregation_degrees")
@@ -103,6 +117,7 @@ class MuScModel(nn.Module):
         self.second_interval = (
             None if second_interval is None else (float(second_interval[0]), float(second_interval[1]))
         )
+        self.search_radius = search_radius
         self.precision = precision
         self.num_subsets = num_subsets
         self.backbone, self.image_size = resolve_backbone(
@@ -111,14 +126,15 @@ class MuScModel(nn.Module):
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
         self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
-        self.bank = ReferenceBank(self.aggregation_degrees, self.interval)
+        self.bank = ReferenceBank(self.aggregation_degrees, self.interval, search_radius)
 
     @property
     def settings(self) -> tuple[object, ...]:
         """What decides patch scores beside the backbone's weights."""
         activation = getattr(self.backbone, "activation", None)  # a checkpoint may change it, and no weight shows it
         intervals = self.interval, self.second_interval
-        return self.image_size, *intervals, self.aggregation_degrees, self.precision, self.num_subsets, activation
+        search = self.aggregation_degrees, self.search_radius, self.precision, self.num_subsets
+        return self.image_size, *intervals, *search, activation
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -291,6 +307,7 @@ class MuScModel(nn.Module):
                     self.aggregation_degrees,
                     self.interval,
                     second_interval=self.second_interval,
+                    search_radius=self.search_radius,
                     images=subset,
                     precision=self.precision,
                     memory_budget=memory_budget,
@@ -303,7 +320,7 @@ class MuScModel(nn.Module):
         """Return the bytes without which :meth:`score` cannot compare ``num_images`` images of such maps."""
         degrees, device = self.aggregation_degrees, self._device(feature_maps[0])
         shapes = {(num_images, *feature_map.shape[1:]) for feature_map in feature_maps}
-        return max(least_memory(shape, degrees, self.precision, device) for shape in shapes)
+        return max(least_memory(shape, degrees, self.precision, device, self.search_radius) for shape in shapes)
 
     def num_comparisons(self, subsets: Sequence[Sequence[int]], num_layers: int) -> int:
         """Return how many times :meth:`score` compares two images, counting each degree."""

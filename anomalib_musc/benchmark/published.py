@@ -33,6 +33,7 @@ _WINDOWS = {"VisA": [1, 8, 9]}  # of RsCIN; (1, 2, 3) elsewhere
 _PAPER = {
     "aggregation_degrees": [1, 3, 5],
     "second_interval": None,
+    "search_radius": None,
     "num_subsets": 1,
     "mode": "mutual",
     "precision": "exact",

@@ -4,12 +4,12 @@
 :func:`nearest_distances` is the way in. Nothing here knows what the distances are for.
 
 Images are held in tiles on the compute device (``tiles.py``), each pair of them is multiplied once (``comparison.py``
-with one of ``kernels/``), and the distances go to a buffer: on the device, on the host, or in a temporary file
-(``storage.py``), as ``plan.py`` divides the budget.
+with one of ``kernels/``, or ``same_place.py``, where patches are sought near their own place), and the distances go to
+a buffer: on the device, on the host, or in a temporary file (``storage.py``), as ``plan.py`` divides the budget.
 """
 
 from anomalib_musc.distances.kernels import Precision, check_precision
-from anomalib_musc.distances.nearest import check_degrees, least_memory, nearest_distances
+from anomalib_musc.distances.nearest import check_degrees, check_search_radius, least_memory, nearest_distances
 from anomalib_musc.distances.storage import MemoryBudgetError, check_budget
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "check_budget",
     "check_degrees",
     "check_precision",
+    "check_search_radius",
     "least_memory",
     "nearest_distances",
 ]

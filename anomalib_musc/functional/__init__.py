@@ -13,7 +13,7 @@ and :func:`rscin_by_references` are steps 2 and 3 against a memory bank, for one
 goes beyond the paper.
 """
 
-from anomalib_musc.distances import Precision, check_budget, check_degrees, check_precision
+from anomalib_musc.distances import Precision, check_budget, check_degrees, check_precision, check_search_radius
 from anomalib_musc.functional.layer_scoring import layer_scores
 from anomalib_musc.functional.lnamd import lnamd
 from anomalib_musc.functional.mutual_scoring import check_interval, mutual_scores
@@ -28,6 +28,7 @@ __all__ = [
     "check_degrees",
     "check_interval",
     "check_precision",
+    "check_search_radius",
     "check_second_interval",
     "larger_score",
     "layer_scores",

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Step 2 against a memory bank of reference images: each image on its own, in operations that can be exported."""
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_bounds
@@ -14,6 +16,8 @@ def reference_scores(
     interval: tuple[float, float] = (0.0, 0.3),
     *,
     own_copies: torch.Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    search_radius: int | None = None,
 ) -> torch.Tensor:
     r"""Score every patch by its distances to reference images, as :func:`mutual_scores` does by those to a pool.
 
@@ -31,6 +35,9 @@ def reference_scores(
         references: Unit vectors of the reference images, shape ``(M, L', C)``.
         interval: See :func:`~anomalib_musc.functional.mutual_scores`, with M for N - 1.
         own_copies: Which reference is the image itself and is left out, shape ``(B,)``. Defaults to none.
+        grid: Height and width of the map whose rows the patches are, of queries and references.
+        search_radius: Within how many rows and columns of its own place a patch is sought, see
+            :func:`~anomalib_musc.functional.layer_scores`; needs ``grid``. Defaults to the whole image.
 
     Returns:
         Patch scores, shape ``(B, L)``.
@@ -47,17 +54,40 @@ def reference_scores(
     """
     _check(features, references, own_copies)
     check_interval(interval, len(references) + (own_copies is None))
-    columns = references.shape[0] * references.shape[1]
-    if not torch.compiler.is_compiling():  # an export must not depend on the size of its example's batch
-        columns *= len(features)
-    rows = max(1, _BLOCK // columns)
     scores = torch.cat(
-        [_score(patches, references, interval, own_copies) for patches in features.split(rows, dim=1)], dim=1
+        [
+            _score(patches, near, interval, own_copies, is_far)
+            for block, near, is_far in _search(features, references, grid, search_radius)
+            for patches in block
+        ],
+        dim=1,
     )
     if not torch.compiler.is_compiling() and not scores.isfinite().all():  # an exported model takes what it gets
         msg = f"features and references must be finite, got NaN or infinity: {int((~scores.isfinite()).sum())} scores."
         raise ValueError(msg)
     return scores
+
+
+def _search(
+    features: torch.Tensor, references: torch.Tensor, grid: tuple[int, int] | None, search_radius: int | None
+) -> Iterator[tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor | None]]:
+    """Yield blocks of patches ``(B, l, C)``, and among which patches ``(M, k, C)`` of the references they are sought.
+
+    Of a row's patches, which of those are too far, ``(l, k)``.
+    """
+    if search_radius is None or grid is None or search_radius >= max(grid) - 1:
+        columns = references.shape[0] * references.shape[1]
+        if not torch.compiler.is_compiling():  # an export must not depend on the size of its example's batch
+            columns *= len(features)
+        yield features.split(max(1, _BLOCK // columns), dim=1), references, None
+        return
+    height, width = grid
+    column = torch.arange(width, device=features.device)
+    is_far = (column[:, None] - column).abs() > search_radius
+    for row in range(height):
+        first, last = max(0, row - search_radius), min(height, row + search_radius + 1)
+        patches = features[:, row * width : (row + 1) * width]
+        yield [patches], references[:, first * width : last * width], is_far.repeat(1, last - first)
 
 
 def _check(features: torch.Tensor, references: torch.Tensor, own_copies: torch.Tensor | None) -> None:
@@ -73,11 +103,17 @@ def _check(features: torch.Tensor, references: torch.Tensor, own_copies: torch.T
 
 
 def _score(
-    features: torch.Tensor, references: torch.Tensor, interval: tuple[float, float], own_copies: torch.Tensor | None
+    features: torch.Tensor,
+    references: torch.Tensor,
+    interval: tuple[float, float],
+    own_copies: torch.Tensor | None,
+    is_far: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Score patches ``(B, l, C)``; returns ``(B, l)``."""
+    """Score patches ``(B, l, C)``, but for references that are too far, ``(l, L')``; returns ``(B, l)``."""
     vectors = features.flatten(0, 1)  # (B * l, C)
     products = (vectors @ references.flatten(0, 1).T).unflatten(1, references.shape[:2])  # (B * l, M, L')
+    if is_far is not None:
+        products = products.unflatten(0, features.shape[:2]).masked_fill(is_far[:, None], -float("inf")).flatten(0, 1)
     cosines = products.amax(dim=-1)  # (B * l, M)
     count = len(references)
     if own_copies is not None:

@@ -18,6 +18,7 @@ class ReferenceBank(nn.Module):
     Args:
         aggregation_degrees: LNAMD's degrees r.
         interval: Which of the ascending distances to the references are averaged.
+        search_radius: Within how many rows and columns of its own place a patch is sought. Defaults to everywhere.
 
     Attributes:
         black: Value of grey images of more than 8 bits that is shown black, shape ``()``.
@@ -30,9 +31,13 @@ class ReferenceBank(nn.Module):
     black: torch.Tensor
     white: torch.Tensor
     origin: object
+    search_radius: int | None = None  # of a pickled bank of version 0.1, too
 
-    def __init__(self, aggregation_degrees: Sequence[int], interval: tuple[float, float]) -> None:
+    def __init__(
+        self, aggregation_degrees: Sequence[int], interval: tuple[float, float], search_radius: int | None = None
+    ) -> None:
         super().__init__()
+        self.search_radius = search_radius
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = interval
         self.num_layers = 0
@@ -115,6 +120,8 @@ class ReferenceBank(nn.Module):
                 self.get_buffer(f"vectors_{layer}_{degree}"),
                 self.interval,
                 own_copies=own_copies,
+                grid=(feature_map.shape[2], feature_map.shape[3]),
+                search_radius=self.search_radius,
             )
             for layer, feature_map in enumerate(feature_maps)
             for degree in self.aggregation_degrees

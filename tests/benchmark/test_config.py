@@ -130,7 +130,7 @@ def test_shipped_configurations(path, tmp_path, monkeypatch):
     (tmp_path / "datasets/sample/gear").mkdir()
     monkeypatch.chdir(tmp_path)
     config = read_config(path)
-    assert len(config.cells) == {"ablations": 315, "btad": 15, "mvtec_ad": 90, "offline": 6, "visa": 60}[path.stem]
+    assert len(config.cells) == {"ablations": 360, "btad": 15, "mvtec_ad": 105, "offline": 6, "visa": 60}[path.stem]
     assert len({cell.key for cell in config.cells}) == len(config.cells)
     settings = {cell.name: cell.setting for cell in config.cells}
     expected = {"ablations": 1, "offline": 0}.get(path.stem, 2)
