@@ -25,8 +25,17 @@ SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 DRAWS = 10
 
 
-def extract(root: str, category: str, backbone: Any, image_size: int | None) -> tuple[MuScModel, dict[str, Any]]:
-    """Return the model, and distances, class tokens, labels and masks ``(N, H, W)`` of the test images."""
+class Extracted(NamedTuple):
+    """The test images of a product: maps of each layer, class tokens, labels, masks ``(N, H, W)``."""
+
+    layers: list[torch.Tensor]
+    tokens: torch.Tensor
+    labels: np.ndarray
+    masks: torch.Tensor
+
+
+def extract(root: str, category: str, backbone: Any, image_size: int | None) -> tuple[MuScModel, Extracted]:
+    """Return the model, and what it extracts of the test images."""
     torch.manual_seed(0)
     model = MuSc(backbone, image_size=image_size, visualizer=False)
     paths = sorted(path for path in Path(root, category, "test").glob("*/*") if path.is_file())
@@ -41,8 +50,8 @@ def extract(root: str, category: str, backbone: Any, image_size: int | None) -> 
         tokens.append(class_tokens)
         masks.append(read_mask_of(path, model.model.image_size))
     labels = np.array([path.parent.name != "good" for path in paths])
-    features = all_distances(model.model, maps, tokens)
-    return model.model, {**features, "labels": labels, "masks": torch.stack(masks)}
+    layers = [torch.cat(layer) for layer in zip(*maps, strict=True)]
+    return model.model, Extracted(layers, torch.cat(tokens), labels, torch.stack(masks))
 
 
 def read_mask_of(path: Path, size: tuple[int, int]) -> torch.Tensor:
@@ -54,14 +63,13 @@ def read_mask_of(path: Path, size: tuple[int, int]) -> torch.Tensor:
     return torch.nn.functional.interpolate(mask, size)[0, 0] > 0
 
 
-def all_distances(model: MuScModel, maps: list[Any], tokens: list[torch.Tensor]) -> dict[str, Any]:
+def all_distances(model: MuScModel, extracted: Extracted) -> dict[str, Any]:
     """Return what pools of these images are scored by: distances, class tokens and the shape of the maps."""
-    layers = [torch.cat(layer) for layer in zip(*maps, strict=True)]
-    degrees = model.aggregation_degrees
+    layers, degrees = extracted.layers, model.aggregation_degrees
     return {
         "grid": layers[0].shape[-2:],
         "distances": torch.stack([distances(lnamd(layer, degree)) for layer in layers for degree in degrees]),
-        "tokens": torch.cat(tokens),
+        "tokens": extracted.tokens,
     }
 
 
@@ -177,9 +185,10 @@ def _stable_threshold(level: np.ndarray, step: int, shortest: int) -> float:
     return float(thresholds[-max(stable)[1]]) if stable else 255.0
 
 
-def shares(model: MuScModel, features: dict[str, Any], draws: int = DRAWS) -> dict[str, dict[str, float]]:
+def shares(model: MuScModel, extracted: Extracted, draws: int = DRAWS) -> dict[str, dict[str, float]]:
     """Return what was measured for each share of defects, means over the draws, and for the set as it is."""
-    labels, masks, rows = features["labels"], features["masks"].numpy(), {}
+    features = all_distances(model, extracted)
+    labels, masks, rows = extracted.labels, extracted.masks.numpy(), {}
     for share in (*(SHARES if draws else ()), None):
         pools = [np.arange(len(labels))] if share is None else [draw(labels, share, seed) for seed in range(draws)]
         results = [
