@@ -22,7 +22,7 @@ class PoolLoader:
         images: Indices of those that are compared.
         prepare: Changes the features of one image, ``(1, ...)``.
         some: A few of them, at which one may look.
-        origin: What is subtracted from all that is compared, ``(C,)``, see :func:`.densest_place`.
+        origin: What is subtracted from all patches, ``(C,)``, see :func:`.densest_place`.
     """
 
     features: torch.Tensor
@@ -36,15 +36,17 @@ class PoolLoader:
         return replace(self, some=some_of(check_values(self.features, self.images)))
 
     def centred(self, workload: Workload) -> "PoolLoader":
-        """Return a loader that subtracts the densest place, where vectors are compared as they are loaded."""
-        if len(workload.degrees) > 1:  # whose windows are still to be summed and scaled
-            return self
-        return replace(self, origin=self._densest_place(workload)[0])
+        """Return a loader that subtracts the densest place.
 
-    def has_background(self, workload: Workload) -> bool:
-        """Whether a tenth of the patches are so alike that one product for all degrees cannot tell them apart."""
-        one = replace(workload, degrees=workload.degrees[:1])
-        return len(workload.degrees) > 1 and self._densest_place(one)[1] ** 2 < CANCELLATION
+        Of patches whose windows are still to be summed only where a tenth of them is all but equal: elsewhere products
+        are precise enough.
+        """
+        if len(workload.degrees) > 1:
+            one = replace(workload, degrees=workload.degrees[:1])
+            if self._densest_place(one)[1] ** 2 >= CANCELLATION:
+                return self
+        place, _ = self._densest_place(workload)
+        return replace(self, origin=place if place.any() else None)
 
     def _densest_place(self, workload: Workload) -> tuple[torch.Tensor, float]:
         return densest_place(self._patches(workload, image)[0] for image in self.some)
@@ -64,7 +66,8 @@ class PoolLoader:
             target.copy_(rounding.prepare(self._patches(workload, image))[0])
             release(self.features)
         if is_shared:
-            tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding)
+            origin = None if self.origin is None else rounding.prepare(self.origin[None, None])[0, 0]
+            tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin)
         else:
             tile = tile_of_vectors(storage, channels, rounding)
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)

@@ -173,13 +173,9 @@ def compared(
 ) -> Iterator[Block]:
     """Compare the images of a surveyed pool, one workload after the other; see :func:`nearest_distances`."""
     for workload in workloads:
-        can_share = not pool.has_background(workload)
         try:
-            if can_share:
-                yield from _blocks(pool.centred(workload), workload, memory_budget, progress)
+            yield from _blocks(pool.centred(workload), workload, memory_budget, progress)
         except CancellingWindowsError:  # rare; before any block, and before any comparison where one tile holds all
-            can_share = False
-        if not can_share:
             separate = [replace(workload, degrees=(degree,)) for degree in workload.degrees]
             yield from compared(pool, separate, memory_budget, progress)
 

@@ -42,7 +42,7 @@ class Workload:
     def image_bytes(self) -> int:
         """Memory of an image in a tile."""
         _, num_patches, channels = self.shape
-        numbers = num_patches * (channels + self.kernel.rounding.norm_channels + 2 * len(self.degrees))
+        numbers = num_patches * (channels + self.kernel.rounding.norm_channels + 5 * len(self.degrees))
         return numbers * self.like.itemsize + num_patches * channels * self.kernel.rounding.number_bytes
 
     @property

@@ -19,6 +19,51 @@ _AXES, _EQUAL = 16, 1e-5
 
 
 @dataclass
+class Origin:
+    r"""What was subtracted from patches whose windows are still to be summed, as it is where most of them lie.
+
+    The unit vector :math:`x_p` of a window of :math:`n_p` patches, whose sum is :math:`\hat g_p + n_p o` and scaled by
+    :math:`s_p`, is compared as a vector that is small where :math:`x_p` is like the origin:
+
+    .. math:: x_p - o / \lVert o \rVert = u_p + \alpha_p o, \qquad u_p = s_p \hat g_p, \qquad
+              \alpha_p = s_p n_p - 1 / \lVert o \rVert
+
+    Attributes:
+        point: o, ``(C,)``.
+        along: :math:`o \cdot u_p`, ``(D, b, L)``.
+        alpha: :math:`\alpha_p`, ``(D, b, L)``.
+        half_norms: Half the squared norms of what is compared, ``(D, b, L)``.
+    """
+
+    point: torch.Tensor
+    along: torch.Tensor
+    alpha: torch.Tensor
+    half_norms: torch.Tensor
+
+    def complete(
+        self, index: int, image: int, right: "Origin", images: slice, similarities: torch.Tensor
+    ) -> torch.Tensor:
+        r"""Turn products into halves of negative squared distances, in place.
+
+        .. math:: (u_p + \alpha_p o) \cdot (u_q + \alpha_q o) = u_p \cdot u_q + (o \cdot u_p) \alpha_q
+                  + \alpha_p (o \cdot u_q + \alpha_q \lVert o \rVert^2)
+
+        Args:
+            index: That of the degree.
+            image: One of this tile, with patches p.
+            right: That of another tile, or the same.
+            images: c images of that tile, with patches q.
+            similarities: :math:`u_p \cdot u_q`, shape ``(c, L, L)`` over q then p.
+        """
+        alpha, alpha_right = self.alpha[index, image], right.alpha[index, images]
+        minus_one, one = -torch.ones_like(alpha), torch.ones_like(alpha_right)
+        of_left = torch.stack([self.along[index, image], alpha, minus_one, -self.half_norms[index, image]])  # (4, L)
+        along_right = right.along[index, images] + alpha_right * self.point.square().sum()
+        of_right = torch.stack([alpha_right, along_right, right.half_norms[index, images], one], dim=-1)  # (c, L, 4)
+        return similarities.baddbmm_(of_right, of_left.expand(len(of_right), -1, -1))
+
+
+@dataclass
 class Tile:
     """Images that are held on the compute device, ready to be compared at D degrees.
 
@@ -29,6 +74,8 @@ class Tile:
         operands: The patches as the kernel takes them.
         scales: What the product with a window's sum is multiplied by, ``(D, b, L)``; ``None`` for ones.
         half_norms: Half the squared norms of what is compared, ``(D, b, L)``, see :func:`_half_norms`.
+        sizes: Half the squared lengths of what is added up in products, ``(D, b, L)``, which decide their error.
+        origin: What was subtracted from patches whose windows are still to be summed; ``None`` for nothing.
     """
 
     patches: torch.Tensor
@@ -37,19 +84,22 @@ class Tile:
     operands: Encoded
     scales: torch.Tensor | None
     half_norms: torch.Tensor
+    sizes: torch.Tensor
+    origin: Origin | None = None
     _distinct: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def resolution(self) -> torch.Tensor:
         """Squared distances below which the products are too coarse, ``(D, b, L)``."""
         is_double = self.half_norms.dtype == torch.float64
-        return self.half_norms * (0.0 if is_double else 2 * CANCELLATION)
+        return self.sizes * (0.0 if is_double else 2 * CANCELLATION)
 
     def vectors(self, image: int, index: int) -> torch.Tensor:
         """Return what is compared at the degree of that index, ``(L, C)``."""
         if self.scales is None:
             return self.patches[image]
-        return unit_vectors(self.patches[image].view(1, *self.grid, -1), self.degrees[index])[0]
+        patches = self.patches[image] if self.origin is None else self.patches[image] + self.origin.point
+        return unit_vectors(patches.view(1, *self.grid, -1), self.degrees[index])[0]
 
     def distinct(self, image: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Tell the equal patches of an image, as those of a plain background, at the degree of that index.
@@ -72,43 +122,72 @@ def tile_of_vectors(storage: torch.Tensor, channels: int, rounding: Rounding) ->
     """
     vectors = storage[..., :channels]
     encoded = rounding.encode(vectors)
-    norms = [_half_norms(image, rounding.decode(encoded, index)) for index, image in enumerate(vectors)]
+    decoded = (rounding.decode(encoded, index) for index in range(len(vectors)))
+    norms = [
+        _half_norms(image, image if rounded is None else rounded)
+        for image, rounded in zip(vectors, decoded, strict=True)
+    ]
     half_norms = torch.stack(norms)
     operands = rounding.with_norms(storage, encoded, half_norms)
-    return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None])
+    return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None], half_norms[None])
 
 
 class CancellingWindowsError(ArithmeticError):
     """The patches of a window cancel each other, so that sums of their products would lose too many digits."""
 
 
-def tile_of_maps(patches: torch.Tensor, degrees: tuple[int, ...], rounding: Rounding) -> Tile:
+def tile_of_maps(
+    patches: torch.Tensor, degrees: tuple[int, ...], rounding: Rounding, origin: torch.Tensor | None = None
+) -> Tile:
     """Make a tile of prepared patches ``(b, H, W, C)`` that are compared at several degrees.
+
+    Args:
+        patches: The patches, less the origin.
+        degrees: The D degrees.
+        rounding: How they are rounded.
+        origin: See :class:`Tile`.
 
     Raises:
         CancellingWindowsError: If the sum of a window is much smaller than its terms.
     """
     vectors = patches.flatten(1, 2)
     operands = rounding.encode(vectors)
-    scales = patches.new_empty(len(degrees), *vectors.shape[:2])
-    half_norms = torch.empty_like(scales)
+    numbers = patches.new_empty(5, len(degrees), *vectors.shape[:2])
     for image, patch_map in enumerate(patches):
-        terms = torch.linalg.vector_norm(patch_map, dim=-1, keepdim=True)  # (H, W, 1)
         rounded = rounding.decode(operands, image)
+        rounded_map = patch_map if rounded is None else rounded.view_as(patch_map)
         for index, degree in enumerate(degrees):
-            sums = window_sums(patch_map, degree)
-            norms = torch.linalg.vector_norm(sums, dim=-1)
-            if bool((window_sums(terms, degree)[:, 0] > _CONDITION * norms).any()):
-                raise CancellingWindowsError
-            scale = norms.clamp_min_(_TINY_NORM * degree**2).reciprocal_()
-            rounded_sums = None if rounded is None else window_sums(rounded.view_as(patch_map), degree)
-            scales[index, image] = scale
-            half_norms[index, image] = _half_norms(sums, rounded_sums) * scale.square()
+            numbers[:, index, image] = _numbers_of_windows(patch_map, rounded_map, degree, origin)
+    scales, half_norms, sizes, along, alpha = numbers
     grid = (patches.shape[1], patches.shape[2])
-    return Tile(vectors, grid, degrees, operands, scales, half_norms)
+    of_tile = None if origin is None else Origin(origin, along, alpha, half_norms)
+    return Tile(vectors, grid, degrees, operands, scales, half_norms, sizes, of_tile)
 
 
-def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
+def _numbers_of_windows(
+    patches: torch.Tensor, rounded: torch.Tensor, degree: int, origin: torch.Tensor | None
+) -> torch.Tensor:
+    """Return scales, half norms, sizes, and what :class:`Origin` has, ``(5, L)``, of the windows of ``(H, W, C)``."""
+    sums, rounded_sums = window_sums(patches, degree), window_sums(rounded, degree)
+    counts = window_sums(torch.ones_like(patches[..., :1]), degree)  # (L, 1)
+    lengths = window_sums(torch.linalg.vector_norm(patches, dim=-1, keepdim=True), degree)[:, 0]
+    norms = torch.linalg.vector_norm(sums if origin is None else sums + counts * origin, dim=-1)
+    if bool((lengths > _CONDITION * norms).any()):
+        raise CancellingWindowsError
+    scales = norms.clamp_min(_TINY_NORM * degree**2).reciprocal()
+    exact, of_rounded = sums * scales[:, None], rounded_sums * scales[:, None]
+    if origin is None:
+        half_norms, zeros = _half_norms(exact, of_rounded), torch.zeros_like(scales)
+        return torch.stack([scales, half_norms, half_norms, zeros, zeros])
+    length = torch.linalg.vector_norm(origin)
+    alpha = scales * counts[:, 0] - 1 / length
+    shift = alpha[:, None] * origin
+    half_norms = _half_norms(exact + shift, of_rounded + shift)
+    sizes = (lengths * scales + alpha.abs() * length).square() / 2
+    return torch.stack([scales, half_norms, sizes, of_rounded @ origin, alpha])
+
+
+def _half_norms(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
     r"""Return half the squared norms of ``(L, C)``, as they have to be where products are those of rounded vectors.
 
     With the errors :math:`e = x - \tilde x`, which are as good as orthogonal to each other, it is
@@ -119,8 +198,8 @@ def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tens
 
     Its error does not grow where the distance is small; with the true norms it would.
     """
-    squared = torch.linalg.vector_norm(exact, dim=-1).square_()
-    return squared / 2 if rounded is None else (exact * rounded).sum(dim=-1) - squared / 2
+    half_squared = torch.linalg.vector_norm(exact, dim=-1).square_() / 2
+    return half_squared if rounded is exact else (exact * rounded).sum(dim=-1) - half_squared
 
 
 def _distinct(vectors: torch.Tensor, largest_half_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -74,6 +74,10 @@ class PlainKernel:
             if left.scales is not None and right.scales is not None:
                 similarities = torch.mul(similarities, left.scales[index, image], out=spare[0])
                 similarities *= right.scales[index, images, :, None]
+            if left.origin is not None and right.origin is not None:
+                similarities = left.origin.complete(index, image, right.origin, images, similarities)
+                distances[0, index], distances[1, index] = -similarities.amax(dim=1), -similarities.amax(dim=2)
+                continue
             left_half_norms = left.half_norms[index, image]  # (L,)
             right_half_norms = right.half_norms[index, images]  # (c, L)
             largest = _largest(similarities, right_half_norms[:, :, None], dim=1, out=spare[1])  # (c, L)
