@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from decisions import Extracted, extract
 from same_features import choose_backbone
-from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_musc import MuScModel
 from anomalib_musc.distances.trial import fastest
 from anomalib_musc.functional import Precision, layer_scores
+from anomalib_musc.metrics.ranking import auroc, average_precision, rank
 
 SIZES = ((64, 37, 1024), (64, 32, 384), (64, 20, 192))  # images, side of the grid, channels
 RADII = (None, 0, 1, 2, 4)
@@ -66,11 +66,15 @@ def quality_of(model: MuScModel, extracted: Extracted) -> dict[str, dict[str, fl
     for radius in RADII:
         scores = [layer_scores(layer, model.aggregation_degrees, search_radius=radius) for layer in extracted.layers]
         anomaly_maps = model.anomaly_maps(torch.stack(scores).mean(dim=0).view(-1, *grid))[:, 0]
-        pixels = extracted.masks.flatten(), anomaly_maps.flatten()
+        is_anomalous = torch.from_numpy(extracted.labels)
+        images, pixels = (
+            rank(values[~truth], values[truth])
+            for values, truth in ((anomaly_maps.amax(dim=(1, 2)), is_anomalous), (anomaly_maps, extracted.masks))
+        )
         found[name_of(radius)] = {
-            "image AUROC": float(roc_auc_score(extracted.labels, anomaly_maps.amax(dim=(1, 2)))),
-            "pixel AUROC": float(roc_auc_score(*pixels)),
-            "pixel AP": float(average_precision_score(*pixels)),
+            "image AUROC": float(auroc(images)),
+            "pixel AUROC": float(auroc(pixels)),
+            "pixel AP": float(average_precision(pixels)),
         }
     return found
 
