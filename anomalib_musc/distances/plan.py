@@ -55,7 +55,7 @@ class Workload:
         """Working memory of comparing two images."""
         if self.places is not None:
             return self.places.pair_numbers() * self.like.itemsize
-        return self.kernel.pair_bytes(self.shape[1])
+        return self.kernel.pair_bytes(self.shape[1], is_shared=len(self.degrees) > 1)
 
     @property
     def distances_bytes(self) -> int:

@@ -14,6 +14,7 @@ from anomalib_musc.distances.same_place import Places, compare_places
 from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_maps, tile_of_vectors
 
 _SIDE = 32  # of the largest grid that is tried: what is fastest at 400 patches need not be at 1000
+_SHARED_BYTES = 2**29  # that one product for all degrees may take: it is whole, where separate ones are cut into rows
 _RADIUS = 2
 _TRIALS = 2
 _IMAGES = 4
@@ -35,7 +36,8 @@ def fastest(
     grid = (side, max(1, min(_SIDE, num_patches // side)))
     kernels = make_kernels(precision, like)
     way = _fastest(precision, grid, channels, tuple(degrees), like.dtype, like.device, torch.get_num_threads())
-    return kernels[way[0]], way[1]
+    kernel, is_shared = kernels[way[0]], way[1]
+    return kernel, is_shared and kernel.pair_bytes(num_patches, is_shared=True) <= _SHARED_BYTES
 
 
 @lru_cache

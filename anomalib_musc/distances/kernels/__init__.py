@@ -40,8 +40,8 @@ class Kernel(Protocol):
     can_share: bool
     block: int
 
-    def pair_bytes(self, num_patches: int) -> int:
-        """Return the working memory of comparing an image with one other."""
+    def pair_bytes(self, num_patches: int, *, is_shared: bool) -> int:
+        """Return the working memory of comparing an image with one other, with one product for all degrees or not."""
 
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Compare the image of one tile with c images of another.

@@ -70,9 +70,9 @@ class EightBitProduct:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
         (numbers_x, scales_x), (numbers_y, scales_y) = x, y
         count, num_patches, _ = numbers_y.shape
-        size = count * num_patches**2
+        size = count * num_patches * len(numbers_x)
         self._buffer = reuse_buffer(self._buffer, 2 * size, self._buffer)
-        integers, products = self._buffer[: 2 * size].view(2, count, num_patches, num_patches)
+        integers, products = self._buffer[: 2 * size].view(2, count, num_patches, len(numbers_x))
         torch._int_mm(numbers_y.flatten(0, 1), numbers_x.T, out=integers.flatten(0, 1))  # noqa: SLF001
         torch.mul(integers, scales_x, out=products.view(torch.float32))
         return products.view(torch.float32).mul_(scales_y[..., None])

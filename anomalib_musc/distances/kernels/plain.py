@@ -26,7 +26,7 @@ class Product(Rounding, Protocol):
     can_share: bool
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
-        """Multiply the patches p of an image with those q of c others: ``(c, L, L)``, over q then p.
+        """Multiply patches p of an image, ``(l, C)``, with those q of c others: ``(c, L, l)``, over q then p.
 
         The next call may overwrite the result.
         """
@@ -51,23 +51,46 @@ class PlainKernel:
         self._product = product
         self._buffer = torch.empty(0)
 
-    def pair_bytes(self, num_patches: int) -> int:
+    def pair_bytes(self, num_patches: int, *, is_shared: bool) -> int:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
-        return num_patches**2 * (self._product.result_bytes + 2 * 8)
+        if is_shared:
+            return num_patches**2 * (self._product.result_bytes + 2 * 8)
+        numbers = min(num_patches**2, max(self.block, num_patches))
+        return numbers * (self._product.result_bytes + (0 if self._product.norm_channels else 8))
 
     def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
-        has_norms = left.scales is None and self._product.norm_channels > 0
-        x = tuple(part[image] for part in left.operands)
-        if has_norms:
-            x = (_exchange_norms(x[0], self._product.norm_channels),)
-        products = self._product(x, tuple(part[images] for part in right.operands))  # (c, L, L)
+        x, y = tuple(part[image] for part in left.operands), tuple(part[images] for part in right.operands)
+        if left.scales is None:
+            return self._compare_vectors(x, left.half_norms[0, image], y, right.half_norms[0, images])
+        return self._compare_windows(self._product(x, y), left, image, right, images)
+
+    def _compare_vectors(
+        self, x: Encoded, half_norms: torch.Tensor, y: Encoded, right_half_norms: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compare vectors p of an image ``(L, C)`` with those q of c others, some rows of p at a time."""
+        rows = max(1, self.block // right_half_norms.numel())
+        to_right = torch.empty_like(right_half_norms)
+        to_left = torch.full_like(right_half_norms, float("inf"))
+        for first in range(0, len(half_norms), rows):
+            some, norms = tuple(part[first : first + rows] for part in x), half_norms[first : first + rows]
+            if self._product.norm_channels:
+                facing = _exchange_norms(some[0], self._product.norm_channels)
+                products = self._product((facing,), y)  # (c, L, rows): -|x - y|² / 2
+                to_right[:, first : first + rows] = -products.amax(dim=1)
+                to_left = torch.minimum(to_left, -products.amax(dim=2))
+                continue
+            products = self._product(some, y)
+            spare = self._spare(products)[0]
+            to_right[:, first : first + rows] = norms - _largest(products, right_half_norms[..., None], 1, spare)
+            to_left = torch.minimum(to_left, right_half_norms - _largest(products, norms, 2, spare))
+        return to_right.mul_(2).clamp_min_(0)[None], to_left.mul_(2).clamp_min_(0)[None]
+
+    def _compare_windows(
+        self, products: torch.Tensor, left: Tile, image: int, right: Tile, images: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum products ``(c, L, L)`` over windows, for every degree."""
         distances = products.new_empty(2, len(left.degrees), *products.shape[:2])
-        if has_norms:  # -|x - y|² / 2
-            torch.amax(products, dim=1, out=distances[0, 0])
-            torch.amax(products, dim=2, out=distances[1, 0])
-            to_right, to_left = distances.mul_(-2).clamp_min_(0)
-            return to_right, to_left
         spare = self._spare(products)
         for index, degree in enumerate(left.degrees):
             similarities = _sum_windows(products, left.grid, degree // 2, spare)

@@ -33,7 +33,7 @@ class FloatProduct(NoRounding):
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
         (left,), (right,) = x, y
-        return self._multiply(left, right.reshape(-1, right.shape[-1])).view(-1, len(left), len(left))
+        return self._multiply(left, right.reshape(-1, right.shape[-1])).view(*right.shape[:2], len(left))
 
     def _multiply(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Return ``y @ x.T``."""
@@ -107,7 +107,7 @@ class SixteenBitProduct(SixteenBitRounding):
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
         (left,), (right,) = x, y
-        shape = len(right), len(left), len(left)
+        shape = len(right), right.shape[1], len(left)
         size = math.prod(shape)
         self._rounded = reuse_buffer(self._rounded, size, self._rounded)
         self._buffer = reuse_buffer(self._buffer, size, self._buffer)

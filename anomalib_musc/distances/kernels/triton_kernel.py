@@ -107,8 +107,9 @@ class TritonKernel:
         self.name = "Triton, 16 bits" if is_half else "Triton"
         self.rounding: Rounding = SixteenBitRounding() if is_half else NoRounding()
 
-    def pair_bytes(self, num_patches: int) -> int:
+    def pair_bytes(self, num_patches: int, *, is_shared: bool) -> int:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
+        del is_shared  # it never is
         num_partials = triton.cdiv(num_patches, _BLOCK_M) * num_patches
         return 4 * (num_partials + 4 * num_patches)
 
