@@ -84,8 +84,8 @@ class MuSc(ExportableModule, BankModule, AnomalibModule):  # type: ignore[misc] 
         prediction_writer: Likewise; the default writes ``predictions.csv``, ``predictions.json`` and ``review.html``
             when predicting, see :class:`~anomalib_musc.PredictionWriter`.
         **model_arguments: Further arguments of :class:`~anomalib_musc.MuScModel`: ``pretrained``, ``image_size``,
-            ``layers``, ``activation``, ``aggregation_degrees``, ``interval``, ``second_interval``,
-            ``search_radius``, ``precision``, ``num_subsets``.
+            ``tile_size``, ``tile_overlap``, ``layers``, ``activation``, ``aggregation_degrees``, ``interval``,
+            ``second_interval``, ``search_radius``, ``precision``, ``num_subsets``.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the backbone.

@@ -2,6 +2,7 @@
 """MuSc in plain torch: a frozen backbone and the first two steps of the method, without anomalib or Lightning."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones.base import Activation
 from anomalib_musc.backbones.own import check_images, check_output, resolve_backbone
+from anomalib_musc.backbones.tiles import Tiles, check_tiles, make_tiles, overlap_of
 from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import (
     Precision,
@@ -59,6 +61,10 @@ class MuScModel(nn.Module):
             its images are prepared.
         pretrained: Weights of a named backbone: ``True`` (its default), a tag, a local file, or ``False`` (random).
         image_size: Side or (height, width) of the input in pixels. Defaults to the backbone's own.
+        tile_size: Side or (height, width) of the tiles into which images are cut after they were resized to
+            ``image_size``, which then is to be given and rounded to whole patches; the backbone takes one tile at a
+            time, at its size, and the maps are joined. Defaults to no tiles.
+        tile_overlap: How far neighbouring tiles overlap, in pixels. Defaults to a quarter of a tile.
         layers: Blocks of a named backbone, counted from 0. Defaults to the ends of its four quarters
             (of ``musc-tiny`` 0, 1, 2 and 5).
         activation: The activation function of a CLIP given by name: ``"official"``, the official release's, with which
@@ -89,6 +95,7 @@ class MuScModel(nn.Module):
 
     second_interval: tuple[float, float] | None = None  # of a pickled model of version 0.1
     search_radius: int | None = None
+    tiles: Tiles | None = None
 
     def __init__(
         self,
@@ -96,6 +103,8 @@ class MuScModel(nn.Module):
         *,
         pretrained: bool | str | Path = True,
         image_size: int | tuple[int, int] | None = None,
+        tile_size: int | tuple[int, int] | None = None,
+        tile_overlap: int | tuple[int, int] | None = None,
         layers: Sequence[int] | None = None,
         activation: Activation | None = None,
         aggregation_degrees: Sequence[int] = (1, 3, 5),
@@ -106,6 +115,7 @@ class MuScModel(nn.Module):
         num_subsets: int = 1,
     ) -> None:
         super().__init__()
+        self._tiler: Any = None
         check_interval(interval)
         check_second_interval(second_interval, interval)
         check_search_radius(search_radius)
@@ -120,13 +130,54 @@ class MuScModel(nn.Module):
         self.search_radius = search_radius
         self.precision = precision
         self.num_subsets = num_subsets
-        self.backbone, self.image_size = resolve_backbone(
-            backbone, pretrained=pretrained, image_size=image_size, layers=layers, activation=activation
+        size_to_cut = check_tiles(image_size, tile_size, tile_overlap)
+        self._make_backbone = partial(
+            resolve_backbone, backbone, pretrained=pretrained, layers=layers, activation=activation
         )
+        self.backbone, self.image_size = self._make_backbone(image_size=tile_size if size_to_cut else image_size)
+        if size_to_cut is not None:
+            self._cut_into_tiles(size_to_cut, self.image_size, tile_overlap)
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
         self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
         self.bank = ReferenceBank(self.aggregation_degrees, self.interval, search_radius)
+
+    @property
+    def tiler(self) -> Any:
+        """The ``Tiler`` of anomalib's ``TilerConfigurationCallback``, which does what ``tile_size`` does."""
+        return self._tiler
+
+    @tiler.setter
+    def tiler(self, tiler: Any) -> None:
+        self._tiler = tiler
+        if tiler is None:
+            return
+        tile_size, image_size = (tiler.tile_size_h, tiler.tile_size_w), self.image_size
+        if tile_size != (self.image_size if self.tiles is None else self.tiles.tile_size):
+            if len(self.bank):
+                msg = f"tiler has tiles of {tile_size}, without which the bank was made; make it anew, with them."
+                raise ValueError(msg)
+            self._resize_backbone(tile_size)
+        self._cut_into_tiles(image_size, tile_size, overlap_of(tiler))
+        if self.image_size != image_size:
+            msg = f"tiler needs an image_size in whole patches, such as {self.image_size}, got {image_size}."
+            raise ValueError(msg)
+
+    def _resize_backbone(self, image_size: tuple[int, int]) -> None:
+        """Make the backbone anew for another size, with the weights that do not depend on it."""
+        resized, _ = self._make_backbone(image_size=image_size)
+        here = {name: values.shape for name, values in resized.state_dict().items()}
+        weights = {name: values for name, values in self.backbone.state_dict().items() if values.shape == here[name]}
+        resized.load_state_dict(weights, strict=False)
+        if hasattr(resized, "use_activation"):
+            resized.use_activation(self.backbone.activation)
+        self.backbone = resized.to(self.device)
+
+    def _cut_into_tiles(
+        self, image_size: tuple[int, int], tile_size: tuple[int, int], overlap: int | tuple[int, int] | None
+    ) -> None:
+        self.tiles = make_tiles(image_size, tile_size, overlap, getattr(self.backbone, "patch_size", None))
+        self.image_size = self.tiles.image_size
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -134,7 +185,12 @@ class MuScModel(nn.Module):
         activation = getattr(self.backbone, "activation", None)  # a checkpoint may change it, and no weight shows it
         intervals = self.interval, self.second_interval
         search = self.aggregation_degrees, self.search_radius, self.precision, self.num_subsets
-        return self.image_size, *intervals, *search, activation
+        return self.image_size, self.tiles, *intervals, *search, activation
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self._device(self.bank.class_tokens)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -257,6 +313,10 @@ class MuScModel(nn.Module):
         self.backbone.eval()
         if not torch.compiler.is_compiling():
             check_images(images, self.image_size)
+        return self._run_backbone(images) if self.tiles is None else self.tiles.extract(self._run_backbone, images)
+
+    def _run_backbone(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return maps on one grid and image features of images, or of tiles."""
         output = self.backbone(images)
         if not torch.compiler.is_compiling():  # an exported model takes what it gets
             check_output(output, len(images))

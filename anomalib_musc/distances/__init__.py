@@ -9,7 +9,13 @@ a buffer: on the device, on the host, or in a temporary file (``storage.py``), a
 """
 
 from anomalib_musc.distances.kernels import Precision, check_precision
-from anomalib_musc.distances.nearest import check_degrees, check_search_radius, least_memory, nearest_distances
+from anomalib_musc.distances.nearest import (
+    check_degrees,
+    check_search_radius,
+    estimate_seconds,
+    least_memory,
+    nearest_distances,
+)
 from anomalib_musc.distances.storage import MemoryBudgetError, check_budget
 
 __all__ = [
@@ -19,6 +25,7 @@ __all__ = [
     "check_degrees",
     "check_precision",
     "check_search_radius",
+    "estimate_seconds",
     "least_memory",
     "nearest_distances",
 ]

@@ -13,6 +13,7 @@ from anomalib_musc.distances.plan import Plan, Workload, make_plan, make_workloa
 from anomalib_musc.distances.same_place import compare_places, make_places
 from anomalib_musc.distances.storage import check_budget, file_tensor, release, trim
 from anomalib_musc.distances.tiles import CancellingWindowsError
+from anomalib_musc.distances.trial import seconds_of_pair
 
 Block = tuple[slice, torch.Tensor]
 Progress = Callable[[int], object]
@@ -129,6 +130,19 @@ def least_memory(
     like, places = _like(torch.float32, device), make_places((height, width), search_radius)
     workloads = make_workloads((num_images, height * width, channels), degrees, precision, like, places)
     return max(workload.least_bytes for workload in workloads)
+
+
+def estimate_seconds(shape: Sequence[int], degrees: Sequence[int], precision: Precision, device: torch.device) -> float:
+    """Estimate how long :func:`nearest_distances` takes for two images, by a trial of a few milliseconds.
+
+    Args:
+        shape: That of a float32 map, ``(C, H, W)``.
+        degrees: The window sizes.
+        precision: "exact" or "fast".
+        device: Where to compute.
+    """
+    channels, height, width = shape
+    return seconds_of_pair(precision, height * width, channels, degrees, _like(torch.float32, device))
 
 
 def check_degrees(degrees: Sequence[int], name: str = "degrees") -> None:

@@ -32,16 +32,36 @@ def fastest(
         degrees: The D degrees.
         like: A tensor of the device and type of the comparison.
     """
-    side = min(_SIDE, math.isqrt(num_patches))
-    grid = (side, max(1, min(_SIDE, num_patches // side)))
     kernels = make_kernels(precision, like)
-    way = _fastest(precision, grid, channels, tuple(degrees), like.dtype, like.device, torch.get_num_threads())
-    kernel, is_shared = kernels[way[0]], way[1]
+    if len(kernels) == 1 and (len(degrees) == 1 or not kernels[0].can_share):
+        return kernels[0], False
+    seconds = _seconds_of_ways(
+        precision, _grid(num_patches), channels, tuple(degrees), like.dtype, like.device, torch.get_num_threads()
+    )
+    number, is_shared = min(seconds, key=lambda way: seconds[way])
+    kernel = kernels[number]
     return kernel, is_shared and kernel.pair_bytes(num_patches, is_shared=True) <= _SHARED_BYTES
 
 
+def seconds_of_pair(
+    precision: Precision, num_patches: int, channels: int, degrees: Sequence[int], like: torch.Tensor
+) -> float:
+    """Estimate how long the comparison of two images takes, at all degrees, by a trial; see :func:`fastest`."""
+    grid = _grid(num_patches)
+    seconds = _seconds_of_ways(
+        precision, grid, channels, tuple(degrees), like.dtype, like.device, torch.get_num_threads()
+    )
+    return min(seconds.values()) * (num_patches / math.prod(grid)) ** 2
+
+
+def _grid(num_patches: int) -> tuple[int, int]:
+    """Return the grid that is tried in place of one of so many patches."""
+    side = min(_SIDE, math.isqrt(num_patches))
+    return side, max(1, min(_SIDE, num_patches // side))
+
+
 @lru_cache
-def _fastest(
+def _seconds_of_ways(
     precision: Precision,
     grid: tuple[int, int],
     channels: int,
@@ -49,13 +69,11 @@ def _fastest(
     dtype: torch.dtype,
     device: torch.device,
     num_threads: int,
-) -> tuple[int, bool]:
-    """Return the number of the fastest kernel, and whether it does best with one product for all degrees."""
+) -> dict[tuple[int, bool], float]:
+    """Return how long a pair of images takes, by the number of a kernel and whether one product serves all degrees."""
     del num_threads  # a trial for each
     like = torch.empty(0, dtype=dtype, device=device)
     kernels = make_kernels(precision, like)
-    if len(kernels) == 1 and (len(degrees) == 1 or not kernels[0].can_share):
-        return 0, False
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(_IMAGES, *grid, channels, generator=generator).to(like)
     seconds = {}
@@ -69,7 +87,7 @@ def _fastest(
             except CancellingWindowsError:  # as numbers at random may
                 continue
             seconds[number, True] = _seconds(kernel, tile)
-    return min(seconds, key=lambda way: seconds[way])
+    return seconds
 
 
 def fastest_by_place(

@@ -28,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", type=_folder, default=Path("results"), metavar="FOLDER", help="where results go (%(default)s)")
     add("--backbone", help="ViT-L-14-336 (fetches CLIP), musc-tiny, ...")
     add("--image-size", type=_size, metavar="N", help="one side, or HEIGHTxWIDTH; the backbone's own")
+    add("--tile-size", type=_size, metavar="N", help="cut large images into tiles, compared at their own size")
+    add("--search-radius", type=_radius, metavar="R", help="seek patches near their own place, within R patches")
     add("--references", type=Path, metavar="FOLDER", help="compare with these, not with each other")
     add("--checkpoint", type=Path, metavar="FILE", help="of anomalib train, with its settings")
     decide: Any = parser.add_mutually_exclusive_group().add_argument
@@ -159,6 +161,13 @@ def _contamination(text: str) -> float:
 
 def _distance(text: str) -> float:
     return _number(text, 0, 2)
+
+
+def _radius(text: str) -> int:
+    if not text.isdecimal():
+        msg = f"{text!r} is no whole number"
+        raise argparse.ArgumentTypeError(msg)
+    return int(text)
 
 
 def _size(text: str) -> Any:

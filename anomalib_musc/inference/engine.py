@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 
 from anomalib_musc.compat.quiet import quiet
 from anomalib_musc.inference.inputs import gather
-from anomalib_musc.inference.run import accelerator_of, check_number, make_model
+from anomalib_musc.inference.run import accelerator_of, check_number, make_model, with_common_size
 from anomalib_musc.output.prediction_writer import PredictionWriter
 
 
@@ -30,6 +30,8 @@ def predict_files(paths: list[Path], arguments: argparse.Namespace) -> Predictio
         )
         options: dict[str, Any] = {
             "image_size": arguments.image_size,
+            "tile_size": arguments.tile_size,
+            "search_radius": arguments.search_radius,
             "precision": "fast" if arguments.fast else None,
             "references": None if arguments.references is None else str(arguments.references),
             "mode": None if arguments.references is None else "reference",
@@ -40,6 +42,7 @@ def predict_files(paths: list[Path], arguments: argparse.Namespace) -> Predictio
             "contamination": arguments.contamination,
             "image_threshold": arguments.threshold,
         }
+        options = with_common_size(options, inputs, arguments.checkpoint)
         model = make_model(arguments.backbone, arguments.checkpoint, decision, **options)
         callbacks: list[Callback] = [] if arguments.quiet else [RichProgressBar(console_kwargs={"stderr": True})]
         engine = Engine(

@@ -18,6 +18,7 @@ from anomalib_musc.inference.inputs import Inputs, as_folder, gather
 from anomalib_musc.inference.predictions import Predictions
 from anomalib_musc.lightning_model import MuSc
 from anomalib_musc.pool.checks import MIN_IMAGES
+from anomalib_musc.pool.large_images import common_size
 from anomalib_musc.post_processor import RsCINPostProcessor
 
 _ACCELERATORS = {"auto": "auto", "cpu": "cpu", "cuda": "gpu", "gpu": "gpu", "mps": "mps"}
@@ -52,7 +53,8 @@ def predict(
         threshold: On raw scores, distances from 0 to 2, in place of the rule.
         device: "auto", "cpu", "cuda" or "mps".
         progress: Whether to show progress bars.
-        **arguments: Further arguments of :class:`~anomalib_musc.MuSc`, such as ``image_size`` and ``precision``.
+        **arguments: Further arguments of :class:`~anomalib_musc.MuSc`, such as ``image_size`` and ``precision``. With
+            ``tile_size`` alone, images are compared at the size that most of them have.
 
     Returns:
         One prediction an image, in their order.
@@ -70,6 +72,7 @@ def predict(
         3
     """
     inputs = gather(images)
+    arguments = with_common_size(arguments, inputs, checkpoint)
     check_number(inputs, is_alone=references is None and checkpoint is None)
     decision = {"image_sensitivity": sensitivity, "contamination": contamination, "image_threshold": threshold}
     with bank_folder(references) as folder, quiet() as warned:
@@ -89,6 +92,12 @@ def check_number(inputs: Inputs, *, is_alone: bool) -> None:
             "Add unlabelled images of it, or give references, or a checkpoint with a bank."
         )
         raise ValueError(msg)
+
+
+def with_common_size(arguments: Mapping[str, Any], inputs: Inputs, checkpoint: object) -> dict[str, Any]:
+    """Return arguments in which images that are cut into tiles have a size: that of most of them, if none is given."""
+    is_open = arguments.get("tile_size") is not None and arguments.get("image_size") is None and checkpoint is None
+    return {**arguments, "image_size": common_size(inputs.files)} if is_open else dict(arguments)
 
 
 def make_model(backbone: Any, checkpoint: str | Path | None, decision: Mapping[str, Any], **arguments: Any) -> MuSc:

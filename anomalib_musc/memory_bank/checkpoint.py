@@ -26,6 +26,9 @@ def describe_network(model: Any, name: str | None) -> dict[str, Any]:
         "layers": list(getattr(model.backbone, "layers", ())),
         "aggregation_degrees": list(model.aggregation_degrees),
         "interval": list(model.interval),
+        "second_interval": None if model.second_interval is None else list(model.second_interval),
+        "search_radius": model.search_radius,
+        "tiles": None if model.tiles is None else [list(model.tiles.tile_size), list(model.tiles.stride)],
     }
 
 

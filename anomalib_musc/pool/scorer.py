@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a dataloader to a scored pool: read and prepare the images, run the backbone, score."""
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,14 @@ from anomalib_musc.pool.checks import (
 from anomalib_musc.pool.feature_store import FeatureStore
 from anomalib_musc.pool.folder import InputFolders, say_notes, say_skipped
 from anomalib_musc.pool.grey_range import GreyRange
+from anomalib_musc.pool.large_images import how_cut, slow_search
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.reader import PoolReader
 from anomalib_musc.pool.source import PoolSource
 from anomalib_musc.pool.warnings import median_features, shows_nothing, warn_of_pool
 from anomalib_musc.torch_model import MuScModel
+
+_PIXELS = 2**23  # of maps that are held at once
 
 
 class Features(NamedTuple):
@@ -109,7 +113,8 @@ class PoolScorer:
         )
         self._check_before(source, can_skip=folder is not None)
         found = self._score_by_bank(reader, source) if self._mode == "reference" else self._score_pool(reader, source)
-        maps = (self._model.anomaly_maps(part) for part in found.patch_scores.split(32))
+        at_once = max(1, _PIXELS // math.prod(self._model.image_size))
+        maps = (self._model.anomaly_maps(part) for part in found.patch_scores.split(at_once))
         raw_scores = torch.cat([part.amax(dim=(1, 2, 3)) for part in maps])
         skipped = reader.skipped | (folder.passed_over() if folder else {})
         references = median_features(self._model.bank.feature_maps) if self._num_references else None
@@ -119,6 +124,8 @@ class PoolScorer:
         for sentence in folder.what_was_taken(found.names, skipped) if folder else []:
             rank_zero_info(sentence)
         self._say_how_read(reader)
+        if self._model.tiles is not None:
+            rank_zero_info(how_cut(self._model, reader.sizes))
         return Pool(
             key,
             found.names,
@@ -233,6 +240,8 @@ class PoolScorer:
         self._model.check_pool_size(len(names), len(references))
         subsets = [[*subset, *references] for subset in self._model.subsets(class_tokens)]
         total = self._model.num_comparisons(subsets, len(features.layers))
+        if warning := slow_search(self._model, features.layers, sum(math.comb(len(subset), 2) for subset in subsets)):
+            rank_zero_warn(warning)
         budget = features.remaining_budget if self._device.type == "cpu" else self._memory_budget
         with (
             profile(self._trainer, "[MuSc]score"),

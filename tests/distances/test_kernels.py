@@ -99,3 +99,16 @@ def test_every_kernel_finds_the_same_distances(spread):
             assert_close(to_right[0].sqrt(), expected.amin(dim=1), tolerance)
             assert_close(to_left[0].sqrt(), expected.amin(dim=2), tolerance)
             assert_close(tile.operands[0], before, 0)
+
+
+def test_large_images_are_compared_some_rows_at_a_time():
+    vectors = unit(2, 1100, 16)  # whose products are more than a block
+    expected = torch.cdist(vectors[1].double(), vectors[0].double())
+    for kernel in make_kernels("fast", torch.empty(0)):
+        assert kernel.block < 1100**2
+        storage = torch.cat([kernel.rounding.prepare(vectors), vectors[..., : kernel.rounding.norm_channels]], dim=-1)
+        tile = tile_of_vectors(storage, 16, kernel.rounding)
+        to_right, to_left = kernel(tile, 0, tile, slice(1, 2))
+        tolerance = 1e-4 if kernel.name.startswith("float32") else 0.02
+        assert_close(to_right[0, 0].sqrt(), expected.amin(dim=0), tolerance)
+        assert_close(to_left[0, 0].sqrt(), expected.amin(dim=1), tolerance)
