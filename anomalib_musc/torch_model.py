@@ -165,7 +165,7 @@ class MuScModel(nn.Module):
 
     def _resize_backbone(self, image_size: tuple[int, int]) -> None:
         """Make the backbone anew for another size, with the weights that do not depend on it."""
-        resized, _ = self._make_backbone(image_size=image_size)
+        resized: Any = self._make_backbone(image_size=image_size)[0]
         here = {name: values.shape for name, values in resized.state_dict().items()}
         weights = {name: values for name, values in self.backbone.state_dict().items() if values.shape == here[name]}
         resized.load_state_dict(weights, strict=False)
