@@ -85,7 +85,7 @@ def write_dataset(root: Path, spec: Spec) -> bool:
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as scratch:
         drawn = Path(scratch, "dataset")
         for sample in samples(spec):
-            image, mask = draw(sample, spec.seed, spec.size)
+            image, mask = draw(sample, spec.seed, spec.size, speck=spec.speck)
             _save(drawn / sample.image_path, image)
             if sample.mask_path is not None:
                 _save(drawn / sample.mask_path, mask)
@@ -99,8 +99,8 @@ def write_dataset(root: Path, spec: Spec) -> bool:
 def _summary(root: Path, spec: Spec) -> str:
     lines = [
         f"  {root / name}: train {spec.train_good} good; test {spec.test_good} good, {spec.per_defect} each of "
-        + ", ".join(category.defects)
-        for name, category in CATEGORIES.items()
+        + ", ".join(spec.defects(name))
+        for name in CATEGORIES
     ]
     return "\n".join(lines)
 
@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--train-good", type=int, default=Spec.train_good, help="sound images to train on")
     parser.add_argument("--test-good", type=int, default=Spec.test_good, help="sound images in the test set")
     parser.add_argument("--per-defect", type=int, default=Spec.per_defect, help="test images of each kind of defect")
+    parser.add_argument("--speck", type=int, default=Spec.speck, help="draw specks of so many pixels, no other defects")
     options = vars(parser.parse_args(arguments))
     root = options.pop("root")
     try:

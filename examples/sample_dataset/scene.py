@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from drawing import Array, Rng, blur
+from drawing import Array, Rng, blur, pixel_grid
 from fabric import fabric_cut, fabric_hole, fabric_stain, fabric_thread, light_cloth, weave
 from gear import gear_chip, gear_contamination, gear_crack, gear_scratch, light_part, place_part
 
 Pixels = npt.NDArray[np.uint8]
 
 OVERSAMPLING = 2  # scenes are drawn this much finer than the picture: edges come out anti-aliased
+SPECK = "speck"
 VISIBLE = 7.0  # grey levels of 255: a smaller change does not count as a defect
 
 
@@ -53,12 +54,20 @@ class Spec:
     train_good: int = 8
     test_good: int = 20
     per_defect: int = 5
+    speck: int = 0  # pixels; specks of up to this size, and at least half of it, are the only defects, if not 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be drawn or read."""
         if self.seed < 0 or self.size < 64 or min(self.train_good, self.test_good, self.per_defect) < 1:
             msg = "the seed must not be negative, the size at least 64, every count at least 1"
             raise ValueError(msg)
+        if self.speck and not 4 <= self.speck <= self.size // 8:
+            msg = f"specks must have 4 to {self.size // 8} pixels"
+            raise ValueError(msg)
+
+    def defects(self, category: str) -> list[str]:
+        """Kinds of defect of a product."""
+        return [SPECK] if self.speck else list(CATEGORIES[category].defects)
 
 
 @dataclass(frozen=True)
@@ -85,9 +94,9 @@ class Sample:
 
 def samples(spec: Spec) -> Iterator[Sample]:
     """List the images of a dataset."""
-    for name, category in CATEGORIES.items():
+    for name in CATEGORIES:
         groups = [("train", "good", spec.train_good), ("test", "good", spec.test_good)]
-        groups += [("test", defect, spec.per_defect) for defect in category.defects]
+        groups += [("test", defect, spec.per_defect) for defect in spec.defects(name)]
         for split, defect, count in groups:
             yield from (Sample(name, split, defect, index) for index in range(count))
 
@@ -107,13 +116,24 @@ def _expose(linear: Array, size: int) -> Array:
     return 255.0 * np.clip(linear, 0.0, 1.0) ** (1.0 / 2.2)
 
 
-def draw(sample: Sample, seed: int, size: int, *, with_defect: bool = True) -> tuple[Pixels, Pixels]:
+def _speck(rng: Rng, size: int, most: float) -> Array:
+    """Return how much light a speck of dirt of up to ``most`` fine pixels leaves, ``(size, size, 1)``."""
+    x, y = pixel_grid(size)
+    length, turn = rng.uniform(0.5, 1.0) * most / size, rng.uniform(0.0, np.pi)
+    x, y = x - rng.uniform(0.1, 0.9), y - rng.uniform(0.1, 0.9)
+    along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
+    inside = np.hypot(along, across / rng.uniform(0.5, 0.9)) < length / 2
+    return np.where(inside[..., None], 0.25, 1.0)
+
+
+def draw(sample: Sample, seed: int, size: int, *, speck: int = 0, with_defect: bool = True) -> tuple[Pixels, Pixels]:
     """Draw one image.
 
     Args:
         sample: Which image.
         seed: The dataset's seed.
         size: Side of the image in pixels.
+        speck: See :class:`Spec`.
         with_defect: False leaves the defect out and changes nothing else.
 
     Returns:
@@ -125,9 +145,13 @@ def draw(sample: Sample, seed: int, size: int, *, with_defect: bool = True) -> t
     picture = _expose(category.light(scene), size)
     mask = np.zeros((size, size), dtype=bool)
     if with_defect and sample.defect != "good":
-        flawed = copy.deepcopy(scene)
-        category.defects[sample.defect](defect_rng, flawed)
-        damaged = _expose(category.light(flawed), size)
+        if sample.defect == SPECK:
+            dirt = _speck(defect_rng, OVERSAMPLING * size, OVERSAMPLING * speck)
+            damaged = _expose(category.light(scene) * dirt, size)
+        else:
+            flawed = copy.deepcopy(scene)
+            category.defects[sample.defect](defect_rng, flawed)
+            damaged = _expose(category.light(flawed), size)
         changed = blur(np.abs(damaged - picture).max(axis=2), 1.2) > VISIBLE
         mask = blur(changed.astype(np.float64), 1.0) > 0.5  # without specks and pinholes
         picture = np.where(mask[..., None], damaged, picture)
