@@ -2,6 +2,7 @@
 """Real photographs and a real pretrained network, where they lie beside the repository."""
 
 from importlib.util import find_spec
+from itertools import islice
 
 import pytest
 import torch
@@ -26,12 +27,12 @@ pytestmark = pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="../share
 
 
 def extract_cookies() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Maps of each layer, whether an image is broken, and its mask at the size of the map."""
+    """Maps of each layer, whether an image is broken, and its mask at the size of the map; of every other image."""
     data = MVTecAD(root=SHARED / "data/cookies", category="cookie", num_workers=0, eval_batch_size=1)
     data.setup()
     model = MuSc(MobileNet(WEIGHTS), visualizer=False)
     maps, masks = [], []
-    for batch in data.test_dataloader():
+    for batch in islice(data.test_dataloader(), 0, None, 2):
         maps.append(model.model.extract(model.pre_processor.transform(batch.image))[0])
         masks.append(nn.functional.interpolate(batch.gt_mask[None].float(), 224)[0, 0])
     stacked = torch.stack(masks) > 0.5
@@ -53,19 +54,19 @@ def test_fast_is_as_good_as_exact():
     ):
         of_exact, of_fast = (roc_auc_score(truth, value) for value in values)
         assert of_fast == pytest.approx(of_exact, abs=0.003)
-    assert roc_auc_score(labels, exact.amax(dim=(1, 2))) == pytest.approx(0.871, abs=0.02)
+    assert roc_auc_score(labels, exact.amax(dim=(1, 2))) == pytest.approx(0.844, abs=0.02)
     assert roc_auc_score(masks.flatten(), exact.flatten()) >= 0.93
 
 
 @needs_lite2
 def test_efficientnet_lite2():
     paths = sorted((SHARED / "data/cookies/cookie/test").rglob("*.*"))
-    model = MuScModel("efficientnet-lite2", precision="fast")
+    model = MuScModel("efficientnet-lite2", image_size=160, precision="fast")
     transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
     features = [model.extract(transform(read_image(path, as_tensor=True)[None])) for path in paths]
     maps = [torch.cat(layer) for layer in zip(*(found for found, _ in features), strict=True)]
     raw_scores = model.anomaly_maps(model.score(maps)).amax(dim=(1, 2, 3))
     labels = [path.parent.name != "good" for path in paths]
-    assert roc_auc_score(labels, raw_scores) == pytest.approx(0.84, abs=0.01)
+    assert roc_auc_score(labels, raw_scores) == pytest.approx(0.90, abs=0.01)
     rescored = rscin(raw_scores, torch.cat([tokens for _, tokens in features]))
-    assert roc_auc_score(labels, rescored) == pytest.approx(0.90, abs=0.01)
+    assert roc_auc_score(labels, rescored) == pytest.approx(0.91, abs=0.01)

@@ -142,12 +142,13 @@ def draw(sample: Sample, seed: int, size: int, *, speck: int = 0, with_defect: b
     category = CATEGORIES[sample.category]
     scene_rng, defect_rng, camera_rng = _streams(seed, sample)
     scene = category.scene(scene_rng, OVERSAMPLING * size)
-    picture = _expose(category.light(scene), size)
+    lit = category.light(scene)
+    picture = _expose(lit, size)
     mask = np.zeros((size, size), dtype=bool)
     if with_defect and sample.defect != "good":
         if sample.defect == SPECK:
             dirt = _speck(defect_rng, OVERSAMPLING * size, OVERSAMPLING * speck)
-            damaged = _expose(category.light(scene) * dirt, size)
+            damaged = _expose(lit * dirt, size)
         else:
             flawed = copy.deepcopy(scene)
             category.defects[sample.defect](defect_rng, flawed)

@@ -175,3 +175,16 @@ def test_anomalib_reads_it(category: str, dataset: Path) -> None:
     items = [datamodule.test_data[k] for k in range(2 + kinds)]
     assert sum(bool(item.gt_label) for item in items) == kinds
     assert all(bool(item.gt_mask.any()) == bool(item.gt_label) for item in items)
+
+
+@pytest.mark.parametrize("category", list(CATEGORIES))
+def test_specks_have_the_size_asked_for(category: str, tmp_path: Path) -> None:
+    spec = Spec(size=256, train_good=1, test_good=1, per_defect=2, speck=16)
+    drawn = [sample for sample in samples(spec) if sample.category == category and sample.defect != "good"]
+    assert {sample.defect for sample in drawn} == {"speck"}
+    for sample in drawn:
+        _, mask = draw(sample, spec.seed, spec.size, speck=spec.speck)
+        rows, columns = np.nonzero(mask)
+        assert 4 <= max(np.ptp(rows), np.ptp(columns)) + 1 <= 20  # the lens softens its edge
+    with pytest.raises(ValueError, match="specks must have 4 to 32 pixels"):
+        Spec(size=256, speck=33)
