@@ -33,11 +33,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory, mvtec_root) -> dict[str, object]:
-    """``configs/benchmark/offline.yaml`` on small pictures, killed after its first cell and started again."""
+    """``configs/benchmark/offline.yaml`` on one product's small pictures, killed after a cell and started again."""
     folder = tmp_path_factory.mktemp("offline")
-    for category in ("fabric", "gear"):
-        shutil.copytree(mvtec_root / "widget", folder / "datasets/sample" / category)
-    arguments = ["benchmark", "--config", ROOT / "configs/benchmark/offline.yaml"]
+    shutil.copytree(mvtec_root / "widget", folder / "datasets/sample/gear")
+    config = (ROOT / "configs/benchmark/offline.yaml").read_text(encoding="utf-8")
+    assert "[fabric, gear]" in config
+    (folder / "offline.yaml").write_text(config.replace("[fabric, gear]", "[gear]"), encoding="utf-8")
+    arguments = ["benchmark", "--config", "offline.yaml"]
     results = folder / "results/benchmark/offline"
     first = command("anomalib-musc", *arguments, cwd=folder)
     deadline = time.monotonic() + 120
@@ -62,14 +64,13 @@ class TestOffline:
         assert "PatchCore on sample gear, seed 0" in offline["output"]
 
     def test_a_finished_cell_is_not_repeated(self, offline):
-        assert 1 <= len(offline["kept"]) < 6
+        assert 1 <= len(offline["kept"]) < 3
         assert all(path.stat().st_mtime_ns == time for path, time in offline["kept"].items())
-        assert f"6 cells, {len(offline['kept'])} of them finished before" in offline["output"]
+        assert f"3 cells, {len(offline['kept'])} of them finished before" in offline["output"]
 
     def test_every_cell_has_the_same_images_and_all_metrics(self, offline):
         lines = lines_of(offline["results"])
-        assert [line["model"] for line in lines[::2]] == ["MuSc", "MuSc without RsCIN", "PatchCore", "PatchCore"]
-        assert [line["model"] for line in lines[5::2]] == ["PatchCore + RsCIN"] * 2
+        assert [line["model"] for line in lines] == ["MuSc", "MuSc without RsCIN", "PatchCore", "PatchCore + RsCIN"]
         for line in lines:
             assert {0 <= float(line[name]) <= 1 for name in METRICS} == {True}
             assert line["num_test"] == "12"
@@ -123,7 +124,7 @@ class TestOffline:
 
     def test_report_shows_every_model(self, offline):
         page = (offline["results"] / "report.html").read_text(encoding="utf-8")
-        assert all(name in page for name in ("MuSc without RsCIN", "PatchCore + RsCIN", "fabric", "gear"))
+        assert all(name in page for name in ("MuSc without RsCIN", "PatchCore + RsCIN", "gear"))
         assert page.count("data:image") > 50
 
 

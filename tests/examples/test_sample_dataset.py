@@ -178,7 +178,7 @@ def test_anomalib_reads_it(category: str, dataset: Path) -> None:
 
 
 @pytest.mark.parametrize("category", list(CATEGORIES))
-def test_specks_have_the_size_asked_for(category: str, tmp_path: Path) -> None:
+def test_specks_have_the_size_asked_for(category: str) -> None:
     spec = Spec(size=256, train_good=1, test_good=1, per_defect=2, speck=16)
     drawn = [sample for sample in samples(spec) if sample.category == category and sample.defect != "good"]
     assert {sample.defect for sample in drawn} == {"speck"}
