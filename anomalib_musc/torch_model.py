@@ -2,6 +2,7 @@
 """MuSc in plain torch: a frozen backbone and the first two steps of the method, without anomalib or Lightning."""
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones.base import Activation
-from anomalib_musc.backbones.own import check_images, check_output, resolve_backbone
+from anomalib_musc.backbones.half_precision import HalfPrecision
+from anomalib_musc.backbones.own import check_images, check_output, resized, resolve_backbone
 from anomalib_musc.backbones.tiles import Tiles, check_tiles, make_tiles, overlap_of
 from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import (
@@ -77,8 +79,9 @@ class MuScModel(nn.Module):
             :func:`~anomalib_musc.functional.larger_score`; not of the paper, and not for a bank alone.
         search_radius: Within how many rows and columns of its own place, in patches, a patch is sought in the other
             images, where camera and product do not move; not of the paper. Defaults to the whole image, as there.
-        precision: "exact", or "fast" arithmetic where the device has it, see
-            :func:`~anomalib_musc.functional.mutual_scores`.
+        precision: "exact", or "fast" arithmetic where a trial finds the device faster with it: the backbone in 16-bit
+            numbers, unless a trainer has a precision of its own, and distances as
+            :func:`~anomalib_musc.functional.mutual_scores` says.
         num_subsets: Into how many subsets a pool is split, at random, each scored on its own, as the
             paper does for large ones: the time falls as its inverse. Fewer where one would hold less than 5.
 
@@ -96,6 +99,7 @@ class MuScModel(nn.Module):
     second_interval: tuple[float, float] | None = None  # of a pickled model of version 0.1
     search_radius: int | None = None
     tiles: Tiles | None = None
+    half_precision = HalfPrecision()
 
     def __init__(
         self,
@@ -116,6 +120,7 @@ class MuScModel(nn.Module):
     ) -> None:
         super().__init__()
         self._tiler: Any = None
+        self.half_precision = HalfPrecision()
         check_interval(interval)
         check_second_interval(second_interval, interval)
         check_search_radius(search_radius)
@@ -157,21 +162,11 @@ class MuScModel(nn.Module):
             if len(self.bank):
                 msg = f"tiler has tiles of {tile_size}, without which the bank was made; make it anew, with them."
                 raise ValueError(msg)
-            self._resize_backbone(tile_size)
+            self.backbone = resized(self.backbone, self._make_backbone, tile_size).to(self.device)
         self._cut_into_tiles(image_size, tile_size, overlap_of(tiler))
         if self.image_size != image_size:
             msg = f"tiler needs an image_size in whole patches, such as {self.image_size}, got {image_size}."
             raise ValueError(msg)
-
-    def _resize_backbone(self, image_size: tuple[int, int]) -> None:
-        """Make the backbone anew for another size, with the weights that do not depend on it."""
-        resized: Any = self._make_backbone(image_size=image_size)[0]
-        here = {name: values.shape for name, values in resized.state_dict().items()}
-        weights = {name: values for name, values in self.backbone.state_dict().items() if values.shape == here[name]}
-        resized.load_state_dict(weights, strict=False)
-        if hasattr(resized, "use_activation"):
-            resized.use_activation(self.backbone.activation)
-        self.backbone = resized.to(self.device)
 
     def _cut_into_tiles(
         self, image_size: tuple[int, int], tile_size: tuple[int, int], overlap: int | tuple[int, int] | None
@@ -317,7 +312,8 @@ class MuScModel(nn.Module):
 
     def _run_backbone(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         """Return maps on one grid and image features of images, or of tiles."""
-        output = self.backbone(images)
+        with self.half_precision.autocast(self.backbone, images) if self.precision == "fast" else nullcontext():
+            output = self.backbone(images)
         if not torch.compiler.is_compiling():  # an exported model takes what it gets
             check_output(output, len(images))
         feature_maps, class_tokens = output

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,26 @@ def resolve_backbone(
         return named, named.image_size
     check_own_arguments(backbone, pretrained=pretrained is not True, layers=layers, activation=activation)
     return backbone.eval().requires_grad_(False), own_image_size(backbone, image_size)
+
+
+def resized(
+    backbone: nn.Module, make_backbone: Callable[..., tuple[nn.Module, tuple[int, int]]], image_size: tuple[int, int]
+) -> nn.Module:
+    """Make a backbone anew for another size, with the weights of the present one that do not depend on it.
+
+    Args:
+        backbone: The present one.
+        make_backbone: :func:`resolve_backbone` with its other arguments.
+        image_size: (height, width).
+    """
+    made: Any = make_backbone(image_size=image_size)[0]
+    shapes = {name: values.shape for name, values in made.state_dict().items()}
+    kept = {name: values for name, values in backbone.state_dict().items() if values.shape == shapes[name]}
+    made.load_state_dict(kept, strict=False)
+    if hasattr(made, "use_activation"):
+        made.use_activation(backbone.activation)
+    found: nn.Module = made
+    return found
 
 
 def own_image_size(backbone: nn.Module, image_size: int | tuple[int, int] | None) -> tuple[int, int]:

@@ -28,6 +28,18 @@ def check_size(images: Sequence[object] | None, num_references: int = 0) -> None
         raise ValueError(msg)
 
 
+def in_words(seconds: float) -> str:
+    """Return a duration as one says it.
+
+    Example:
+        >>> in_words(45), in_words(600), in_words(36000)
+        ('45 seconds', '10 minutes', '10 hours')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.0f} hours"
+
+
 def few_images(num_images: int, num_references: int = 0) -> str:
     """Return a warning that says how little the labels of so few images are to be relied on."""
     images = "1 image" if num_images == 1 else f"{num_images} images"

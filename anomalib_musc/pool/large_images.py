@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from anomalib_musc.distances import estimate_seconds
+from anomalib_musc.pool.checks import in_words
 from anomalib_musc.pool.orientation import SIDEWAYS, is_sideways_tiff, orientation_of
 from anomalib_musc.torch_model import MuScModel
 
@@ -58,10 +59,9 @@ def slow_search(model: MuScModel, feature_maps: Sequence[torch.Tensor], num_pair
         estimate_seconds(maps.shape[1:], model.aggregation_degrees, model.precision, model.device)
         for maps in feature_maps
     )
-    minutes = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds"
     height, width = feature_maps[0].shape[-2:]
     return (
-        f"Each of {height * width} patches is sought in all of every other image, which takes about {minutes} and "
-        "grows with the square of an image's size. search_radius=2 (--search-radius 2) seeks it near its own place, "
-        "where camera and product do not move, and grows in proportion."
+        f"Each of {height * width} patches is sought in all of every other image: about {in_words(seconds)}, which grow "
+        "with the square of an image's size. search_radius=2 (--search-radius 2) seeks it near its own place, where "
+        "camera and product do not move, and grows in proportion."
     )

@@ -2,6 +2,7 @@
 """From a dataloader to a scored pool: read and prepare the images, run the backbone, score."""
 
 import math
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from anomalib_musc.pool.checks import (
     check_size,
     few_images,
     find_fault,
+    in_words,
     unreadable,
 )
 from anomalib_musc.pool.feature_store import FeatureStore
@@ -33,6 +35,7 @@ from anomalib_musc.pool.warnings import median_features, shows_nothing, warn_of_
 from anomalib_musc.torch_model import MuScModel
 
 _PIXELS = 2**23  # of maps that are held at once
+_LONG = 60  # seconds of extraction from which on its length is said
 
 
 class Features(NamedTuple):
@@ -281,16 +284,33 @@ class PoolScorer:
     ) -> Iterator[Features]:
         """Run the backbone on what a reader gives."""
         total = float("inf") if source.paths is None else len(source.paths)
-        num_skipped = 0
+        num_skipped, is_first = 0, True
         with progress_bar(self._trainer, description, total) as advance:
             for names, images in profiled(self._trainer, "[MuSc]read_images", reader.batches()):
                 check_input_size(images, self._model.image_size)
+                start = time.perf_counter()
                 with self._trainer.precision_plugin.forward_context(), profile(self._trainer, "[MuSc]extract"):
                     feature_maps, class_tokens = self._model.extract(images)
+                if is_first:
+                    seconds = (time.perf_counter() - start) * (total / len(names) - 1)
+                    is_first = False
+                    self._say_how_long(seconds, images)
                 yield Features(names, feature_maps, class_tokens)
                 advance(len(names) + len(reader.skipped) - num_skipped)
                 num_skipped = len(reader.skipped)
             advance(len(reader.skipped) - num_skipped)
+
+    def _say_how_long(self, seconds: float, images: torch.Tensor) -> None:
+        """Say how long an extraction will take, where it is long, and whether "fast" precision would help."""
+        if not _LONG <= seconds < float("inf"):
+            return
+        text = f"Extracting the other features will take about {in_words(seconds)} on {self._device}."
+        if self._model.precision == "exact":
+            with self._trainer.precision_plugin.forward_context():
+                gain = self._model.half_precision.trial(self._model.backbone, images).gain
+            if gain > 1:
+                text += f" precision='fast' (--fast) would take {1 / gain:.0%} of that."
+        rank_zero_info(text)
 
     def _check_number(self, names: list[str], reader: PoolReader, least: int) -> None:
         if reader.skipped and len(names) < least:

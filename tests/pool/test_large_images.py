@@ -71,7 +71,7 @@ def test_the_command(photographs, tmp_path):
 
 
 def test_the_whole_search_says_how_long_it_takes(photographs):
-    with pytest.warns(UserWarning, match=r"Each of 192 patches is sought in all .* takes about 0 seconds and grows"):
+    with pytest.warns(UserWarning, match=r"Each of 192 patches is sought in all .* about 0 seconds, which grow"):
         predict(photographs, "musc-tiny", tile_size=96, tile_overlap=32)
     seconds = nearest.estimate_seconds((16, 20, 20), (1, 3), "exact", nearest.torch.device("cpu"))
     larger = nearest.estimate_seconds((16, 160, 160), (1, 3), "exact", nearest.torch.device("cpu"))

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones in 16-bit numbers, where a trial finds the device faster with them."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from anomalib_musc.distances.kernels.products import SixteenBitProduct
+
+_TRIALS = 2
+
+
+class Trial(NamedTuple):
+    """What a trial has found.
+
+    Attributes:
+        dtype: The 16-bit type in which autocast is fastest; ``None`` where none is faster than float32.
+        gain: How many times faster that is.
+    """
+
+    dtype: torch.dtype | None
+    gain: float
+
+
+class HalfPrecision:
+    """Runs a backbone in 16 bits where that is faster; tried once for a device and a size of images."""
+
+    def __init__(self) -> None:
+        self._trials: dict[object, Trial] = {}
+
+    def trial(self, backbone: nn.Module, images: torch.Tensor) -> Trial:
+        """Return what a trial on images like these, ``(B, 3, H, W)``, has found."""
+        key = images.device, images.shape[1:], torch.get_num_threads()
+        if key not in self._trials:
+            self._trials = {key: try_half_precision(backbone, images[:1])}
+        return self._trials[key]
+
+    def autocast(self, backbone: nn.Module, images: torch.Tensor) -> AbstractContextManager[object]:
+        """Return the context to run a backbone in; a trainer's own precision, and an export's, stay as they are."""
+        is_told = images.dtype != torch.float32 or torch.is_autocast_enabled(images.device.type)
+        if is_told or torch.compiler.is_compiling():
+            return nullcontext()
+        dtype = self.trial(backbone, images).dtype
+        return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def try_half_precision(backbone: nn.Module, image: torch.Tensor) -> Trial:
+    """Run a backbone on one image, ``(1, 3, H, W)``, in float32 and in the 16-bit type that its device has."""
+    dtype = _dtype_of(image)
+    if dtype is None:
+        return Trial(None, 1.0)
+    single, half = _seconds(backbone, image, None), _seconds(backbone, image, dtype)
+    return Trial(dtype, single / half) if half < single else Trial(None, 1.0)
+
+
+def _dtype_of(like: torch.Tensor) -> torch.dtype | None:
+    """Return the 16-bit type that a device multiplies by instructions of its own."""
+    if like.device.type == "cpu":
+        return torch.bfloat16 if torch.bfloat16 in SixteenBitProduct.supported(like) else None
+    return torch.float16 if like.device.type in {"cuda", "mps"} else None
+
+
+def _seconds(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype | None) -> float:
+    """Return the shortest of a few times, after one that is not counted."""
+    times = []
+    for _ in range(1 + _TRIALS):
+        start = time.perf_counter()
+        with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
+            backbone(image)
+        if image.device.type != "cpu":
+            torch.accelerator.synchronize(image.device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
