@@ -61,7 +61,7 @@ def slow_search(model: MuScModel, feature_maps: Sequence[torch.Tensor], num_pair
     )
     height, width = feature_maps[0].shape[-2:]
     return (
-        f"Each of {height * width} patches is sought in all of every other image: about {in_words(seconds)}, which grow "
-        "with the square of an image's size. search_radius=2 (--search-radius 2) seeks it near its own place, where "
-        "camera and product do not move, and grows in proportion."
+        f"Each of {height * width} patches is sought in all of every other image: about {in_words(seconds)}, which "
+        "grow with the square of an image's size. search_radius=2 (--search-radius 2) seeks it near its own place, "
+        "where camera and product do not move, and grows in proportion."
     )
