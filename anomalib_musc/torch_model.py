@@ -324,6 +324,11 @@ class MuScModel(nn.Module):
         ]
         return resized, class_tokens.float()
 
+    def gain_of_half_precision(self, images: torch.Tensor) -> float:
+        """Return how many times faster the backbone is in 16 bits, by a trial on one image, or tile; at least 1."""
+        tiles = images if self.tiles is None else self.tiles.cut(images[:1])
+        return self.half_precision.trial(self.backbone, tiles).gain
+
     def subsets(self, class_tokens: torch.Tensor) -> list[list[int]]:
         """Split a pool of image features ``(N, D)`` at random into ``num_subsets`` of equal size, give or take one.
 

@@ -55,7 +55,7 @@ def test_fast_is_as_good_as_exact():
         of_exact, of_fast = (roc_auc_score(truth, value) for value in values)
         assert of_fast == pytest.approx(of_exact, abs=0.003)
     assert roc_auc_score(labels, exact.amax(dim=(1, 2))) == pytest.approx(0.844, abs=0.02)
-    assert roc_auc_score(masks.flatten(), exact.flatten()) >= 0.93
+    assert roc_auc_score(masks.flatten(), exact.flatten()) >= 0.9
 
 
 @needs_lite2

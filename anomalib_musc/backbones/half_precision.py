@@ -47,6 +47,7 @@ class HalfPrecision:
         return torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None)
 
 
+@torch.no_grad()
 def try_half_precision(backbone: nn.Module, image: torch.Tensor) -> Trial:
     """Run a backbone on one image, ``(1, 3, H, W)``, in float32 and in the 16-bit type that its device has."""
     dtype = _dtype_of(image)

@@ -307,7 +307,7 @@ class PoolScorer:
         text = f"Extracting the other features will take about {in_words(seconds)} on {self._device}."
         if self._model.precision == "exact":
             with self._trainer.precision_plugin.forward_context():
-                gain = self._model.half_precision.trial(self._model.backbone, images).gain
+                gain = self._model.gain_of_half_precision(images)
             if gain > 1:
                 text += f" precision='fast' (--fast) would take {1 / gain:.0%} of that."
         rank_zero_info(text)

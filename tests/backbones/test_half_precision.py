@@ -60,14 +60,17 @@ class SlowAtFirst(OwnBackbone):
     """Its first batch tells how long all of them will take."""
 
     def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        assert images.shape[2:] == (64, 64)  # a whole image, or a tile
         if not hasattr(self, "is_warm"):
             self.is_warm = True
             time.sleep(2)
         return super().forward(images)
 
 
-def test_a_long_extraction_says_how_long(tmp_path, make_engine, caplog):
+@pytest.mark.parametrize("tiles", [{}, {"image_size": 96, "tile_size": 64, "tile_overlap": 32}])
+def test_a_long_extraction_says_how_long(tiles, tmp_path, make_engine, caplog):
     write_products(tmp_path / "images", range(42))
+    model = MuSc(SlowAtFirst(), **tiles, batch_size=1, visualizer=False)
     with caplog.at_level(logging.INFO):
-        make_engine().predict(MuSc(SlowAtFirst(), batch_size=1, visualizer=False), data_path=tmp_path / "images")
+        make_engine().predict(model, data_path=tmp_path / "images")
     assert any("Extracting the other features will take about 8" in record.message for record in caplog.records)
