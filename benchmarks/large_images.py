@@ -20,9 +20,7 @@ METRICS = ("image_AUROC", "pixel_AUROC", "pixel_AveragePrecision", "pixel_AUPRO"
 VARIANTS: dict[str, dict[str, Any]] = {
     "shrunk to {own}": {},
     "shrunk to {own}, radius 2": {"search_radius": 2},
-    "tiles of {own}, radius 1": {"tile_size": "own", "search_radius": 1},
     "tiles of {own}, radius 2": {"tile_size": "own", "search_radius": 2},
-    "tiles of {own}, radius 4": {"tile_size": "own", "search_radius": 4},
 }
 
 

@@ -18,7 +18,7 @@ from gear import gear_chip, gear_contamination, gear_crack, gear_scratch, light_
 Pixels = npt.NDArray[np.uint8]
 
 OVERSAMPLING = 2  # scenes are drawn this much finer than the picture: edges come out anti-aliased
-SPECK = "speck"
+SPECK, PAINT = "speck", (0.55, 0.05, 0.04)  # red, which neither product has; linear
 VISIBLE = 7.0  # grey levels of 255: a smaller change does not count as a defect
 
 
@@ -117,13 +117,13 @@ def _expose(linear: Array, size: int) -> Array:
 
 
 def _speck(rng: Rng, size: int, most: float) -> Array:
-    """Return how much light a speck of dirt of up to ``most`` fine pixels leaves, ``(size, size, 1)``."""
+    """Return where a speck of up to ``most`` fine pixels is, ``(size, size, 1)``."""
     x, y = pixel_grid(size)
     length, turn = rng.uniform(0.5, 1.0) * most / size, rng.uniform(0.0, np.pi)
     x, y = x - rng.uniform(0.1, 0.9), y - rng.uniform(0.1, 0.9)
     along, across = x * np.cos(turn) + y * np.sin(turn), y * np.cos(turn) - x * np.sin(turn)
     inside = np.hypot(along, across / rng.uniform(0.5, 0.9)) < length / 2
-    return np.where(inside[..., None], 0.25, 1.0)
+    return inside[..., None]
 
 
 def draw(sample: Sample, seed: int, size: int, *, speck: int = 0, with_defect: bool = True) -> tuple[Pixels, Pixels]:
@@ -147,8 +147,8 @@ def draw(sample: Sample, seed: int, size: int, *, speck: int = 0, with_defect: b
     mask = np.zeros((size, size), dtype=bool)
     if with_defect and sample.defect != "good":
         if sample.defect == SPECK:
-            dirt = _speck(defect_rng, OVERSAMPLING * size, OVERSAMPLING * speck)
-            damaged = _expose(lit * dirt, size)
+            painted = _speck(defect_rng, OVERSAMPLING * size, OVERSAMPLING * speck)
+            damaged = _expose(np.where(painted, PAINT, lit), size)
         else:
             flawed = copy.deepcopy(scene)
             category.defects[sample.defect](defect_rng, flawed)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The short scripts that people copy, as they stand."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(*words: object, cwd: Path) -> str:
+    command = [sys.executable, "-W", "ignore", *map(str, words)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_folder_to_a_page(folder, tmp_path):
+    printed = run(EXAMPLES / "folder_to_page.py", folder, "lot", cwd=tmp_path)
+    assert "12 images: " in printed
+    assert printed.rstrip().endswith("predictions.csv")
+    assert {"predictions.csv", "predictions.json", "review.html", "images"} <= {
+        path.name for path in (tmp_path / "lot").iterdir()
+    }
+
+
+def test_musc_beside_patchcore(mvtec_root, tmp_path):
+    widget = mvtec_root / "widget"
+    folders = widget / "train/good", widget / "test/good", widget / "test/scratch"
+    printed = run(EXAMPLES / "beside_patchcore.py", *folders, "--random", cwd=tmp_path)
+    lines = [line for line in printed.splitlines() if ": image_AUROC " in line]
+    assert [line.split(":")[0] for line in lines] == ["MuSc", "Patchcore"]
+
+
+def test_a_bank_to_a_service(mvtec_root, tmp_path):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    widget = mvtec_root / "widget"
+    printed = run(EXAMPLES / "onnx_service.py", "export", widget / "train/good", "exported", cwd=tmp_path)
+    model = Path(printed.splitlines()[-1])
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    service = subprocess.Popen([sys.executable, EXAMPLES / "onnx_service.py", "serve", tmp_path / model, str(port)])
+    try:
+        answers = [ask(port, (widget / "test" / name).read_bytes()) for name in ("good/000.png", "scratch/000.png")]
+        assert answers[0]["score"] < answers[1]["score"]
+        assert answers[1]["label"] == "anomalous"
+        with pytest.raises(HTTPError, match="400"):
+            ask(port, b"no image")
+    finally:
+        service.terminate()
+        service.wait()
+
+
+def ask(port: int, body: bytes) -> dict[str, object]:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urlopen(Request(f"http://localhost:{port}", data=body), timeout=60) as answer:
+                return json.load(answer)
+        except HTTPError:
+            raise
+        except OSError:  # not up yet
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
