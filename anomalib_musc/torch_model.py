@@ -2,19 +2,15 @@
 """MuSc in plain torch: a frozen backbone and the first two steps of the method, without anomalib or Lightning."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones.base import Activation
-from anomalib_musc.backbones.half_precision import HalfPrecision
-from anomalib_musc.backbones.own import check_images, check_output, resized, resolve_backbone
-from anomalib_musc.backbones.tiles import Tiles, check_tiles, make_tiles, overlap_of
+from anomalib_musc.backbones.extractor import Extractor
 from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import (
     Precision,
@@ -29,9 +25,6 @@ from anomalib_musc.functional.second_interval import check_second_interval
 from anomalib_musc.functional.subsets import count_subsets, split_into_subsets
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
-
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PoolPrediction(NamedTuple):
@@ -50,7 +43,7 @@ class PoolPrediction(NamedTuple):
     bank: ReferenceBank | None = None
 
 
-class MuScModel(nn.Module):
+class MuScModel(Extractor):
     """Score a pool of unlabelled images against itself (Li et al., ICLR 2024, arXiv 2401.16753, sections 3.1, 3.2).
 
     Once it has a bank, see :meth:`build_bank`, it scores each image on its own against that.
@@ -98,8 +91,6 @@ class MuScModel(nn.Module):
 
     second_interval: tuple[float, float] | None = None  # of a pickled model of version 0.1
     search_radius: int | None = None
-    tiles: Tiles | None = None
-    half_precision = HalfPrecision()
 
     def __init__(
         self,
@@ -118,15 +109,22 @@ class MuScModel(nn.Module):
         precision: Precision = "exact",
         num_subsets: int = 1,
     ) -> None:
-        super().__init__()
-        self._tiler: Any = None
-        self.half_precision = HalfPrecision()
         check_interval(interval)
         check_second_interval(second_interval, interval)
         check_search_radius(search_radius)
         check_precision(precision)
         check_count("num_subsets", num_subsets)
         check_degrees(aggregation_degrees, "aggregation_degrees")
+        super().__init__(
+            backbone,
+            pretrained=pretrained,
+            image_size=image_size,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
+            layers=layers,
+            activation=activation,
+            is_fast=precision == "fast",
+        )
         self.aggregation_degrees = tuple(aggregation_degrees)
         self.interval = (float(interval[0]), float(interval[1]))
         self.second_interval = (
@@ -135,44 +133,7 @@ class MuScModel(nn.Module):
         self.search_radius = search_radius
         self.precision = precision
         self.num_subsets = num_subsets
-        size_to_cut = check_tiles(image_size, tile_size, tile_overlap)
-        self._make_backbone = partial(
-            resolve_backbone, backbone, pretrained=pretrained, layers=layers, activation=activation
-        )
-        self.backbone, self.image_size = self._make_backbone(image_size=tile_size if size_to_cut else image_size)
-        if size_to_cut is not None:
-            self._cut_into_tiles(size_to_cut, self.image_size, tile_overlap)
-        self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
-        self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
-        self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
         self.bank = ReferenceBank(self.aggregation_degrees, self.interval, search_radius)
-
-    @property
-    def tiler(self) -> Any:
-        """The ``Tiler`` of anomalib's ``TilerConfigurationCallback``, which does what ``tile_size`` does."""
-        return self._tiler
-
-    @tiler.setter
-    def tiler(self, tiler: Any) -> None:
-        self._tiler = tiler
-        if tiler is None:
-            return
-        tile_size, image_size = (tiler.tile_size_h, tiler.tile_size_w), self.image_size
-        if tile_size != (self.image_size if self.tiles is None else self.tiles.tile_size):
-            if len(self.bank):
-                msg = f"tiler has tiles of {tile_size}, without which the bank was made; make it anew, with them."
-                raise ValueError(msg)
-            self.backbone = resized(self.backbone, self._make_backbone, tile_size).to(self.device)
-        self._cut_into_tiles(image_size, tile_size, overlap_of(tiler))
-        if self.image_size != image_size:
-            msg = f"tiler needs an image_size in whole patches, such as {self.image_size}, got {image_size}."
-            raise ValueError(msg)
-
-    def _cut_into_tiles(
-        self, image_size: tuple[int, int], tile_size: tuple[int, int], overlap: int | tuple[int, int] | None
-    ) -> None:
-        self.tiles = make_tiles(image_size, tile_size, overlap, getattr(self.backbone, "patch_size", None))
-        self.image_size = self.tiles.image_size
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -185,12 +146,13 @@ class MuScModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self._device(self.bank.class_tokens)
+        return self.device_or(self.bank.class_tokens.device)
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments that make this network of a backbone given by name, with their defaults filled in."""
-        return {"image_size": self.image_size, "layers": list(getattr(self.backbone, "layers", ()))}
+    def check_new_tiles(self, tile_size: tuple[int, int]) -> None:
+        """Raise a ValueError where there is a bank, which was made without these tiles."""
+        if len(self.bank):
+            msg = f"tiler has tiles of {tile_size}, without which the bank was made; make it anew, with them."
+            raise ValueError(msg)
 
     def forward(self, images: torch.Tensor) -> PoolPrediction:
         """Compare images with the bank where there is one; else take them as a pool and compare them with each other.
@@ -292,43 +254,6 @@ class MuScModel(nn.Module):
         patch_scores = self.score(feature_maps) if len(first) > 1 else torch.zeros_like(first[:, 0])
         return self.anomaly_maps(patch_scores).amax(dim=(1, 2, 3)), patch_scores
 
-    @torch.no_grad()
-    def extract(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Run the frozen backbone.
-
-        Args:
-            images: Normalised images, shape ``(B, 3, H, W)``.
-
-        Returns:
-            One map ``(B, C, h, w)`` a layer, all on the first one's grid, and image features ``(B, D)``; float32.
-
-        Raises:
-            ValueError, TypeError: If the images are others, or the backbone returns others, or a value is not finite.
-        """
-        self.backbone.eval()
-        if not torch.compiler.is_compiling():
-            check_images(images, self.image_size)
-        return self._run_backbone(images) if self.tiles is None else self.tiles.extract(self._run_backbone, images)
-
-    def _run_backbone(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return maps on one grid and image features of images, or of tiles."""
-        with self.half_precision.autocast(self.backbone, images) if self.precision == "fast" else nullcontext():
-            output = self.backbone(images)
-        if not torch.compiler.is_compiling():  # an exported model takes what it gets
-            check_output(output, len(images))
-        feature_maps, class_tokens = output
-        grid = feature_maps[0].shape[-2:]
-        resized = [
-            features if features.shape[-2:] == grid else F.interpolate(features, grid, mode="bilinear")
-            for features in (features.float() for features in feature_maps)
-        ]
-        return resized, class_tokens.float()
-
-    def gain_of_half_precision(self, images: torch.Tensor) -> float:
-        """Return how many times faster the backbone is in 16 bits, by a trial on one image, or tile; at least 1."""
-        tiles = images if self.tiles is None else self.tiles.cut(images[:1])
-        return self.half_precision.trial(self.backbone, tiles).gain
-
     def subsets(self, class_tokens: torch.Tensor) -> list[list[int]]:
         """Split a pool of image features ``(N, D)`` at random into ``num_subsets`` of equal size, give or take one.
 
@@ -358,7 +283,7 @@ class MuScModel(nn.Module):
         Returns:
             Patch scores, shape ``(N, h, w)``.
         """
-        device = self._device(feature_maps[0])
+        device = self.device_or(feature_maps[0].device)
         num_images, _, height, width = feature_maps[0].shape
         total = torch.zeros(num_images, height * width, device=device)
         for feature_map in feature_maps:
@@ -379,7 +304,7 @@ class MuScModel(nn.Module):
 
     def least_memory(self, feature_maps: Sequence[torch.Tensor], num_images: int) -> int:
         """Return the bytes without which :meth:`score` cannot compare ``num_images`` images of such maps."""
-        degrees, device = self.aggregation_degrees, self._device(feature_maps[0])
+        degrees, device = self.aggregation_degrees, self.device_or(feature_maps[0].device)
         shapes = {(num_images, *feature_map.shape[1:]) for feature_map in feature_maps}
         return max(least_memory(shape, degrees, self.precision, device, self.search_radius) for shape in shapes)
 
@@ -387,9 +312,6 @@ class MuScModel(nn.Module):
         """Return how many times :meth:`score` compares two images, counting each degree."""
         pairs = sum(len(subset) * (len(subset) - 1) // 2 for subset in subsets)
         return num_layers * len(self.aggregation_degrees) * pairs
-
-    def _device(self, feature_map: torch.Tensor) -> torch.device:
-        return next((parameter.device for parameter in self.parameters()), feature_map.device)
 
     def anomaly_maps(self, patch_scores: torch.Tensor) -> torch.Tensor:
         """Enlarge patch scores ``(B, h, w)`` bilinearly (``align_corners=True``) to maps ``(B, 1, H, W)``."""
