@@ -11,6 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.backbones.base import Activation
 from anomalib_musc.backbones.extractor import Extractor
+from anomalib_musc.backbones.tiles import Tiles
 from anomalib_musc.distances import least_memory
 from anomalib_musc.functional import (
     Precision,
@@ -148,10 +149,10 @@ class MuScModel(Extractor):
         """Where the model computes."""
         return self.device_or(self.bank.class_tokens.device)
 
-    def check_new_tiles(self, tile_size: tuple[int, int]) -> None:
-        """Raise a ValueError where there is a bank, which was made without these tiles."""
+    def check_new_tiles(self, tiles: Tiles | None) -> None:
+        """Raise a ValueError where there is a bank, which was made with other tiles."""
         if len(self.bank):
-            msg = f"tiler has tiles of {tile_size}, without which the bank was made; make it anew, with them."
+            msg = f"tiler gives {tiles}, with others than which the bank was made; make it anew, or keep its tiles."
             raise ValueError(msg)
 
     def forward(self, images: torch.Tensor) -> PoolPrediction:

@@ -34,9 +34,9 @@ class Extractor(nn.Module):
         is_fast: Whether to run in 16 bits where a trial finds the device faster with them.
     """
 
-    tiles: Tiles | None = None  # these three of a pickled model of version 0.1, too
-    half_precision = HalfPrecision()
+    tiles: Tiles | None = None  # these of a pickled model of version 0.1, too
     is_fast = False
+    _tiler: Any = None
 
     def __init__(
         self,
@@ -51,7 +51,6 @@ class Extractor(nn.Module):
         is_fast: bool,
     ) -> None:
         super().__init__()
-        self._tiler: Any = None
         self.is_fast = is_fast
         self.half_precision = HalfPrecision()
         size_to_cut = check_tiles(image_size, tile_size, tile_overlap)
@@ -60,10 +59,14 @@ class Extractor(nn.Module):
         )
         self.backbone, self.image_size = self._make_backbone(image_size=tile_size if size_to_cut else image_size)
         if size_to_cut is not None:
-            self._cut_into_tiles(size_to_cut, self.image_size, tile_overlap)
+            self.tiles = make_tiles(size_to_cut, self.image_size, tile_overlap, self._patch_size)
+            self.image_size = self.tiles.image_size
         self.mean: tuple[float, float, float] = getattr(self.backbone, "mean", _IMAGENET_MEAN)
         self.std: tuple[float, float, float] = getattr(self.backbone, "std", _IMAGENET_STD)
         self.interpolation: str = getattr(self.backbone, "interpolation", "bilinear")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"half_precision": HalfPrecision(), **state})
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -77,27 +80,30 @@ class Extractor(nn.Module):
 
     @tiler.setter
     def tiler(self, tiler: Any) -> None:
+        tiles = None if tiler is None else self._tiles_of(tiler)
+        if tiles != self.tiles and (tiler is not None or self._tiler is not None):
+            self.check_new_tiles(tiles)
+            before, after = (self.image_size if cut is None else cut.tile_size for cut in (self.tiles, tiles))
+            if before != after:
+                device = self.device_or(torch.device("cpu"))
+                self.backbone = resized(self.backbone, self._make_backbone, after).to(device)
+            self.tiles = tiles
         self._tiler = tiler
-        if tiler is None:
-            return
-        tile_size, image_size = (tiler.tile_size_h, tiler.tile_size_w), self.image_size
-        if tile_size != (self.image_size if self.tiles is None else self.tiles.tile_size):
-            self.check_new_tiles(tile_size)
-            device = self.device_or(torch.device("cpu"))
-            self.backbone = resized(self.backbone, self._make_backbone, tile_size).to(device)
-        self._cut_into_tiles(image_size, tile_size, overlap_of(tiler))
-        if self.image_size != image_size:
-            msg = f"tiler needs an image_size in whole patches, such as {self.image_size}, got {image_size}."
-            raise ValueError(msg)
 
-    def check_new_tiles(self, tile_size: tuple[int, int]) -> None:
+    def _tiles_of(self, tiler: Any) -> Tiles:
+        tile_size = tiler.tile_size_h, tiler.tile_size_w
+        tiles = make_tiles(self.image_size, tile_size, overlap_of(tiler), self._patch_size)
+        if tiles.image_size != self.image_size:
+            msg = f"tiler needs an image_size in whole patches, such as {tiles.image_size}, got {self.image_size}."
+            raise ValueError(msg)
+        return tiles
+
+    def check_new_tiles(self, tiles: Tiles | None) -> None:
         """Raise a ValueError where features are kept that were extracted otherwise; here are none."""
 
-    def _cut_into_tiles(
-        self, image_size: tuple[int, int], tile_size: tuple[int, int], overlap: int | tuple[int, int] | None
-    ) -> None:
-        self.tiles = make_tiles(image_size, tile_size, overlap, getattr(self.backbone, "patch_size", None))
-        self.image_size = self.tiles.image_size
+    @property
+    def _patch_size(self) -> tuple[int, int] | None:
+        return getattr(self.backbone, "patch_size", None)
 
     def device_or(self, other: torch.device) -> torch.device:
         """Return where the backbone is; another device where it has no parameters."""

@@ -34,9 +34,11 @@ class HalfPrecision:
     def trial(self, backbone: nn.Module, images: torch.Tensor) -> Trial:
         """Return what a trial on images like these, ``(B, 3, H, W)``, has found."""
         key = images.device, images.shape[1:], torch.get_num_threads()
-        if key not in self._trials:
-            self._trials = {key: try_half_precision(backbone, images[:1])}
-        return self._trials[key]
+        trial = self._trials.get(key)
+        if trial is None:
+            trial = try_half_precision(backbone, images[:1])
+            self._trials = {key: trial}
+        return trial
 
     def autocast(self, backbone: nn.Module, images: torch.Tensor) -> AbstractContextManager[object]:
         """Return the context to run a backbone in; a trainer's own precision, and an export's, stay as they are."""
@@ -49,9 +51,12 @@ class HalfPrecision:
 
 @torch.no_grad()
 def try_half_precision(backbone: nn.Module, image: torch.Tensor) -> Trial:
-    """Run a backbone on one image, ``(1, 3, H, W)``, in float32 and in the 16-bit type that its device has."""
+    """Run a backbone on one image, ``(1, 3, H, W)``, in float32 and in the 16-bit type that its device has.
+
+    It stays in float32 where it cannot run in that type, or overflows.
+    """
     dtype = _dtype_of(image)
-    if dtype is None:
+    if dtype is None or not _can_run(backbone, image, dtype):
         return Trial(None, 1.0)
     single, half = _seconds(backbone, image, None), _seconds(backbone, image, dtype)
     return Trial(dtype, single / half) if half < single else Trial(None, 1.0)
@@ -62,6 +67,16 @@ def _dtype_of(like: torch.Tensor) -> torch.dtype | None:
     if like.device.type == "cpu":
         return torch.bfloat16 if torch.bfloat16 in SixteenBitProduct.supported(like) else None
     return torch.float16 if like.device.type in {"cuda", "mps"} else None
+
+
+def _can_run(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a backbone returns finite features in a type; one of a user's own may know no other than float32."""
+    try:
+        with torch.autocast(image.device.type, dtype=dtype):
+            feature_maps, class_tokens = backbone(image)
+        return all(bool(values.isfinite().all()) for values in (*feature_maps, class_tokens))
+    except Exception:  # what is not of the type it raises again in float32
+        return False
 
 
 def _seconds(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype | None) -> float:

@@ -35,6 +35,11 @@ class Tiles:
         rows, columns = ([*range(0, image - tile, stride), image - tile] for image, tile, stride in sides)
         return list(product(rows, columns))
 
+    @property
+    def overlap(self) -> tuple[int, int]:
+        """How far neighbouring tiles overlap."""
+        return self.tile_size[0] - self.stride[0], self.tile_size[1] - self.stride[1]
+
     def extract(
         self, run: Callable[[torch.Tensor], tuple[list[torch.Tensor], torch.Tensor]], images: torch.Tensor
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -42,7 +47,7 @@ class Tiles:
 
         Args:
             run: Returns maps ``(B, C, h, w)`` on one grid and image features ``(B, D)`` of tiles. It is given as many
-                at once as there are images; in an export, which is of one image, all its tiles.
+                at once as there are images; in an export all.
             images: The images.
 
         Returns:
@@ -52,7 +57,7 @@ class Tiles:
         parts = [tiles] if torch.compiler.is_compiling() else tiles.split(len(images))
         maps, tokens = zip(*(run(part) for part in parts), strict=True)
         joined = [self.join(torch.cat(layer)) for layer in zip(*maps, strict=True)]
-        means = torch.cat(tokens).unflatten(0, (len(images), -1)).mean(dim=1)
+        means = torch.cat(tokens).unflatten(0, (images.shape[0], len(self.offsets))).mean(dim=1)
         return joined, F.normalize(means, dim=-1)
 
     def cut(self, images: torch.Tensor) -> torch.Tensor:
@@ -74,8 +79,9 @@ class Tiles:
         columns, column_weights = self._places(maps.shape[3], axis=1)
         weights = row_weights[:, None] * column_weights  # (h, w)
         weights = weights.to(maps)
-        of_tiles = maps.unflatten(0, (-1, len(offsets))) * weights  # (B, T, C, h, w)
-        joined = maps.new_zeros(len(of_tiles), maps.shape[1], rows[-1] + maps.shape[2], columns[-1] + maps.shape[3])
+        num_images = maps.shape[0] // len(offsets)  # which stays open in an export
+        of_tiles = maps.unflatten(0, (num_images, len(offsets))) * weights  # (B, T, C, h, w)
+        joined = maps.new_zeros(num_images, maps.shape[1], rows[-1] + maps.shape[2], columns[-1] + maps.shape[3])
         total = maps.new_zeros(joined.shape[2:])
         for index, (top, left) in enumerate(product(rows, columns)):
             place = (..., slice(top, top + maps.shape[2]), slice(left, left + maps.shape[3]))
@@ -114,13 +120,36 @@ def check_tiles(
             msg = f"tile_overlap={tile_overlap} is of tiles; give tile_size, too."
             raise ValueError(msg)
         return None
+    tile = _sides("tile_size", tile_size, least=1)
+    if tile_overlap is not None:
+        _sides("tile_overlap", tile_overlap, least=0)
     if image_size is None:
         msg = (
             f"tile_size={tile_size} needs image_size, to which images are resized before they are cut. "
             "anomalib_musc.predict and the command take the size that most of the images have."
         )
         raise ValueError(msg)
-    return resolve_image_size(image_size, native=(1, 1), patch_size=None)
+    size = resolve_image_size(image_size, native=(1, 1), patch_size=None)
+    _check_not_smaller(size, tile)
+    return size
+
+
+def _sides(name: str, value: object, least: int) -> tuple[int, int]:
+    """Return (height, width) of one number or two; a ValueError that calls the argument ``name`` for others."""
+    sides = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    if len(sides) != 2 or not all(type(side) is int and side >= least for side in sides):
+        msg = f"{name} must be a whole number of at least {least}, or two (height, width), got {value!r}."
+        raise ValueError(msg)
+    return sides[0], sides[1]
+
+
+def _check_not_smaller(image_size: tuple[int, int], tile_size: tuple[int, int]) -> None:
+    if any(side < tile for side, tile in zip(image_size, tile_size, strict=True)):
+        msg = (
+            f"image_size must be at least tile_size={tile_size}, got {image_size}; choose smaller tiles, or leave "
+            "tile_size out."
+        )
+        raise ValueError(msg)
 
 
 def make_tiles(
@@ -142,7 +171,9 @@ def make_tiles(
     """
     cell = patch_size or (_CELL, _CELL)
     if tile_overlap is None:
-        overlap = tuple(max(1, tile // 4 // side) * side for tile, side in zip(tile_size, cell, strict=True))
+        overlap = tuple(
+            max(1, tile // 4 // side) * side if tile > side else 0 for tile, side in zip(tile_size, cell, strict=True)
+        )
     else:
         overlap = (tile_overlap, tile_overlap) if isinstance(tile_overlap, int) else tuple(tile_overlap)
     sizes = {"tile_size": tile_size, "tile_overlap": overlap}
@@ -154,12 +185,7 @@ def make_tiles(
         msg = f"tile_overlap must be smaller than tile_size={tile_size}, got {overlap}."
         raise ValueError(msg)
     rounded = tuple(max(1, round(side / patch)) * patch for side, patch in zip(image_size, cell, strict=True))
-    if any(side < tile for side, tile in zip(rounded, tile_size, strict=True)):
-        msg = (
-            f"image_size must be at least tile_size={tile_size}, got {image_size}; choose smaller tiles, or leave "
-            "tile_size out."
-        )
-        raise ValueError(msg)
+    _check_not_smaller((rounded[0], rounded[1]), tile_size)
     stride = tile_size[0] - overlap[0], tile_size[1] - overlap[1]
     return Tiles((rounded[0], rounded[1]), tile_size, stride)
 

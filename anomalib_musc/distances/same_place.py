@@ -155,8 +155,11 @@ def _write(nearest: torch.Tensor, query: Tile, reference: Tile, places: Places, 
     is_spoilt = squared < query.resolution[0, :, positions].T[..., None]
     for column in is_spoilt.flatten(1).any(dim=1).nonzero().flatten().tolist():
         near = places.near(row, column)
-        vectors = in_float64(query.patches[:, positions.start + column])  # (n, C)
-        others = in_float64(reference.patches[:, near])  # (m, k, C)
-        distances = torch.cdist(vectors, others.flatten(0, 1)).unflatten(1, others.shape[:2]).amin(dim=2)
-        squared[column] = torch.where(is_spoilt[column], distances.square().to(squared), squared[column])
+        queries, references = (is_spoilt[column].any(dim=dim).nonzero().flatten() for dim in (1, 0))
+        vectors = in_float64(query.patches[queries, positions.start + column])  # (n', C)
+        for some in references.split(max(1, query.patches.shape[1] // len(near))):  # no more patches than of an image
+            others = in_float64(reference.patches[some[:, None], near])  # (m', k, C)
+            distances = torch.cdist(vectors, others.flatten(0, 1)).unflatten(1, others.shape[:2]).amin(dim=2)
+            pairs = column, queries[:, None], some
+            squared[pairs] = torch.where(is_spoilt[pairs], distances.square().to(squared), squared[pairs])
     target[0, :, :, positions] = squared.sqrt_().permute(1, 2, 0)

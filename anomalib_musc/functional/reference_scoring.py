@@ -2,12 +2,14 @@
 """Step 2 against a memory bank of reference images: each image on its own, in operations that can be exported."""
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 
 import torch
 
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_bounds
 
 _BLOCK = 2**24  # numbers of a product that are held at once
+_COLUMNS = 32
 
 
 def reference_scores(
@@ -73,7 +75,7 @@ def _search(
 ) -> Iterator[tuple[Sequence[torch.Tensor], torch.Tensor, torch.Tensor | None]]:
     """Yield blocks of patches ``(B, l, C)``, and among which patches ``(M, k, C)`` of the references they are sought.
 
-    Of a row's patches, which of those are too far, ``(l, k)``.
+    Of patches of a row, which of those are too far, ``(l, k)``.
     """
     if search_radius is None or grid is None or search_radius >= max(grid) - 1:
         columns = references.shape[0] * references.shape[1]
@@ -82,12 +84,15 @@ def _search(
         yield features.split(max(1, _BLOCK // columns), dim=1), references, None
         return
     height, width = grid
-    column = torch.arange(width, device=features.device)
-    is_far = (column[:, None] - column).abs() > search_radius
-    for row in range(height):
-        first, last = max(0, row - search_radius), min(height, row + search_radius + 1)
-        patches = features[:, row * width : (row + 1) * width]
-        yield [patches], references[:, first * width : last * width], is_far.repeat(1, last - first)
+    step = max(_COLUMNS, 2 * search_radius + 1)  # places of a row that share their references
+    for row, first in product(range(height), range(0, width, step)):
+        last = min(width, first + step)
+        rows = torch.arange(max(0, row - search_radius), min(height, row + search_radius + 1), device=features.device)
+        columns = torch.arange(max(0, first - search_radius), min(width, last + search_radius), device=features.device)
+        near = (rows[:, None] * width + columns).flatten()  # (k,)
+        places = torch.arange(first, last, device=features.device)
+        is_far = ((places[:, None] - columns).abs() > search_radius).repeat(1, len(rows))
+        yield [features[:, row * width + first : row * width + last]], references[:, near], is_far
 
 
 def _check(features: torch.Tensor, references: torch.Tensor, own_copies: torch.Tensor | None) -> None:

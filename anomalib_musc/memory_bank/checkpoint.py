@@ -28,7 +28,8 @@ def describe_network(model: Any, name: str | None) -> dict[str, Any]:
         "interval": list(model.interval),
         "second_interval": None if model.second_interval is None else list(model.second_interval),
         "search_radius": model.search_radius,
-        "tiles": None if model.tiles is None else [list(model.tiles.tile_size), list(model.tiles.stride)],
+        "tile_size": None if model.tiles is None else list(model.tiles.tile_size),
+        "tile_overlap": None if model.tiles is None else list(model.tiles.overlap),
     }
 
 

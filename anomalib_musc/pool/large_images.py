@@ -14,6 +14,8 @@ from anomalib_musc.pool.checks import in_words
 from anomalib_musc.pool.orientation import SIDEWAYS, is_sideways_tiff, orientation_of
 from anomalib_musc.torch_model import MuScModel
 
+_LONG = 10  # seconds of a comparison from which on its length is said
+
 
 def common_size(paths: Iterable[Path]) -> tuple[int, int] | None:
     """Return the (height, width) that most of the images have, as viewers show them; the largest of equally many.
@@ -28,21 +30,34 @@ def common_size(paths: Iterable[Path]) -> tuple[int, int] | None:
     return max(sizes, key=lambda size: (sizes[size], size)) if sizes else None
 
 
-def how_cut(model: MuScModel, sizes: Mapping[str, tuple[int, int]]) -> str:
-    """Return a sentence that says to what size images were brought, and into what they were cut.
-
-    Args:
-        model: A model with tiles.
-        sizes: (width, height) of the images, by name.
-    """
+def how_cut(model: MuScModel) -> str:
+    """Return a sentence that says to what size images were brought, and into what a model with tiles cut them."""
     assert model.tiles is not None  # noqa: S101
     (height, width), (tile_height, tile_width) = model.tiles.image_size, model.tiles.tile_size
-    others = sum(size != (width, height) for size in sizes.values())
-    resized = f", {others} of {len(sizes)} from another size" if others else ""
     return (
-        f"Images are compared at {height} x {width} pixels{resized}, in {len(model.tiles.offsets)} tiles of "
-        f"{tile_height} x {tile_width}."
+        f"Images are compared at {height} x {width} pixels, in {len(model.tiles.offsets)} tiles of {tile_height} x "
+        f"{tile_width}."
     )
+
+
+def other_sizes(model: MuScModel, sizes: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Return a warning where images that are cut into tiles had another size, by more than a quarter of a tile.
+
+    Args:
+        model: The model.
+        sizes: (width, height) of the images, by name.
+    """
+    if model.tiles is None:
+        return []
+    height, width = model.tiles.image_size
+    tile = max(model.tiles.tile_size)
+    others = [name for name, size in sizes.items() if max(abs(size[0] - width), abs(size[1] - height)) > tile // 4]
+    if not others:
+        return []
+    return [
+        f"{len(others)} of {len(sizes)} images are of another size than {height} x {width} pixels, and were resized to "
+        f"it: {others[0]}{' and others' if len(others) > 1 else ''}."
+    ]
 
 
 def slow_search(model: MuScModel, feature_maps: Sequence[torch.Tensor], num_pairs: int) -> str | None:
@@ -59,6 +74,8 @@ def slow_search(model: MuScModel, feature_maps: Sequence[torch.Tensor], num_pair
         estimate_seconds(maps.shape[1:], model.aggregation_degrees, model.precision, model.device)
         for maps in feature_maps
     )
+    if seconds < _LONG:
+        return None
     height, width = feature_maps[0].shape[-2:]
     return (
         f"Each of {height * width} patches is sought in all of every other image: about {in_words(seconds)}, which "

@@ -27,7 +27,7 @@ from anomalib_musc.pool.checks import (
 from anomalib_musc.pool.feature_store import FeatureStore
 from anomalib_musc.pool.folder import InputFolders, say_notes, say_skipped
 from anomalib_musc.pool.grey_range import GreyRange
-from anomalib_musc.pool.large_images import how_cut, slow_search
+from anomalib_musc.pool.large_images import how_cut, other_sizes, slow_search
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.reader import PoolReader
 from anomalib_musc.pool.source import PoolSource
@@ -122,13 +122,14 @@ class PoolScorer:
         skipped = reader.skipped | (folder.passed_over() if folder else {})
         references = median_features(self._model.bank.feature_maps) if self._num_references else None
         warnings = warn_of_pool(found.names, reader.looks, found.median_features, references, raw_scores)
+        warnings += other_sizes(self._model, reader.sizes)
         for sentence in [*say_skipped(skipped), *say_notes(reader.notes), *warnings]:
             rank_zero_warn(sentence)
         for sentence in folder.what_was_taken(found.names, skipped) if folder else []:
             rank_zero_info(sentence)
         self._say_how_read(reader)
         if self._model.tiles is not None:
-            rank_zero_info(how_cut(self._model, reader.sizes))
+            rank_zero_info(how_cut(self._model))
         return Pool(
             key,
             found.names,

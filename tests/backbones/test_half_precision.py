@@ -56,6 +56,25 @@ def test_a_trainers_own_precision_wins(models):
         assert torch.equal(one, other)
 
 
+class OnlyFloat32(OwnBackbone):
+    """A module that knows no other type."""
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        maps, feature = super().forward(images)
+        written = torch.zeros_like(maps[0], dtype=torch.float32)
+        written[:, torch.arange(written.shape[1])] = torch.nn.functional.conv2d(
+            maps[0], torch.eye(len(maps[0][0]))[..., None, None]
+        )
+        return [written, *maps[1:]], feature
+
+
+def test_a_backbone_that_cannot_run_in_16_bits_runs_in_float32():
+    images = rand(2, 3, 64, 64)
+    exact, fast = (MuScModel(OnlyFloat32(), precision=precision) for precision in ("exact", "fast"))
+    assert fast.gain_of_half_precision(images) == 1
+    torch.testing.assert_close(fast.extract(images)[0][0], exact.extract(images)[0][0])
+
+
 class SlowAtFirst(OwnBackbone):
     """Its first batch tells how long all of them will take."""
 

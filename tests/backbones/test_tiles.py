@@ -77,7 +77,12 @@ def test_an_overlap_is_a_quarter_and_a_size_whole_patches_by_default():
             {"image_size": 224, "tile_size": 96, "tile_overlap": 96},
             r"tile_overlap must be smaller than tile_size=\(96, 96\)",
         ),
-        ({"image_size": 224, "tile_size": 96, "tile_overlap": -16}, "tile_overlap must be multiples"),
+        (
+            {"image_size": 224, "tile_size": 96, "tile_overlap": -16},
+            "tile_overlap must be a whole number of at least 0, .* got -16",
+        ),
+        ({"image_size": 224, "tile_size": 96, "tile_overlap": 0.25}, "tile_overlap must be a whole number"),
+        ({"image_size": 224, "tile_size": "96"}, "tile_size must be a whole number of at least 1, .* got '96'"),
         ({"tile_overlap": 16}, "tile_overlap=16 is of tiles; give tile_size, too"),
     ],
 )
@@ -121,13 +126,50 @@ def test_anomalibs_tiler_does_what_the_arguments_do(backbone):
     torch.testing.assert_close(model(images).anomaly_map, expected(images).anomaly_map)
 
 
-def test_a_tiler_that_comes_too_late_or_does_not_fit():
+def test_a_tiler_that_comes_too_late_or_does_not_fit_changes_nothing():
     model = MuScModel("musc-tiny", image_size=128)
+    for size, message in ((256, "image_size must be at least tile_size"), (72, "tile_size must be multiples")):
+        with pytest.raises(ValueError, match=message):
+            model.tiler = Tiler(tile_size=size, stride=size)
     model.build_bank([rand(3, 3, 128, 128)])
-    with pytest.raises(ValueError, match=r"tiler has tiles of \(64, 64\), without which the bank was made"):
+    with pytest.raises(ValueError, match="with others than which the bank was made"):
         model.tiler = Tiler(tile_size=64, stride=32)
-    with pytest.raises(ValueError, match="image_size must be at least tile_size"):
-        MuScModel("musc-tiny", image_size=128).tiler = Tiler(tile_size=256, stride=256)
+    assert (model.tiler, model.tiles, model.backbone.image_size) == (None, None, (128, 128))
+    tiled = MuScModel("musc-tiny", image_size=128, tile_size=64, tile_overlap=32)
+    tiled.build_bank([rand(3, 3, 128, 128)])
+    tiled.tiler = Tiler(tile_size=64, stride=32)  # as it is
+    with pytest.raises(ValueError, match="with others than which the bank was made"):
+        tiled.tiler = Tiler(tile_size=64, stride=64)
+
+
+def test_a_tiler_that_is_taken_away():
+    model, images = MuScModel("musc-tiny", image_size=128), rand(3, 3, 128, 128)
+    expected = model(images).anomaly_map
+    model.tiler = Tiler(tile_size=64, stride=32)
+    assert (model(images).anomaly_map - expected).abs().max() > 1e-3
+    model.tiler = None
+    torch.testing.assert_close(model(images).anomaly_map, expected)
+
+
+class Bank(torch.nn.Module):
+    """What an export traces."""
+
+    def __init__(self, model: MuScModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images).anomaly_map
+
+
+def test_an_export_takes_any_number_of_images():
+    model = MuScModel("musc-tiny", image_size=(96, 128), tile_size=64, search_radius=1)
+    model.build_bank([rand(3, 3, 96, 128)])
+    number = torch.export.Dim("number", min=1, max=64)
+    exported = torch.export.export(Bank(model), (rand(2, 3, 96, 128),), dynamic_shapes=({0: number},)).module()
+    for count in (1, 2, 5):
+        images = rand(count, 3, 96, 128, seed=count)
+        torch.testing.assert_close(exported(images), model(images).anomaly_map, atol=1e-5, rtol=0)
 
 
 def test_no_image_depends_on_those_beside_it():

@@ -100,3 +100,11 @@ def test_a_wrong_radius_is_named(radius):
 def test_patches_without_places_are_refused():
     with pytest.raises(ValueError, match=r"search_radius=1 needs maps \(N, C, H, W\)"):
         nearest_distances(torch.ones(3, 4, 2), search_radius=1)
+
+
+def test_a_file_twice_costs_next_to_nothing():
+    """Of places where two images are equal, these two alone are compared again."""
+    maps = randn(12, 32, 5, 6)
+    maps[3], maps[7] = maps[0], maps[0] + 1e-6 * randn(32, 5, 6, seed=1)
+    _, distances = collect(nearest_distances(maps, (1, 3), search_radius=2), 12)
+    assert_close(distances, np.stack([search(maps, degree, 2) for degree in (1, 3)]), 1e-4)

@@ -7,14 +7,15 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from anomalib.callbacks import TilerConfigurationCallback
 from commands import read_paths, run_command
 from PIL import Image
 from runs import datamodule
 
-from anomalib_musc import MuSc, predict
-from anomalib_musc.distances import nearest
-from anomalib_musc.pool.large_images import common_size
+from anomalib_musc import MuSc, MuScModel, predict
+from anomalib_musc.distances import estimate_seconds
+from anomalib_musc.pool.large_images import common_size, slow_search
 
 TILES = {"image_size": (192, 256), "tile_size": 96, "tile_overlap": 32}
 
@@ -61,7 +62,8 @@ def test_the_command(photographs, tmp_path):
     arguments = [str(photographs), "--backbone", "musc-tiny", "--tile-size", "96", "--search-radius", "1", "--verbose"]
     done = run_command("anomalib-musc", "predict", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "compared at 192 x 256 pixels, 1 of 9 from another size, in 9 tiles of 96 x 96" in done.stderr + done.stdout
+    assert "compared at 192 x 256 pixels, in 9 tiles of 96 x 96" in done.stderr + done.stdout
+    assert "1 of 9 images are of another size than 192 x 256 pixels, and were resized to it" in done.stdout
     rows = read_paths(tmp_path / "results/MuSc/v0")
     assert max(rows.values(), key=lambda row: float(row["score"]))["path"].endswith("3.png")
     details = json.loads((tmp_path / "results/MuSc/v0/predictions.json").read_text())
@@ -70,11 +72,14 @@ def test_the_command(photographs, tmp_path):
     assert picture.shape[1] >= 256
 
 
-def test_the_whole_search_says_how_long_it_takes(photographs):
-    with pytest.warns(UserWarning, match=r"Each of 192 patches is sought in all .* about 0 seconds, which grow"):
-        predict(photographs, "musc-tiny", tile_size=96, tile_overlap=32)
-    seconds = nearest.estimate_seconds((16, 20, 20), (1, 3), "exact", nearest.torch.device("cpu"))
-    larger = nearest.estimate_seconds((16, 160, 160), (1, 3), "exact", nearest.torch.device("cpu"))
+def test_a_long_whole_search_says_how_long_it_takes():
+    model, maps = MuScModel("musc-tiny", image_size=2048, tile_size=320), [torch.empty(2, 160, 128, 128)] * 4
+    assert "Each of 16384 patches is sought in all of every other image: about " in slow_search(model, maps, 1000)
+    assert slow_search(model, [torch.empty(2, 160, 4, 4)], 1) is None
+    near = MuScModel("musc-tiny", image_size=2048, tile_size=320, search_radius=2)
+    assert slow_search(near, maps, 1000) is None
+    seconds = estimate_seconds((16, 20, 20), (1, 3), "exact", torch.device("cpu"))
+    larger = estimate_seconds((16, 160, 160), (1, 3), "exact", torch.device("cpu"))
     assert larger > 500 * seconds > 0
 
 
@@ -97,5 +102,5 @@ def test_a_checkpoint_keeps_its_tiles(mvtec_root, make_engine):
     engine.fit(MuSc("musc-tiny", **TILES, mode="reference", k_shot=2), datamodule=datamodule(mvtec_root))
     loaded = MuSc.load_from_checkpoint(engine.best_model_path)
     assert loaded.model.tiles.stride == (64, 64)
-    with pytest.raises(ValueError, match=r"The checkpoint is of another model: .*tiles"):
+    with pytest.raises(ValueError, match=r"The checkpoint is of another model: .*tile_overlap"):
         MuSc.load_from_checkpoint(engine.best_model_path, tile_overlap=0)
