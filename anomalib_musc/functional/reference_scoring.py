@@ -78,10 +78,10 @@ def _search(
     Of patches of a row, which of those are too far, ``(l, k)``.
     """
     if search_radius is None or grid is None or search_radius >= max(grid) - 1:
-        columns = references.shape[0] * references.shape[1]
+        num_columns = references.shape[0] * references.shape[1]
         if not torch.compiler.is_compiling():  # an export must not depend on the size of its example's batch
-            columns *= len(features)
-        yield features.split(max(1, _BLOCK // columns), dim=1), references, None
+            num_columns *= len(features)
+        yield features.split(max(1, _BLOCK // num_columns), dim=1), references, None
         return
     height, width = grid
     step = max(_COLUMNS, 2 * search_radius + 1)  # places of a row that share their references
