@@ -38,8 +38,8 @@ class PoolLoader:
     def centred(self, workload: Workload) -> "PoolLoader":
         """Return a loader that subtracts the densest place.
 
-        Of patches whose windows are still to be summed only where a tenth of them is all but equal: elsewhere products
-        are precise enough.
+        Of patches whose windows are still to be summed only where a twentieth of them is all but equal: elsewhere
+        products are precise enough.
         """
         if len(workload.degrees) > 1:
             one = replace(workload, degrees=workload.degrees[:1])

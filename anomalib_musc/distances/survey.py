@@ -8,8 +8,8 @@ import torch
 from anomalib_musc.distances.storage import release
 
 _SHARE = 0.39  # of the exponent: 1e15 in float32, whose squares can still be added over channels and windows
-_IMAGES, _PATCHES = 8, 64  # that are looked at: enough to find a tenth of all, few beside the pairs of a pool
-_TENTH = 10
+_IMAGES, _PATCHES = 8, 64  # that are looked at: enough to find a twentieth of all, few beside the pairs of a pool
+_CLOSEST = 20
 
 
 def largest_value(dtype: torch.dtype) -> float:
@@ -56,7 +56,7 @@ def some_of(values: dict[int, tuple[float, float]]) -> list[int]:
 
 
 def densest_place(images: Iterable[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    r"""Return the mean ``(C,)`` of the tenth of the patches that lie closest together, as those of a background do.
+    r"""Return the mean ``(C,)`` of the twentieth of the patches that lie closest together, as those of a background do.
 
     Beside it the distance within which they lie.
 
@@ -74,6 +74,6 @@ def densest_place(images: Iterable[torch.Tensor]) -> tuple[torch.Tensor, float]:
     if not len(points):
         return torch.zeros_like(points.sum(dim=0)), float("inf")
     centred = points - points.mean(dim=0)
-    nearest = torch.cdist(centred, centred).topk(max(1, len(points) // _TENTH), largest=False)
+    nearest = torch.cdist(centred, centred).topk(max(1, len(points) // _CLOSEST), largest=False)
     densest = nearest.values[:, -1].argmin()
     return points[nearest.indices[densest]].mean(dim=0), nearest.values[densest, -1].item()
