@@ -3,10 +3,14 @@
 
 import argparse
 import glob
+import os
+import signal
 import sys
+import threading
 import warnings
 import webbrowser
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +72,8 @@ def predict(arguments: argparse.Namespace) -> int:
     _check_paths(paths, arguments)
     if not arguments.verbose:
         warnings.simplefilter("ignore", FutureWarning)  # of packages about each other, while they are imported
-    from anomalib_musc.inference.engine import predict_files
+    with _ends_at_once():
+        from anomalib_musc.inference.engine import predict_files
 
     writer = predict_files(paths, arguments)
     if arguments.quiet:
@@ -77,6 +82,25 @@ def predict(arguments: argparse.Namespace) -> int:
         webbrowser.open(writer.files[0].resolve().as_uri())
     found = any(prediction.is_anomalous for prediction in writer.predictions)
     return 3 if arguments.fail_on_anomaly and found else 0
+
+
+@contextmanager
+def _ends_at_once() -> Iterator[None]:
+    """Let Ctrl-C end the process during long imports, where packages catch whatever comes; nothing is written yet."""
+
+    def end(*_: object) -> None:
+        sys.stderr.write("error: interrupted\n")
+        sys.stderr.flush()
+        os._exit(128 + signal.SIGINT)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _expanded(names: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
