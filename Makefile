@@ -37,9 +37,8 @@ check: lint
 docs: environment
 	$(BIN)/mkdocs build --quiet --strict --site-dir build/docs
 
-# One worker more than two cores, as many tests wait for processes of their own.
 test: lint docs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 environment: $(VENV)/installed
 
