@@ -10,6 +10,7 @@ from anomalib.data import ImageBatch, ImageItem, MVTecAD, PredictDataset
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader, Dataset
 
+from anomalib_musc import MuScModel
 from anomalib_musc.pool.pool import Pool
 
 Predictions = dict[str, tuple[float, torch.Tensor]]
@@ -23,6 +24,17 @@ class Recorder(Callback):
 
     def on_test_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0):  # noqa: ARG002
         self.batches.append(outputs)
+
+
+class AnomalyMaps(torch.nn.Module):
+    """A model's maps alone, for ``torch.export``."""
+
+    def __init__(self, model: MuScModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images).anomaly_map
 
 
 def datamodule(root: Path, **kwargs) -> MVTecAD:

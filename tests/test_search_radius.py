@@ -5,7 +5,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 from conftest import OwnBackbone
-from runs import datamodule
+from runs import AnomalyMaps, datamodule
 from seeded import randn
 
 from anomalib_musc import MuSc, MuScModel
@@ -33,17 +33,6 @@ def test_a_defect_that_is_normal_elsewhere_is_found():
     assert whole[2, 4] < 1.5 * whole.median()
 
 
-class Maps(torch.nn.Module):
-    """What an export traces."""
-
-    def __init__(self, model: MuScModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images).anomaly_map
-
-
 def test_through_engine_and_checkpoint(mvtec_root, folder, make_engine):
     arguments = {"backbone": "test_vit", "pretrained": False, "image_size": 64, "search_radius": 1}
     engine = make_engine()
@@ -59,7 +48,7 @@ def test_through_engine_and_checkpoint(mvtec_root, folder, make_engine):
     assert (near_map >= whole_map - 1e-6).all()  # fewer places to find a like
     assert (near_map - whole_map).max() > 1e-3
 
-    exported = torch.export.export(Maps(loaded.model), (images[:1],)).module()
+    exported = torch.export.export(AnomalyMaps(loaded.model), (images[:1],)).module()
     for image, expected in zip(images, near_map, strict=True):
         torch.testing.assert_close(exported(image[None])[0], expected, atol=1e-5, rtol=0)
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones in 16-bit numbers, where a trial finds the device faster with them."""
 
-import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from anomalib_musc.distances.kernels.products import SixteenBitProduct
-
-_TRIALS = 2
+from anomalib_musc.distances.trial import shortest_seconds
 
 
 class Trial(NamedTuple):
@@ -58,7 +57,7 @@ def try_half_precision(backbone: nn.Module, image: torch.Tensor) -> Trial:
     dtype = _dtype_of(image)
     if dtype is None or not _can_run(backbone, image, dtype):
         return Trial(None, 1.0)
-    single, half = _seconds(backbone, image, None), _seconds(backbone, image, dtype)
+    single, half = (shortest_seconds(partial(_run, backbone, image, some), image.device) for some in (None, dtype))
     return Trial(dtype, single / half) if half < single else Trial(None, 1.0)
 
 
@@ -79,14 +78,6 @@ def _can_run(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> bo
         return False
 
 
-def _seconds(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype | None) -> float:
-    """Return the shortest of a few times, after one that is not counted."""
-    times = []
-    for _ in range(1 + _TRIALS):
-        start = time.perf_counter()
-        with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
-            backbone(image)
-        if image.device.type != "cpu":
-            torch.accelerator.synchronize(image.device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+def _run(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype | None) -> None:
+    with torch.autocast(image.device.type, dtype=dtype, enabled=dtype is not None):
+        backbone(image)

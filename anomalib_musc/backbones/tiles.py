@@ -175,10 +175,10 @@ def make_tiles(
             max(1, tile // 4 // side) * side if tile > side else 0 for tile, side in zip(tile_size, cell, strict=True)
         )
     else:
-        overlap = (tile_overlap, tile_overlap) if isinstance(tile_overlap, int) else tuple(tile_overlap)
+        overlap = _sides("tile_overlap", tile_overlap, least=0)
     sizes = {"tile_size": tile_size, "tile_overlap": overlap}
     for name, size in sizes.items():
-        if len(size) != 2 or any(side % patch or side < 0 for side, patch in zip(size, cell, strict=True)):
+        if any(side % patch for side, patch in zip(size, cell, strict=True)):
             msg = f"{name} must be multiples of the backbone's patch size {cell}, got {size}."
             raise ValueError(msg)
     if any(of_tile <= 0 for of_tile in (tile - shared for tile, shared in zip(tile_size, overlap, strict=True))):

@@ -94,3 +94,10 @@ class SixteenBitRounding(NoRounding):
             )
             raise ValueError(msg)
         return numbers.to(self.dtype)
+
+
+def exchange_norms(operand: torch.Tensor, norm_channels: int) -> torch.Tensor:
+    """Return an operand ``(..., C + norm_channels)`` with norms and ones exchanged, and negated; see ``with_norms``."""
+    facing = operand.clone()
+    facing[..., -norm_channels:] = -operand[..., -norm_channels:].roll(norm_channels // 2, dims=-1)
+    return facing

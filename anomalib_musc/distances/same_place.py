@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Same-place search: a patch is compared with those near its own place in the other images."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from anomalib_musc.distances.comparison import in_float64
+from anomalib_musc.distances.kernels.plain import reuse_buffer
+from anomalib_musc.distances.rounding import exchange_norms
 from anomalib_musc.distances.tiles import Tile
 
 
@@ -104,11 +107,8 @@ class _RowProduct:
     def window(self, row: torch.Tensor) -> torch.Tensor:
         """Return a row ``(W, m, C)`` with norms negated, between places that no patch is near."""
         window = row.new_zeros(self._width + 2 * self._radius, *row.shape[1:])
-        norms = self._norm_channels // 2
-        window[..., -norms] = -torch.finfo(row.dtype).max / 4
-        inner = window[self._radius : self._radius + self._width]
-        inner.copy_(row)
-        inner[..., -2 * norms :] = -row[..., -2 * norms :].roll(norms, dims=-1)
+        window[..., -self._norm_channels // 2] = -torch.finfo(row.dtype).max / 4
+        window[self._radius : self._radius + self._width] = exchange_norms(row, self._norm_channels)
         return window
 
     def __call__(self, x: torch.Tensor, window: torch.Tensor, first: int) -> torch.Tensor:
@@ -119,9 +119,8 @@ class _RowProduct:
             (self._width, columns * count, channels), (count * channels, channels, 1)
         )  # they overlap
         shape = self._width, x.shape[1], columns * count
-        size = shape[0] * shape[1] * shape[2]
-        if self._products.numel() < size or self._products.dtype != x.dtype or self._products.device != x.device:
-            self._products = x.new_empty(size)
+        size = math.prod(shape)
+        self._products = reuse_buffer(self._products, size, x)
         products = torch.bmm(x, windows.mT, out=self._products[:size].view(shape))
         return products.unflatten(2, (columns, count))
 

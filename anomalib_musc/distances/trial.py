@@ -127,23 +127,23 @@ def _seconds_by_place(
         make_tile = partial(tile_of_vectors, F.pad(vectors, (0, norm_channels)), channels, kernel.rounding)
         tile = make_tile()
         compare = partial(compare_places, tile, tile, places, norm_channels, (distances, distances), None)
-        seconds.append((_shortest(make_tile, like), _shortest(compare, like)))
+        seconds.append((shortest_seconds(make_tile, device), shortest_seconds(compare, device)))
     return seconds
 
 
 def _seconds(kernel: Kernel, tile: Tile) -> float:
     """Return the shortest of a few times, for one pair of images."""
     count = max(1, min(_IMAGES - 1, kernel.block // tile.patches.shape[1] ** 2))
-    return _shortest(partial(kernel, tile, 0, tile, slice(1, 1 + count)), tile.half_norms) / count
+    return shortest_seconds(partial(kernel, tile, 0, tile, slice(1, 1 + count)), tile.half_norms.device) / count
 
 
-def _shortest(compare: Callable[[], object], like: torch.Tensor) -> float:
-    """Return the shortest of a few times, each until the device of a tensor has done it."""
+def shortest_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Return the shortest of a few times, each until a device has done it, after one that is not counted."""
     times = []
     for _ in range(1 + _TRIALS):
         start = time.perf_counter()
-        compare()
-        if like.device.type != "cpu":
-            torch.accelerator.synchronize(like.device)
+        run()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:])

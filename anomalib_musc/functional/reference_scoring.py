@@ -6,6 +6,7 @@ from itertools import product
 
 import torch
 
+from anomalib_musc.distances.same_place import make_places
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_bounds
 
 _BLOCK = 2**24  # numbers of a product that are held at once
@@ -77,21 +78,22 @@ def _search(
 
     Of patches of a row, which of those are too far, ``(l, k)``.
     """
-    if search_radius is None or grid is None or search_radius >= max(grid) - 1:
+    places = None if grid is None else make_places(grid, search_radius)
+    if places is None:
         num_columns = references.shape[0] * references.shape[1]
         if not torch.compiler.is_compiling():  # an export must not depend on the size of its example's batch
             num_columns *= len(features)
         yield features.split(max(1, _BLOCK // num_columns), dim=1), references, None
         return
-    height, width = grid
+    (height, width), search_radius = places.grid, places.radius
     step = max(_COLUMNS, 2 * search_radius + 1)  # places of a row that share their references
     for row, first in product(range(height), range(0, width, step)):
         last = min(width, first + step)
         rows = torch.arange(max(0, row - search_radius), min(height, row + search_radius + 1), device=features.device)
         columns = torch.arange(max(0, first - search_radius), min(width, last + search_radius), device=features.device)
         near = (rows[:, None] * width + columns).flatten()  # (k,)
-        places = torch.arange(first, last, device=features.device)
-        is_far = ((places[:, None] - columns).abs() > search_radius).repeat(1, len(rows))
+        own = torch.arange(first, last, device=features.device)
+        is_far = ((own[:, None] - columns).abs() > search_radius).repeat(1, len(rows))
         yield [features[:, row * width + first : row * width + last]], references[:, near], is_far
 
 

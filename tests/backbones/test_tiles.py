@@ -5,6 +5,7 @@ import pytest
 import torch
 from anomalib.data.utils.tiler import Tiler
 from conftest import OwnBackbone
+from runs import AnomalyMaps
 from seeded import rand, randn
 
 from anomalib_musc import MuSc, MuScModel
@@ -151,22 +152,11 @@ def test_a_tiler_that_is_taken_away():
     torch.testing.assert_close(model(images).anomaly_map, expected)
 
 
-class Bank(torch.nn.Module):
-    """What an export traces."""
-
-    def __init__(self, model: MuScModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images).anomaly_map
-
-
 def test_an_export_takes_any_number_of_images():
     model = MuScModel("musc-tiny", image_size=(96, 128), tile_size=64, search_radius=1)
     model.build_bank([rand(3, 3, 96, 128)])
     number = torch.export.Dim("number", min=1, max=64)
-    exported = torch.export.export(Bank(model), (rand(2, 3, 96, 128),), dynamic_shapes=({0: number},)).module()
+    exported = torch.export.export(AnomalyMaps(model), (rand(2, 3, 96, 128),), dynamic_shapes=({0: number},)).module()
     for count in (1, 2, 5):
         images = rand(count, 3, 96, 128, seed=count)
         torch.testing.assert_close(exported(images), model(images).anomaly_map, atol=1e-5, rtol=0)

@@ -5,13 +5,13 @@ import torch
 
 from anomalib_musc.distances.kernels.plain import reuse_buffer
 from anomalib_musc.distances.kernels.products import has_onednn
-from anomalib_musc.distances.rounding import Encoded
+from anomalib_musc.distances.rounding import Encoded, NoRounding
 
 _LARGEST = 127
 _SPREAD = 64
 
 
-class EightBitProduct:
+class EightBitProduct(NoRounding):
     """Products of 8-bit integers; the largest number of a patch is 127.
 
     Before, the channels are mixed by an orthogonal matrix, which changes no distance but spreads single large numbers,
@@ -21,7 +21,6 @@ class EightBitProduct:
     name = "8-bit integers"
     can_share = True
     number_bytes = 1
-    norm_channels = 0
     result_bytes = 8
 
     def __init__(self) -> None:
@@ -60,11 +59,6 @@ class EightBitProduct:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
         integers, scales = encoded
         return integers[image] * scales[image, :, None]
-
-    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
-        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
-        del storage, half_norms
-        return encoded
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""

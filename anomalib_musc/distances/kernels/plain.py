@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from anomalib_musc.distances.rounding import Encoded, Rounding
+from anomalib_musc.distances.rounding import Encoded, Rounding, exchange_norms
 from anomalib_musc.distances.tiles import Tile
 from anomalib_musc.distances.windows import window_sum
 
@@ -75,7 +75,7 @@ class PlainKernel:
         for first in range(0, len(half_norms), rows):
             some, norms = tuple(part[first : first + rows] for part in x), half_norms[first : first + rows]
             if self._product.norm_channels:
-                facing = _exchange_norms(some[0], self._product.norm_channels)
+                facing = exchange_norms(some[0], self._product.norm_channels)
                 products = self._product((facing,), y)  # (c, L, rows): -|x - y|² / 2
                 to_right[:, first : first + rows] = -products.amax(dim=1)
                 to_left = torch.minimum(to_left, -products.amax(dim=2))
@@ -115,13 +115,6 @@ class PlainKernel:
         size = like.numel()
         self._buffer = reuse_buffer(self._buffer, 2 * size, like)
         return [block.view(like.shape) for block in self._buffer[: 2 * size].split(size)]
-
-
-def _exchange_norms(x: torch.Tensor, norm_channels: int) -> torch.Tensor:
-    """Exchange norms and ones, and negate them; see :meth:`~anomalib_musc.distances.rounding.Rounding.with_norms`."""
-    x = x.clone()
-    x[:, -norm_channels:] = -x[:, -norm_channels:].roll(norm_channels // 2, dims=1)
-    return x
 
 
 def _sum_windows(products: torch.Tensor, grid: tuple[int, int], radius: int, spare: list[torch.Tensor]) -> torch.Tensor:
