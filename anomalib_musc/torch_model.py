@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,10 +19,11 @@ from anomalib_musc.functional import (
     check_interval,
     check_precision,
     check_search_radius,
-    layer_scores,
+    larger_score,
 )
 from anomalib_musc.functional.arguments import check_count
-from anomalib_musc.functional.second_interval import check_second_interval
+from anomalib_musc.functional.layer_scoring import interval_scores
+from anomalib_musc.functional.second_interval import check_second_interval, median_ratio
 from anomalib_musc.functional.subsets import count_subsets, split_into_subsets
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
@@ -70,7 +71,7 @@ class MuScModel(Extractor):
         interval: Which of the ascending distances to the other images are averaged, see
             :func:`~anomalib_musc.functional.mutual_scores`.
         second_interval: Another one beyond it, such as ``(0.4, 0.7)``, for defects that many images share, see
-            :func:`~anomalib_musc.functional.larger_score`; not of the paper, and not for a bank alone.
+            :func:`~anomalib_musc.functional.larger_score`; not of the paper.
         search_radius: Within how many rows and columns of its own place, in patches, a patch is sought in the other
             images, where camera and product do not move; not of the paper. Defaults to the whole image, as there.
         precision: "exact", or "fast" arithmetic where a trial finds the device faster with it: the backbone in 16-bit
@@ -134,7 +135,7 @@ class MuScModel(Extractor):
         self.search_radius = search_radius
         self.precision = precision
         self.num_subsets = num_subsets
-        self.bank = ReferenceBank(self.aggregation_degrees, self.interval, search_radius)
+        self.bank = ReferenceBank(self.aggregation_degrees, self.interval, search_radius, self.second_interval)
 
     @property
     def settings(self) -> tuple[object, ...]:
@@ -226,22 +227,18 @@ class MuScModel(Extractor):
         tokens = torch.cat([class_tokens for _, class_tokens in extracted])
         if is_alone:
             self.check_bank_size(len(tokens), size)
-        raw_scores, patch_scores = self._scores_of_each_other(layers)
+        raw_scores, patch_scores, ratios = self._scores_of_each_other(layers)
         if size is not None and size < len(tokens):
             kept = select_coreset(raw_scores, tokens, size)
             layers, tokens = [maps[kept] for maps in layers], tokens[kept]
-            raw_scores, patch_scores = self._scores_of_each_other(layers)
-        self.bank.fill(layers, tokens, raw_scores, patch_scores, grey_range=grey_range, origin=origin)
+            raw_scores, patch_scores, ratios = self._scores_of_each_other(layers)
+        self.bank.fill(layers, tokens, raw_scores, patch_scores, ratios=ratios, grey_range=grey_range, origin=origin)
 
     def check_bank_size(self, num_images: int, size: int | None) -> None:
         """Raise a ValueError where the intervals do not suit a bank of ``size`` of the images, without a pool."""
-        if self.second_interval is not None:
-            msg = (
-                f"second_interval={self.second_interval} is for a pool of images, and a bank alone has one interval; "
-                "leave it out, or use mode='both'."
-            )
-            raise ValueError(msg)
-        check_interval(self.interval, min(size or num_images, num_images) + 1)
+        num_compared = min(size or num_images, num_images) + 1
+        check_interval(self.interval, num_compared)
+        check_second_interval(self.second_interval, self.interval, num_compared)
 
     def check_pool_size(self, num_images: int, num_references: int = 0) -> None:
         """Raise a ValueError where the intervals do not suit a pool of so many images, and references besides."""
@@ -249,11 +246,16 @@ class MuScModel(Extractor):
         check_interval(self.interval, num_compared)
         check_second_interval(self.second_interval, self.interval, num_compared)
 
-    def _scores_of_each_other(self, feature_maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the raw scores ``(N,)`` and patch scores ``(N, h, w)`` of a pool; 0 for an image that is alone."""
-        first = feature_maps[0]
-        patch_scores = self.score(feature_maps) if len(first) > 1 else torch.zeros_like(first[:, 0])
-        return self.anomaly_maps(patch_scores).amax(dim=(1, 2, 3)), patch_scores
+    def _scores_of_each_other(
+        self, feature_maps: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return raw scores ``(N,)``, patch scores ``(N, h, w)`` and ratios ``(layers,)``; 0 for an image alone."""
+        patch_scores = torch.zeros_like(feature_maps[0][:, 0])
+        ratios = torch.full((len(feature_maps),), torch.inf)
+        if len(patch_scores) > 1:
+            scores, found = zip(*(self._layer_scores(maps) for maps in feature_maps), strict=True)
+            patch_scores, ratios = torch.stack(scores).mean(dim=0).view(patch_scores.shape), torch.stack(found)
+        return self.anomaly_maps(patch_scores).amax(dim=(1, 2, 3)), patch_scores, ratios
 
     def subsets(self, class_tokens: torch.Tensor) -> list[list[int]]:
         """Split a pool of image features ``(N, D)`` at random into ``num_subsets`` of equal size, give or take one.
@@ -289,19 +291,28 @@ class MuScModel(Extractor):
         total = torch.zeros(num_images, height * width, device=device)
         for feature_map in feature_maps:
             for subset in subsets or [range(num_images)]:
-                total[torch.as_tensor(subset, device=device)] += layer_scores(
-                    feature_map,
-                    self.aggregation_degrees,
-                    self.interval,
-                    second_interval=self.second_interval,
-                    search_radius=self.search_radius,
-                    images=subset,
-                    precision=self.precision,
-                    memory_budget=memory_budget,
-                    device=device,
-                    progress=progress,
-                )
+                scores, _ = self._layer_scores(feature_map, subset, memory_budget=memory_budget, progress=progress)
+                total[torch.as_tensor(subset, device=device)] += scores
         return (total / len(feature_maps)).view(num_images, height, width)
+
+    def _layer_scores(
+        self, feature_map: torch.Tensor, images: Sequence[int] | None = None, **how: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a layer's patch scores ``(n, h * w)`` and the median ratio of two intervals, infinite of one."""
+        means = interval_scores(
+            feature_map,
+            self.aggregation_degrees,
+            [self.interval] if self.second_interval is None else [self.interval, self.second_interval],
+            images=images,
+            search_radius=self.search_radius,
+            precision=self.precision,
+            device=self.device_or(feature_map.device),
+            **how,
+        )
+        if len(means) == 1:
+            return means[0], means.new_tensor(torch.inf)
+        ratio = median_ratio(*means)
+        return larger_score(*means, ratio=ratio), ratio
 
     def least_memory(self, feature_maps: Sequence[torch.Tensor], num_images: int) -> int:
         """Return the bytes without which :meth:`score` cannot compare ``num_images`` images of such maps."""

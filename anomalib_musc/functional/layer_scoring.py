@@ -2,6 +2,7 @@
 """Steps 1 and 2 for one layer: LNAMD and MSM at several degrees, with one product of two images for all of them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -60,30 +61,55 @@ def layer_scores(
         >>> layer_scores(torch.randn(4, 16, 5, 6), degrees=(1, 3)).shape
         torch.Size([4, 30])
     """
-    check_maps(feature_map)
-    num_images = len(feature_map if images is None else images)
-    if num_images < 2:
-        msg = f"feature_map must hold at least 2 images to compare, got {num_images}."
-        raise ValueError(msg)
-    check_interval(interval, num_images)
-    check_second_interval(second_interval, interval, num_images)
-    intervals = [interval] if second_interval is None else [interval, second_interval]
-    blocks = nearest_distances(
+    means = interval_scores(
         feature_map,
         degrees,
+        [interval] if second_interval is None else [interval, second_interval],
         search_radius=search_radius,
         images=images,
-        prepare=layer_norm,
         precision=precision,
         memory_budget=memory_budget,
         device=device,
         progress=progress,
     )
+    return means[0] if second_interval is None else larger_score(*means)
+
+
+def interval_scores(
+    feature_map: torch.Tensor,
+    degrees: Sequence[int],
+    intervals: Sequence[tuple[float, float]],
+    *,
+    images: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    **how: Any,
+) -> torch.Tensor:
+    """Score the patches of one layer by one or two intervals, from the same distances; see :func:`layer_scores`.
+
+    Args:
+        feature_map: Shape ``(N, C, H, W)``.
+        degrees: LNAMD's.
+        intervals: The paper's and, where it is wanted, the second one.
+        images: Indices of the images that form the pool. Defaults to all.
+        device: Where to compute. Defaults to where ``feature_map`` is.
+        **how: ``search_radius``, ``precision``, ``memory_budget`` and ``progress``.
+
+    Returns:
+        Patch scores by each interval, shape ``(K, n, H * W)``.
+    """
+    check_maps(feature_map)
+    num_images = len(feature_map if images is None else images)
+    if num_images < 2:
+        msg = f"feature_map must hold at least 2 images to compare, got {num_images}."
+        raise ValueError(msg)
+    check_interval(intervals[0], num_images)
+    for second_interval in intervals[1:]:
+        check_second_interval(second_interval, intervals[0], num_images)
+    blocks = nearest_distances(feature_map, degrees, images=images, prepare=layer_norm, device=device, **how)
     dtype, num_patches = torch.promote_types(feature_map.dtype, torch.float32), feature_map[0, 0].numel()
     device = feature_map.device if device is None else device
     scores = torch.zeros(len(intervals), num_images, num_patches, dtype=dtype, device=device)
     for block, distances in blocks:  # (D, n, N, L): of all degrees, or of one after the other
         for total, means in zip(scores, interval_means(distances, *intervals), strict=True):
             total[block] += means.sum(dim=0)
-    scores /= len(degrees)
-    return scores[0] if second_interval is None else larger_score(*scores)
+    return scores / len(degrees)

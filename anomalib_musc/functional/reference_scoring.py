@@ -56,14 +56,43 @@ def reference_scores(
         tensor([[0.0000, 1.4142]])
     """
     _check(features, references, own_copies)
-    check_interval(interval, len(references) + (own_copies is None))
+    count = len(references) - (own_copies is not None)
+    check_interval(interval, count + 1)
+    bounds = interval_bounds(interval, count)
+    return reference_means(
+        features, references, [bounds], own_copies=own_copies, grid=grid, search_radius=search_radius
+    )[0]
+
+
+def reference_means(
+    features: torch.Tensor,
+    references: torch.Tensor,
+    slices: Sequence[tuple[int, int]],
+    *,
+    own_copies: torch.Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    search_radius: int | None = None,
+) -> torch.Tensor:
+    """Average slices of the ascending distances of every patch to the references; see :func:`reference_scores`.
+
+    Args:
+        features: Unit vectors of the query images, shape ``(B, L, C)``.
+        references: Those of the reference images, shape ``(M, L', C)``.
+        slices: K of them, ``(start, stop)`` with start below stop, which is at most M.
+        own_copies: See :func:`reference_scores`, as the others.
+        grid: Likewise.
+        search_radius: Likewise.
+
+    Returns:
+        Means, shape ``(K, B, L)``.
+    """
     scores = torch.cat(
         [
-            _score(patches, near, interval, own_copies, is_far)
+            _score(patches, near, slices, own_copies, is_far)
             for block, near, is_far in _search(features, references, grid, search_radius)
             for patches in block
         ],
-        dim=1,
+        dim=2,
     )
     if not torch.compiler.is_compiling() and not scores.isfinite().all():  # an exported model takes what it gets
         msg = f"features and references must be finite, got NaN or infinity: {int((~scores.isfinite()).sum())} scores."
@@ -112,25 +141,24 @@ def _check(features: torch.Tensor, references: torch.Tensor, own_copies: torch.T
 def _score(
     features: torch.Tensor,
     references: torch.Tensor,
-    interval: tuple[float, float],
+    slices: Sequence[tuple[int, int]],
     own_copies: torch.Tensor | None,
     is_far: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Score patches ``(B, l, C)``, but for references that are too far, ``(l, L')``; returns ``(B, l)``."""
+    """Score patches ``(B, l, C)``, but for references that are too far, ``(l, L')``; returns ``(K, B, l)``."""
     vectors = features.flatten(0, 1)  # (B * l, C)
     products = (vectors @ references.flatten(0, 1).T).unflatten(1, references.shape[:2])  # (B * l, M, L')
     if is_far is not None:
         products = products.unflatten(0, features.shape[:2]).masked_fill(is_far[:, None], -float("inf")).flatten(0, 1)
-    cosines = products.amax(dim=-1)  # (B * l, M)
-    count = len(references)
+    cosines, nearest = products.max(dim=-1)  # (B * l, M); one pass, as fetching the rows of some takes longer
     if own_copies is not None:
-        count -= 1
         cosines.view(*features.shape[:2], -1)[torch.arange(len(features)), :, own_copies] = -float("inf")
-    start, stop = interval_bounds(interval, count)
-    chosen = cosines.argsort(dim=1, descending=True)[:, start:stop]  # from the nearest reference on
-    # Only now the rows of the nearest patches: a maximum with its index takes ten times as long as one without.
-    nearest = products[torch.arange(vectors.shape[0], device=vectors.device)[:, None], chosen].argmax(dim=-1)
-    neighbours = references.flatten(0, 1)[chosen * references.shape[1] + nearest]  # (B * l, stop - start, C)
+    order = cosines.argsort(dim=1, descending=True)  # from the nearest reference on
+    chosen = torch.cat([order[:, start:stop] for start, stop in slices], dim=1)
+    neighbours = references.flatten(0, 1)[
+        chosen * references.shape[1] + nearest.gather(1, chosen)
+    ]  # (B * l, those of all slices, C)
     # Not from the cosine, which rounding spoils where patches are nearly the same.
     distances = (neighbours - vectors[:, None]).norm(dim=-1)
-    return distances.mean(dim=1).view(features.shape[:2])
+    means = [part.mean(dim=1) for part in distances.split([stop - start for start, stop in slices], dim=1)]
+    return torch.stack(means).view(-1, *features.shape[:2])

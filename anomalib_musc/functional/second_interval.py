@@ -6,7 +6,7 @@ import torch
 from anomalib_musc.functional.mutual_scoring import check_interval
 
 
-def larger_score(scores: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def larger_score(scores: torch.Tensor, second: torch.Tensor, ratio: torch.Tensor | None = None) -> torch.Tensor:
     r"""Return the larger of two patch scores, the second one scaled by the pool's own median ratio of the two.
 
     The ascending distances of a normal patch grow smoothly. Those of a defect that many images share stay small until
@@ -18,6 +18,8 @@ def larger_score(scores: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     Args:
         scores: Patch scores of the paper's interval, shape ``(N, L)``.
         second: Those of the second interval, shape ``(N, L)``, not below the first.
+        ratio: What the second ones are divided by, shape ``()``; a memory bank's own. Defaults to their
+            :func:`median_ratio`.
 
     Returns:
         Shape ``(N, L)``; ``scores`` where no patch has a score above 0.
@@ -27,10 +29,26 @@ def larger_score(scores: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         >>> larger_score(torch.tensor([[1.0, 1.0, 1.0]]), torch.tensor([[2.0, 2.0, 8.0]]))
         tensor([[1., 1., 4.]])
     """
+    return torch.maximum(scores, second / (median_ratio(scores, second) if ratio is None else ratio))
+
+
+def median_ratio(scores: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Return the median ratio of the second scores to the first, by logarithms.
+
+    Args:
+        scores: Patch scores of the paper's interval, shape ``(N, L)``.
+        second: Those of the second interval, shape ``(N, L)``.
+
+    Returns:
+        Shape ``()``; infinite, so that the first scores remain, where no patch has both above 0.
+
+    Example:
+        >>> import torch
+        >>> median_ratio(torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[2.0, 2.0, 8.0]]))
+        tensor(2.)
+    """
     ratios = (second / scores)[(scores > 0) & (second > 0)]
-    if not len(ratios):
-        return scores
-    return torch.maximum(scores, second / ratios.log().median().exp())
+    return ratios.log().median().exp() if len(ratios) else scores.new_tensor(torch.inf)
 
 
 def check_second_interval(
@@ -47,7 +65,12 @@ def check_second_interval(
         return
     check_interval(second_interval, num_images, "second_interval")
     end, begin = interval[1], second_interval[0]
-    if (end < 1) == (begin < 1) and begin < end:
+    if num_images is not None and (end < 1) != (begin < 1):
+        end, begin = (bound if bound >= 1 else bound * (num_images - 1) for bound in (end, begin))
+        is_comparable = True
+    else:
+        is_comparable = (end < 1) == (begin < 1)
+    if is_comparable and begin < end:
         msg = (
             f"second_interval must begin where interval ends or later, got {tuple(second_interval)} after "
             f"{tuple(interval)}."

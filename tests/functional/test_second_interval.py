@@ -90,7 +90,3 @@ def test_through_engine(folder, make_engine):
     make_engine().predict(plain, data_path=folder)
     assert (model.pools[0].patch_scores >= plain.pools[0].patch_scores - 1e-6).all()
     assert (model.pools[0].patch_scores - plain.pools[0].patch_scores).max() > 1e-4
-    with pytest.raises(ValueError, match=r"second_interval=\(0.4, 0.7\) is for a pool .* use mode='both'"):
-        make_engine().predict(
-            MuSc(OwnBackbone(), second_interval=SECOND, mode="reference", references=folder / "good"), data_path=folder
-        )
