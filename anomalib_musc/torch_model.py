@@ -311,8 +311,9 @@ class MuScModel(Extractor):
         )
         if len(means) == 1:
             return means[0], means.new_tensor(torch.inf)
-        ratio = median_ratio(*means)
-        return larger_score(*means, ratio=ratio), ratio
+        first, second = means
+        ratio = median_ratio(first, second)
+        return larger_score(first, second, ratio), ratio
 
     def least_memory(self, feature_maps: Sequence[torch.Tensor], num_images: int) -> int:
         """Return the bytes without which :meth:`score` cannot compare ``num_images`` images of such maps."""

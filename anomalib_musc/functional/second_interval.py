@@ -65,12 +65,11 @@ def check_second_interval(
         return
     check_interval(second_interval, num_images, "second_interval")
     end, begin = interval[1], second_interval[0]
-    if num_images is not None and (end < 1) != (begin < 1):
+    if (end < 1) != (begin < 1):
+        if num_images is None:
+            return
         end, begin = (bound if bound >= 1 else bound * (num_images - 1) for bound in (end, begin))
-        is_comparable = True
-    else:
-        is_comparable = (end < 1) == (begin < 1)
-    if is_comparable and begin < end:
+    if begin < end:
         msg = (
             f"second_interval must begin where interval ends or later, got {tuple(second_interval)} after "
             f"{tuple(interval)}."

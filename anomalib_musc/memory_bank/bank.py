@@ -137,7 +137,7 @@ class ReferenceBank(nn.Module):
             Patch scores, shape ``(B, h, w)``.
         """
         scores = [
-            means[0] if self.second_interval is None else larger_score(*means, ratio=self.ratios[layer])
+            means[0] if self.second_interval is None else larger_score(means[0], means[1], self.ratios[layer])
             for layer, means in enumerate(self._means(feature_maps, own_copies))
         ]
         return torch.stack(scores).mean(dim=0).view(-1, *feature_maps[0].shape[-2:])
