@@ -54,7 +54,8 @@ def report_of_pools(
             pixel_threshold=_pixel_threshold(post_processor),
         )
     skipped = {str(path): reason for path, reason in model.skipped_images.items()}
-    return PoolReport(images, decision, skipped, model.pool_warnings, settings or {})
+    groups = [(group.text, group.names) for pool in model.pools for group in pool.groups]
+    return PoolReport(images, decision, skipped, model.pool_warnings, settings or {}, groups)
 
 
 def decision_of(post_processor: Any) -> Decision:

@@ -90,6 +90,7 @@ class PoolReport:
         skipped: Files that have no score, and why.
         warnings: What is to be known about the pool.
         settings: The model's.
+        groups: Images that belong together: what is said of them, which is among the warnings, and their names.
     """
 
     images: Mapping[str, Prediction] = field(default_factory=dict)
@@ -97,3 +98,4 @@ class PoolReport:
     skipped: Mapping[str, str] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
+    groups: Sequence[tuple[str, Sequence[str]]] = ()

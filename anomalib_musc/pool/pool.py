@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from anomalib_musc.pool.grey_range import GreyRange
+from anomalib_musc.pool.groups import ImageGroup
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,7 @@ class Pool:
         given_range: Black and white of images of more than 8 bits that it was scored with, ``None`` if found in it.
         grey_range: Those that were given or found.
         thumbnails: Small JPEG files, by name, where they were asked for.
+        groups: Images that belong together, see :func:`~anomalib_musc.pool.groups.find_groups`; the warnings name them.
         offset: What was added to the image scores so that one threshold applies to several pools.
     """
 
@@ -56,6 +58,7 @@ class Pool:
     given_range: GreyRange | None
     grey_range: GreyRange | None
     thumbnails: Mapping[str, bytes] = field(default_factory=dict)
+    groups: tuple[ImageGroup, ...] = ()
     offset: float = 0.0
 
     def with_scores(self, scores: torch.Tensor) -> Pool:

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from anomalib_musc.compat.progress import profile, profiled, progress_bar
+from anomalib_musc.functional.peaks import Peaks, find_peaks
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.pool.checks import (
     FEW_IMAGES,
@@ -27,6 +28,7 @@ from anomalib_musc.pool.checks import (
 from anomalib_musc.pool.feature_store import FeatureStore
 from anomalib_musc.pool.folder import InputFolders, say_notes, say_skipped
 from anomalib_musc.pool.grey_range import GreyRange
+from anomalib_musc.pool.groups import find_groups
 from anomalib_musc.pool.large_images import how_cut, other_sizes, slow_search
 from anomalib_musc.pool.pool import Pool
 from anomalib_musc.pool.reader import PoolReader
@@ -47,12 +49,13 @@ class Features(NamedTuple):
 
 
 class _Scored(NamedTuple):
-    """Names, patch scores ``(N, h, w)``, class tokens ``(N, D)`` and median patch features ``(N, C)``."""
+    """Names, patch scores ``(N, h, w)``, class tokens ``(N, D)``, median features ``(N, C)``, and peaks if found."""
 
     names: list[str]
     patch_scores: torch.Tensor
     class_tokens: torch.Tensor
     median_features: torch.Tensor
+    peaks: Peaks | None = None
 
 
 class PoolScorer:
@@ -121,7 +124,9 @@ class PoolScorer:
         raw_scores = torch.cat([part.amax(dim=(1, 2, 3)) for part in maps])
         skipped = reader.skipped | (folder.passed_over() if folder else {})
         references = median_features(self._model.bank.feature_maps) if self._num_references else None
-        warnings = warn_of_pool(found.names, reader.looks, found.median_features, references, raw_scores)
+        groups = find_groups(found.names, found.median_features, found.peaks, self._reach)
+        warnings = [group.text for group in groups]
+        warnings += warn_of_pool(reader.looks, found.median_features, references, raw_scores)
         warnings += other_sizes(self._model, reader.sizes)
         for sentence in [*say_skipped(skipped), *say_notes(reader.notes), *warnings]:
             rank_zero_warn(sentence)
@@ -147,6 +152,7 @@ class PoolScorer:
             shows_nothing=self._mode != "reference" and shows_nothing(reader.looks, raw_scores),
             given_range=self.grey_range,
             grey_range=reader.grey_range,
+            groups=tuple(groups),
         )
 
     def _say_how_read(self, reader: PoolReader) -> None:
@@ -252,7 +258,11 @@ class PoolScorer:
             progress_bar(self._trainer, "MuSc: mutual scoring", total) as advance,
         ):
             patch_scores = self._model.score(features.layers, subsets, memory_budget=budget, progress=advance)
-        return _Scored(names, patch_scores[: len(names)], class_tokens, medians)
+        patch_scores, peaks = patch_scores[: len(names)], None
+        if self._model.second_interval is not None:  # without it, no defect of many images has a peak
+            layers = [maps[: len(names)] for maps in features.layers]
+            peaks = find_peaks(layers, patch_scores, 2 * self._reach + 1, device=self._device)
+        return _Scored(names, patch_scores, class_tokens, medians, peaks)
 
     def _extract(
         self, reader: PoolReader, source: PoolSource, bank: ReferenceBank | None
@@ -317,6 +327,12 @@ class PoolScorer:
         if reader.skipped and len(names) < least:
             raise unreadable(reader.skipped, len(names) + len(reader.skipped))
         check_size(names, self._num_references)
+
+    @property
+    def _reach(self) -> int:
+        """Rows and columns from a place to the border of its window, at the middle one of the degrees; 1 at least."""
+        degrees = sorted(self._model.aggregation_degrees)
+        return max(1, degrees[len(degrees) // 2] // 2)
 
     @property
     def _num_references(self) -> int:

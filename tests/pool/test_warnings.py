@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageBatch, ImageItem
-from conftest import SHARED, OwnBackbone, product, write_products
+from conftest import OwnBackbone, product, write_products
 from PIL import Image
-from seeded import randn
-from sklearn.metrics import silhouette_samples
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_musc import MuSc, RsCINPostProcessor
-from anomalib_musc.pool.warnings import silhouettes_of, split_in_two, warn_of_groups, warn_of_labels, warn_of_references
+from anomalib_musc.pool.warnings import warn_of_labels
 
 QUIET = {"visualizer": False}
 
@@ -27,23 +25,6 @@ def write_discs(folder: Path, seeds: range) -> None:
         image = np.random.default_rng(seed).normal(20, 4, (64, 64, 3)).clip(0, 255).astype(np.uint8)
         cv2.circle(image, (32, 32), 22, (40, 160, 220), -1)
         cv2.imwrite(str(folder / f"disc{seed:03d}.png"), image)
-
-
-def test_silhouettes_are_those_of_scikit_learn():
-    features = randn(30, 8)
-    features[:18, 0] += 10
-    features[18:, 1] += 10
-    is_second = split_in_two(features)
-    assert is_second.sum() in (12, 18)
-    unit = torch.nn.functional.normalize(features.double(), dim=-1)
-    expected = silhouette_samples(unit.numpy(), is_second.numpy())
-    torch.testing.assert_close(silhouettes_of(features, is_second), torch.from_numpy(expected))
-
-
-def test_features_that_do_not_differ_have_no_groups():
-    assert warn_of_groups([""] * 8, torch.ones(8, 4)) == []
-    assert warn_of_groups([""] * 2, torch.eye(2)) == []
-    assert warn_of_references(torch.ones(8, 4), torch.ones(3, 4)) == []
 
 
 def test_a_good_pool_is_silent(folder, make_engine):
@@ -122,37 +103,3 @@ def test_tiles_with_names_of_their_own_are_scored_as_they_are(tmp_path, make_eng
     model = MuSc(OwnBackbone(), prediction_writer=False, grey_range=(0, 4095), **QUIET)
     make_engine().predict(model, dataloaders=loader)
     assert len(set(model.pools[0].raw_scores.tolist())) == 6
-
-
-# --- real data -----------------------------------------------------------------------------------------------------
-
-SETS = {
-    "cookies": SHARED / "data/cookies/cookie/test",
-    "tiles": SHARED / "data/magnetic_tile/tile/test",
-    "textile": SHARED / "data/textile/textile/test",
-}
-
-
-@pytest.mark.skipif(not SETS["textile"].is_dir(), reason="real images are not here")
-def test_real_pools_are_silent_and_their_mixes_are_not():
-    from anomalib_musc.compat.pre_processor import resize_and_normalise
-    from anomalib_musc.pool.high_bit_depth import read_image_file
-    from anomalib_musc.pool.warnings import median_features
-    from anomalib_musc.torch_model import MuScModel
-
-    model = MuScModel("musc-tiny")
-    transform = resize_and_normalise(model.image_size, model.mean, model.std, model.interpolation)
-
-    def features(folder: Path) -> torch.Tensor:
-        paths = sorted(path for path in folder.rglob("*.*") if path.is_file())
-        paths = paths[:: 1 + (len(paths) > 120)]  # of the tiles every other one
-        images = torch.stack([transform(read_image_file(path).values) for path in paths])
-        return median_features(model.extract(images)[0])
-
-    found = {name: features(folder) for name, folder in SETS.items()}
-    for name, these in found.items():
-        assert warn_of_groups([name] * len(these), these) == []
-        for other, those in found.items():
-            mixed = torch.cat([these[-31:], those[:19]])
-            assert bool(warn_of_groups([name] * len(mixed), mixed)) == (name != other), (name, other)
-            assert bool(warn_of_references(these[::2], those[1::2])) == (name != other), (name, other)

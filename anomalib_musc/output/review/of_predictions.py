@@ -38,8 +38,9 @@ def review_of(predictions: Sequence[Prediction], report: PoolReport) -> Review |
         argument_scale=decision.argument_scale,
         region_fraction=decision.region_fraction,
         pixel_threshold=decision.pixel_threshold,
-        warnings=report.warnings,
+        warnings=[warning for warning in report.warnings if warning not in {text for text, _ in report.groups}],
         skipped=report.skipped,
+        groups=[(text, [positions[name] for name in names if name in positions]) for text, names in report.groups],
     )
 
 

@@ -69,7 +69,8 @@ def write_review(path: Path, review: Review) -> list[Path]:
     similar = [[ranks[other] for other in card.similar[:NUM_SIMILAR]] for card in cards]
     starts = range(0, len(cards), CARDS_PER_PAGE)
     targets = [path if not page else _numbered(path, page + 1) for page in range(len(starts))]
-    pool = _pool(review, cards) | {"pages": [quote(os.fsencode(target.name)) for target in targets]}
+    groups = [[printable(text), sorted(ranks[index] for index in members)] for text, members in review.groups]
+    pool = _pool(review, cards) | {"groups": groups, "pages": [quote(os.fsencode(target.name)) for target in targets]}
     for page, (target, start) in enumerate(zip(targets, starts, strict=True)):
         shown = range(start, min(start + CARDS_PER_PAGE, len(cards)))
         slots = [_slot(rank, cards[rank], similar[rank]) for rank in shown]

@@ -65,9 +65,12 @@ class Review:
             the maximum over all maps.
         warnings: What is to be known about the pool.
         skipped: Images that have no prediction, and why.
+        groups: Images that belong together, which the page shows side by side: what is said of them, and their indices
+            into :attr:`cards`.
 
     Raises:
-        ValueError: If a number is not finite or out of range, a map is not a grid, or ``similar`` names no card.
+        ValueError: If a number is not finite or out of range, a map is not a grid, or ``similar`` or a group names no
+            card.
     """
 
     cards: Sequence[Card]
@@ -81,6 +84,7 @@ class Review:
     map_range: tuple[float, float] | None = None
     warnings: Sequence[str] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
+    groups: Sequence[tuple[str, Sequence[int]]] = ()
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.threshold):
@@ -93,6 +97,10 @@ class Review:
         if not (slope > 0 and math.isfinite(slope) and math.isfinite(offset)):
             msg = f"argument_scale must be two finite numbers, the first above 0, got {self.argument_scale!r}."
             raise ValueError(msg)
+        for text, members in self.groups:
+            if not all(0 <= index < len(self.cards) for index in members):
+                msg = f"The group {text!r} must hold indices of the {len(self.cards)} cards, got {list(members)}."
+                raise ValueError(msg)
         for card in self.cards:
             _check_card(card, len(self.cards))
 

@@ -108,6 +108,10 @@ const cards = (() => {
     unflagged: (rank) => !isFlagged(rank),
     unmarked: (rank) => !state.marks[rank],
   };
+  for (const [index, [, ranks]] of pool.groups.entries()) {
+    const members = new Set(ranks);
+    TESTS[`group-${index}`] = (rank) => members.has(rank);
+  }
 
   function filter() {
     const isWanted = TESTS[state.filter] ?? ((rank) => state.marks[rank] === state.filter);

@@ -69,6 +69,12 @@ const keys = (() => {
       redo();
     });
   }
+  for (const button of document.querySelectorAll("button.group"))
+    button.addEventListener("click", () => {
+      find("filter").value = button.value;
+      find("filter").dispatchEvent(new Event("change"));
+      find("cards").scrollIntoView();
+    });
   const narrow = matchMedia("(max-width: 800px)"); // there, the images come before all this
   const fold = () => (find("more").open = !narrow.matches);
   narrow.addEventListener("change", fold);
