@@ -13,7 +13,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from anomalib_musc.distances import nearest_distances
 from anomalib_musc.functional import larger_score, layer_scores
 from anomalib_musc.functional.lnamd import layer_norm
 from anomalib_musc.functional.mutual_scoring import interval_means
+from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.metrics.ranking import aupro, auroc, average_precision, rank, region_sizes
 
 POOL, SHARES, MOST = 36, (0.1, 0.2, 0.3, 0.4, 0.5), 130
@@ -240,18 +241,36 @@ def averaged(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[s
 
 
 def cost() -> list[dict[str, Any]]:
-    """Return the seconds of one layer without and with a second interval, medians of alternating runs."""
+    """Return the seconds of one layer at three degrees without and with a second interval, medians of alternating runs.
+
+    Of a pool in the whole and the same-place search, and of one image and a bank of so many.
+    """
     rows = []
-    for num_images, side, channels in ((36, 20, 192), (36, 28, 96), (36, 32, 384), (100, 20, 192)):
-        maps = torch.randn(num_images, channels, side, side, generator=torch.Generator().manual_seed(0))
-        times: dict[tuple[float, float] | None, list[float]] = {None: [], SECOND: []}
-        for second in (None, SECOND) * 6:
-            start = time.perf_counter()
-            layer_scores(maps, second_interval=second)
-            times[second].append(time.perf_counter() - start)
-        one, both = (statistics.median(found[1:]) for found in times.values())
-        rows.append({"size": [num_images, side**2, channels], "one": round(one, 3), "both": round(both, 3)})
-        print(rows[-1], f"+{both / one - 1:.1%}", flush=True)
+    for num_images, side, channels in ((36, 20, 160), (36, 28, 96), (36, 32, 384), (100, 20, 160)):
+        generator = torch.Generator().manual_seed(0)
+        maps = torch.randn(num_images, channels, side, side, generator=generator)
+        image = torch.randn(1, channels, side, side, generator=generator)
+        banks = {second: ReferenceBank((1, 3, 5), FIRST, second_interval=second) for second in (None, SECOND)}
+        for bank in banks.values():
+            bank.fill([maps], torch.zeros(num_images, 1), torch.zeros(num_images), ratios=torch.ones(1))
+        ways: dict[str, Callable[[tuple[float, float] | None], object]] = {
+            "pool": lambda second, maps=maps: layer_scores(maps, second_interval=second),
+            "pool, search_radius=1": lambda second, maps=maps: layer_scores(
+                maps, second_interval=second, search_radius=1
+            ),
+            "bank": lambda second, banks=banks, image=image: banks[second].patch_scores([image]),
+        }
+        for way, score in ways.items():
+            times: dict[tuple[float, float] | None, list[float]] = {None: [], SECOND: []}
+            for second in (None, SECOND) * 4:
+                start = time.perf_counter()
+                score(second)
+                times[second].append(time.perf_counter() - start)
+            one, both = (statistics.median(found[1:]) for found in times.values())
+            rows.append(
+                {"way": way, "size": [num_images, side**2, channels], "one": round(one, 4), "both": round(both, 4)}
+            )
+            print(rows[-1], f"{both / one - 1:+.1%}", flush=True)
     return rows
 
 
@@ -284,7 +303,8 @@ def main() -> None:
         kept = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
         kept[name] = found
         lines = ",\n".join(
-            f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, rows)) + "\n]" for name, rows in kept.items()
+            f"{json.dumps(name)}: [\n" + ",\n".join(json.dumps(row, separators=(",", ":")) for row in rows) + "\n]"
+            for name, rows in kept.items()
         )
         arguments.json.write_text(f"{{\n{lines}\n}}\n")
 

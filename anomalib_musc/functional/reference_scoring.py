@@ -150,14 +150,18 @@ def _score(
     products = (vectors @ references.flatten(0, 1).T).unflatten(1, references.shape[:2])  # (B * l, M, L')
     if is_far is not None:
         products = products.unflatten(0, features.shape[:2]).masked_fill(is_far[:, None], -float("inf")).flatten(0, 1)
-    cosines, nearest = products.max(dim=-1)  # (B * l, M); one pass, as fetching the rows of some takes longer
+    # A maximum with its index takes several times as long as one without: it pays where most references are averaged.
+    are_few = 2 * sum(stop - start for start, stop in slices) < len(references)
+    cosines, nearest = (products.amax(dim=-1), None) if are_few else products.max(dim=-1)  # (B * l, M)
     if own_copies is not None:
         cosines.view(*features.shape[:2], -1)[torch.arange(len(features)), :, own_copies] = -float("inf")
     order = cosines.argsort(dim=1, descending=True)  # from the nearest reference on
-    chosen = torch.cat([order[:, start:stop] for start, stop in slices], dim=1)
-    neighbours = references.flatten(0, 1)[
-        chosen * references.shape[1] + nearest.gather(1, chosen)
-    ]  # (B * l, those of all slices, C)
+    chosen = torch.cat([order[:, start:stop] for start, stop in slices], dim=1)  # (B * l, k), those of all slices
+    if nearest is None:
+        nearest = products[torch.arange(len(chosen), device=chosen.device)[:, None], chosen].argmax(dim=-1)
+    else:
+        nearest = nearest.gather(1, chosen)
+    neighbours = references.flatten(0, 1)[chosen * references.shape[1] + nearest]  # (B * l, k, C)
     # Not from the cosine, which rounding spoils where patches are nearly the same.
     distances = (neighbours - vectors[:, None]).norm(dim=-1)
     means = [part.mean(dim=1) for part in distances.split([stop - start for start, stop in slices], dim=1)]
