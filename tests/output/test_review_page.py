@@ -96,6 +96,28 @@ class TestCards:
         assert one(page, "#detail-position").text == f"1 of {NUM_IMAGES - 3}"
 
 
+class TestGroups:
+    def test_a_group_is_shown_side_by_side(self, browser, tmp_path):
+        members = [3, 8, 20]
+        groups = [("3 images share at the same place what most others lack.", members), ("Two groups.", [1])]
+        page = open_page(browser, tmp_path, make_review(tmp_path, groups=groups))
+        assert [item.text.split(".")[0] for item in select(page, "[aria-label=Groups] li")] == [
+            "3 images share at the same place what most others lack",
+            "Two groups",
+        ]
+        click(page, "button.group[value=group-0]")
+        assert sorted(shown(page, ".name")) == [f"{index:02d}.png" for index in members]
+        assert one(page, "#filter").get_attribute("value") == "group-0"
+        choose(page, "#filter", "group-1")
+        assert shown(page, ".name") == ["01.png"]
+        choose(page, "#filter", "all")
+        assert len(shown(page, ".name")) == NUM_IMAGES
+
+    def test_a_group_of_no_card_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match=r"The group 'a pair' must hold indices of the 30 cards, got \[0, 30\]"):
+            make_review(tmp_path, groups=[("a pair", [0, 30])])
+
+
 class TestThreshold:
     @pytest.mark.parametrize("share", [0.25, 0.7, 0.93])
     def test_counts_and_outlines_follow_the_drag(self, page, share):
