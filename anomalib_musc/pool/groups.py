@@ -18,6 +18,7 @@ _STRONG, REASONABLE, _ARTIFICIAL = 0.7, 0.5, 0.25
 FEWEST = 6  # images, below which no structure is looked for
 _SEVERAL = 3  # images of a group
 _EQUAL = 1e-4  # of distances, which are exact to that
+_VALUES = 2**20  # of distances that are split at once
 _ROUNDING = 1e-6  # of distances between unit vectors
 
 
@@ -128,12 +129,15 @@ def groups_alike(names: Sequence[str], peaks: Peaks, reach: int) -> list[ImageGr
 def find_likes(distances: torch.Tensor) -> torch.Tensor:
     """Return which images are the likes of each, by their distances ``(N, N)``; bool ``(N, N)``."""
     num_images = len(distances)
-    is_other = ~torch.eye(num_images, dtype=torch.bool)
-    others = (distances.double() / _EQUAL).round()[is_other].view(num_images, num_images - 1)
-    is_far, silhouettes = split_rows(others)
-    are_few = 2 * (~is_far).sum(dim=1) <= num_images - 1
     likes = torch.zeros(num_images, num_images, dtype=torch.bool)
-    likes[is_other] = (~is_far & (_are_apart(is_far, silhouettes) & are_few)[:, None]).flatten()
+    for rows in torch.arange(num_images).split(max(1, _VALUES // num_images)):
+        is_other = rows[:, None] != torch.arange(num_images)
+        others = (distances[rows].double() / _EQUAL).round()[is_other].view(len(rows), num_images - 1)
+        is_far, silhouettes = split_rows(others)
+        are_few = 2 * (~is_far).sum(dim=1) <= num_images - 1
+        of_rows = torch.zeros_like(is_other)
+        of_rows[is_other] = (~is_far & (_are_apart(is_far, silhouettes) & are_few)[:, None]).flatten()
+        likes[rows] = of_rows
     return likes
 
 

@@ -119,7 +119,9 @@ def test_images_without_structure_have_no_groups(num_images):
     assert find_groups(names, torch.ones(num_images, 4), find_peaks([copies], randn(num_images, 5, 5))) == []
 
 
-def test_likes_are_the_nearer_ones_of_a_clear_split():
+@pytest.mark.parametrize("at_once", [1, 20, 2**20])
+def test_likes_are_the_nearer_ones_of_a_clear_split(at_once, monkeypatch):
+    monkeypatch.setattr("anomalib_musc.pool.groups._VALUES", at_once)
     distances = torch.full((8, 8), 1.0) + 0.01 * randn(8, 8)
     distances[:3, :3] = 0.2
     distances.fill_diagonal_(0)
