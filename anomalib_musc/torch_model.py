@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc.backbones.base import Activation
 from anomalib_musc.backbones.extractor import Extractor
 from anomalib_musc.backbones.tiles import Tiles
-from anomalib_musc.distances import least_memory
+from anomalib_musc.distances import Processes, least_memory
 from anomalib_musc.functional import (
     Precision,
     check_degrees,
@@ -270,6 +270,7 @@ class MuScModel(Extractor):
         subsets: Sequence[Sequence[int]] | None = None,
         *,
         memory_budget: float | None = None,
+        processes: Processes | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """LNAMD and mutual scoring, averaged over layers and degrees.
@@ -279,6 +280,7 @@ class MuScModel(Extractor):
             subsets: See :meth:`subsets`. Defaults to one, the whole pool.
             memory_budget: GiB that this may take beside the maps, see
                 :func:`~anomalib_musc.functional.mutual_scores`.
+            processes: Those that hold the other images of the pool, each its share.
             progress: Called with the number of image pairs just compared; :meth:`num_comparisons` in all.
 
         Returns:
@@ -299,6 +301,7 @@ class MuScModel(Extractor):
                     precision=self.precision,
                     memory_budget=memory_budget,
                     device=device,
+                    processes=processes,
                     progress=progress,
                 )
         return (total / len(feature_maps)).view(num_images, height, width)

@@ -29,6 +29,7 @@ class Workload:
         degrees: The D degrees that are compared together.
         like: A tensor of the device and type of the comparison.
         kernel: Compares an image with several.
+        num_columns: Images that each is compared with, itself included: N, or more where other processes hold some.
         places: Where a patch is sought; ``None`` for the whole image.
     """
 
@@ -36,6 +37,7 @@ class Workload:
     degrees: tuple[int, ...]
     like: torch.Tensor
     kernel: Kernel
+    num_columns: int
     places: Places | None = None
 
     @property
@@ -65,7 +67,15 @@ class Workload:
     @property
     def row_bytes(self) -> int:
         """Memory of the distances of the patches of one image to all."""
-        return self.shape[0] * self.distances_bytes
+        return self.num_columns * self.distances_bytes
+
+    @property
+    def travelling_bytes(self) -> int:
+        """Memory of an image on its way to another process, of one that comes, and of the distances of both."""
+        if self.num_columns == self.shape[0]:
+            return 0
+        features = self.shape[1] * self.shape[2] * self.like.itemsize
+        return 4 * features + 2 * max(1, self.shape[0]) * self.distances_bytes
 
     @property
     def sorting_bytes(self) -> int:
@@ -75,7 +85,7 @@ class Workload:
     @property
     def tile_bytes(self) -> int:
         """What the smallest tiles take: an image on each side, their distances, or those of one image to sort."""
-        comparing = 2 * self.image_bytes + 2 * self.distances_bytes + self.row_bytes
+        comparing = 2 * self.image_bytes + self.travelling_bytes + 2 * self.distances_bytes + self.row_bytes
         return max(comparing, self.sorting_bytes)
 
     @property
@@ -90,6 +100,7 @@ def make_workloads(
     precision: Precision,
     like: torch.Tensor,
     places: Places | None = None,
+    num_columns: int | None = None,
 ) -> list[Workload]:
     """Compare all degrees together where that is less work, else one after the other.
 
@@ -99,14 +110,16 @@ def make_workloads(
         precision: "exact" or "fast".
         like: A tensor of the device and type of the comparison.
         places: Where a patch is sought; ``None`` for the whole image.
+        num_columns: Images that each is compared with, itself included. Defaults to N.
     """
+    columns = shape[0] if num_columns is None else num_columns
     if places is not None:
-        kernel = fastest_by_place(precision, shape[0], places, shape[2], like)
-        return [Workload(shape, (degree,), like, kernel, places) for degree in degrees]
+        kernel = fastest_by_place(precision, columns, places, shape[2], like)
+        return [Workload(shape, (degree,), like, kernel, columns, places) for degree in degrees]
     kernel, is_shared = fastest(precision, *shape[1:], degrees, like)
     if is_shared:
-        return [Workload(shape, tuple(degrees), like, kernel)]
-    return [Workload(shape, (degree,), like, kernel) for degree in degrees]
+        return [Workload(shape, tuple(degrees), like, kernel, columns)]
+    return [Workload(shape, (degree,), like, kernel, columns) for degree in degrees]
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,7 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     pair_bytes, image_bytes = workload.pair_bytes, workload.image_bytes
     spared = min(budget // 4, budget - workload.least_bytes + pair_bytes)
     best_chunk = workload.kernel.block // num_patches**2 if workload.places is None else 1
+    num_images = max(1, num_images)  # a process may hold none of them, and still takes part
     chunk = max(1, min(best_chunk, spared // pair_bytes, num_images))
     rest = budget - chunk * pair_bytes - workload.loading_bytes
     device = _buffer_device(workload, rest, memory_budget)
@@ -152,12 +166,14 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     block = max(1, min(block_bytes // workload.row_bytes, sortable, num_images))
     rest -= block * workload.row_bytes  # the last block of a degree is still held while the next degree is compared
     of_pairs = (2 * workload.distances_bytes if device is None else 0) + (0 if workload.places is None else pair_bytes)
-    if num_images * image_bytes + num_images**2 * of_pairs <= rest:
+    of_two = 2 * image_bytes + workload.travelling_bytes
+    of_all = of_two if workload.travelling_bytes else image_bytes
+    if num_images * of_all + num_images**2 * of_pairs <= rest:
         tile = num_images
-    elif of_pairs:  # tile² * of_pairs + tile * 2 * image_bytes = rest
-        tile = int((math.sqrt(image_bytes**2 + of_pairs * rest) - image_bytes) / of_pairs)
+    elif of_pairs:  # tile² * of_pairs + tile * of_two = rest
+        tile = int((math.sqrt((of_two / 2) ** 2 + of_pairs * rest) - of_two / 2) / of_pairs)
     else:
-        tile = rest // (2 * image_bytes)
+        tile = rest // of_two
     return Plan(min(max(1, tile), num_images), chunk, block, device)
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps 1 and 2 for one layer: LNAMD and MSM at several degrees, with one product of two images for all of them."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
-from anomalib_musc.distances import Precision, nearest_distances
+from anomalib_musc.distances import Precision, Processes, nearest_distances
 from anomalib_musc.functional.arguments import check_maps
 from anomalib_musc.functional.lnamd import layer_norm
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_means
@@ -23,6 +24,7 @@ def layer_scores(
     precision: Precision = "exact",
     memory_budget: float | None = None,
     device: torch.device | str | None = None,
+    processes: Processes | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     r"""Aggregate and score the patches of one layer, averaged over the degrees (arXiv 2401.16753, sections 3.1, 3.2).
@@ -46,6 +48,8 @@ def layer_scores(
         precision: "exact" or "fast".
         memory_budget: GiB that the computation may take, beside ``feature_map``.
         device: Where to compute. Defaults to where ``feature_map`` is.
+        processes: Those that hold the other images of the pool, each its share, see
+            :func:`~anomalib_musc.distances.nearest_distances`. Defaults to none: all images are here.
         progress: Called with the number of image pairs just compared, each counted once a degree.
 
     Returns:
@@ -62,11 +66,12 @@ def layer_scores(
     """
     check_maps(feature_map)
     num_images = len(feature_map if images is None else images)
-    if num_images < 2:
-        msg = f"feature_map must hold at least 2 images to compare, got {num_images}."
+    size_of_pool = num_images if processes is None else sum(processes.gather(num_images))
+    if size_of_pool < 2:
+        msg = f"feature_map must hold at least 2 images to compare, got {size_of_pool}."
         raise ValueError(msg)
-    check_interval(interval, num_images)
-    check_second_interval(second_interval, interval, num_images)
+    check_interval(interval, size_of_pool)
+    check_second_interval(second_interval, interval, size_of_pool)
     intervals = [interval] if second_interval is None else [interval, second_interval]
     blocks = nearest_distances(
         feature_map,
@@ -77,13 +82,23 @@ def layer_scores(
         precision=precision,
         memory_budget=memory_budget,
         device=device,
+        processes=processes,
         progress=progress,
     )
-    dtype, num_patches = torch.promote_types(feature_map.dtype, torch.float32), feature_map[0, 0].numel()
+    dtype, num_patches = torch.promote_types(feature_map.dtype, torch.float32), math.prod(feature_map.shape[2:])
     device = feature_map.device if device is None else device
     scores = torch.zeros(len(intervals), num_images, num_patches, dtype=dtype, device=device)
     for block, distances in blocks:  # (D, n, N, L): of all degrees, or of one after the other
         for total, means in zip(scores, interval_means(distances, *intervals), strict=True):
             total[block] += means.sum(dim=0)
     scores /= len(degrees)
-    return scores[0] if second_interval is None else larger_score(*scores)
+    if second_interval is None:
+        return scores[0]
+    return larger_score(*scores) if processes is None else _larger_of_all(scores, processes)
+
+
+def _larger_of_all(scores: torch.Tensor, processes: Processes) -> torch.Tensor:
+    """Return the larger scores ``(n, L)`` of this process's ``(2, n, L)``, by the median ratio over all processes."""
+    parts = processes.gather(scores.cpu())
+    of_all = larger_score(*torch.cat(parts, dim=1).to(scores.device))
+    return of_all.split([part.shape[1] for part in parts])[processes.rank]
