@@ -291,7 +291,7 @@ class MuScModel(Extractor):
         total = torch.zeros(num_images, height * width, device=device)
         for feature_map in feature_maps:
             for subset in subsets or [range(num_images)]:
-                total[torch.as_tensor(subset, device=device)] += layer_scores(
+                total[torch.as_tensor(subset, dtype=torch.long, device=device)] += layer_scores(
                     feature_map,
                     self.aggregation_degrees,
                     self.interval,

@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 
 
 def forget_objects(module: LightningModule, **arguments: Any) -> None:
@@ -26,17 +27,22 @@ def trainer_of(module: LightningModule) -> Trainer | None:
     return None
 
 
-def replace_predict_dataloaders(trainer: Trainer, dataloaders: Sequence[Any]) -> None:
-    """Let a prediction that is about to begin read other dataloaders.
+def replace_dataloaders(trainer: Trainer, dataloaders: Sequence[Any]) -> None:
+    """Let a validation, test or prediction that is about to begin read other dataloaders.
 
-    Lightning has no hook for it: loops make their iterators before ``on_predict_start``, while only then a model is on
-    its device and can look at the images.
+    Lightning has no hook for it: loops make their iterators before ``on_..._start``, while only then a model is on its
+    device and can look at the images.
 
     Args:
-        trainer: The trainer, in ``on_predict_start``.
+        trainer: The trainer, in ``on_validation_start``, ``on_test_start`` or ``on_predict_start``.
         dataloaders: As many as before.
     """
-    loop = trainer.predict_loop
+    loops: dict[Any, Any] = {
+        TrainerFn.VALIDATING: trainer.validate_loop,
+        TrainerFn.TESTING: trainer.test_loop,
+        TrainerFn.PREDICTING: trainer.predict_loop,
+    }
+    loop = loops[trainer.state.fn]
     combined: Any = loop._combined_loader
     combined.flattened = list(dataloaders)
     loop._data_source.instance = combined

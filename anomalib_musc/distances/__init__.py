@@ -17,7 +17,7 @@ from anomalib_musc.distances.nearest import (
     least_memory,
     nearest_distances,
 )
-from anomalib_musc.distances.processes import Processes, ProcessFailedError
+from anomalib_musc.distances.processes import Processes, ProcessFailedError, gathered, together
 from anomalib_musc.distances.ring import Shares
 from anomalib_musc.distances.storage import MemoryBudgetError, check_budget
 
@@ -32,6 +32,8 @@ __all__ = [
     "check_precision",
     "check_search_radius",
     "estimate_seconds",
+    "gathered",
     "least_memory",
     "nearest_distances",
+    "together",
 ]

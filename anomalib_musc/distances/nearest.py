@@ -101,7 +101,7 @@ def nearest_distances(
     if len(set(pool)) < len(pool) or not set(pool) <= set(range(len(features))):
         msg = f"images must be different indices from 0 to {len(features) - 1}, got {list(pool)[:10]}."
         raise ValueError(msg)
-    ring = None if processes is None else Ring(processes, len(pool))
+    ring = None if processes is None or processes.size == 1 else Ring(processes, len(pool))
     num_images = len(pool) if ring is None else sum(ring.shares.sizes)
     if num_images < 2:
         msg = f"features must hold at least 2 images to compare, got {num_images}."
@@ -120,7 +120,7 @@ def nearest_distances(
         raise ValueError(msg)
     places = None if degrees is None else make_places((features.shape[2], features.shape[3]), search_radius)
     workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like, places, num_images)
-    if processes is not None and not all(processes.gather(len(workloads) == 1)):
+    if ring is not None and not all(ring.processes.gather(len(workloads) == 1)):
         workloads = [part for workload in workloads for part in _separate(workload)]
     return _surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress, ring)
 
@@ -202,7 +202,7 @@ def _surveyed_blocks(
     progress: Progress | None,
     ring: Ring | None,
 ) -> Iterator[Block]:
-    surveyed = pool.surveyed() if ring is None else ring.processes.together(pool.surveyed)
+    surveyed = pool.surveyed() if ring is None else ring.surveyed(pool)
     yield from compared(surveyed, workloads, memory_budget, progress, ring)
 
 

@@ -2,6 +2,7 @@
 """Processes that hold a share of the images each, and what they tell each other; of ``torch.distributed``."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -13,6 +14,13 @@ Result = TypeVar("Result")
 
 class ProcessFailedError(RuntimeError):
     """Another process has failed; its message is in this one's."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a process tells the others in place of a value, once it has failed."""
+
+    message: str
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,11 @@ class Processes:
         self.rank = distributed.get_rank(group)
         self.size = distributed.get_world_size(group)
 
+    @classmethod
+    def of(cls, number: int) -> "Processes | None":
+        """Return all processes, ``None`` where this one is alone."""
+        return cls() if number > 1 else None
+
     @property
     def device(self) -> torch.device:
         """Where tensors lie that travel: NCCL sends from GPUs, Gloo from the host."""
@@ -67,30 +80,37 @@ class Processes:
         return torch.device("cuda", torch.cuda.current_device()) if is_nccl else torch.device("cpu")
 
     def gather(self, value: Result) -> list[Result]:
-        """Return what each process gives, by rank, in all of them; tensors are to lie on the host."""
+        """Return what each process gives, by rank, in all of them; tensors are to lie on the host.
+
+        Raises:
+            ProcessFailedError: If another one has failed meanwhile, see :meth:`together`.
+        """
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value, self._group)
+        for rank, other in enumerate(values):
+            if isinstance(other, _Failure) and rank != self.rank:
+                msg = f"Process {rank} of {self.size} failed: {other.message}"
+                raise ProcessFailedError(msg)
         return values
 
     def together(self, function: Callable[[], Result]) -> Result:
         """Call a function that may fail; where it does in one process, every one raises an error.
 
+        The function may gather, but not exchange: who waits for a tensor does not hear of an error.
+
         Raises:
             Exception: That of the function; a :class:`ProcessFailedError` where it was another process's.
         """
-        result, error = None, None
         try:
             result = function()
-        except Exception as raised:  # whatever it is, the others wait
-            error = raised
-        messages = self.gather(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, message in enumerate(messages):
-            if message is not None:
-                msg = f"Process {rank} of {self.size} failed: {message}"
-                raise ProcessFailedError(msg)
-        return result  # type: ignore[return-value]  # which is set where nothing was raised
+        except ProcessFailedError:
+            raise
+        except Exception as error:  # whatever it is, the others wait
+            with suppress(ProcessFailedError):
+                self.gather(_Failure(f"{type(error).__name__}: {error}"))
+            raise
+        self.gather(None)
+        return result
 
     def exchange(
         self, sent: torch.Tensor | None, target: int, shape: tuple[int, ...] | None, source: int, like: torch.Tensor
@@ -116,3 +136,13 @@ class Processes:
                 operations.append(distributed.P2POp(function, tensor, peer, self._group))
         works = distributed.batch_isend_irecv(operations) if operations else []
         return Transfer(received, outgoing, tuple(works))
+
+
+def gathered(processes: Processes | None, value: Result) -> list[Result]:
+    """Return what each process gives, see :meth:`Processes.gather`; alone this one's."""
+    return [value] if processes is None else processes.gather(value)
+
+
+def together(processes: Processes | None, function: Callable[[], Result]) -> Result:
+    """Call a function whose error ends all processes, see :meth:`Processes.together`."""
+    return function() if processes is None else processes.together(function)

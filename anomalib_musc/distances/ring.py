@@ -88,6 +88,10 @@ class Ring:
         plan = self.processes.together(lambda: make_plan(workload, memory_budget))
         return replace(plan, tile=min(self.processes.gather(plan.tile)))
 
+    def surveyed(self, pool: PoolLoader) -> PoolLoader:
+        """Look at all features, see :meth:`.PoolLoader.surveyed`; an error in one process is raised in all."""
+        return self.processes.together(lambda: pool.surveyed(self.processes))
+
     def agree(self, pool: PoolLoader, workload: Workload) -> PoolLoader:
         """Return a loader that prepares images as those of the other processes do.
 
@@ -95,10 +99,7 @@ class Ring:
             ValueError: If a feature is not finite once prepared, in any process.
             CancellingWindowsError: If the windows of an image of any process cancel, see :func:`.tile_of_maps`.
         """
-        leader = next(rank for rank, size in enumerate(self.shares.sizes) if size)
-        centred = pool.centred(workload) if self.processes.rank == leader else pool
-        origin = self.processes.gather(None if centred.origin is None else centred.origin.cpu())[leader]
-        agreed = replace(pool, origin=None if origin is None else origin.to(workload.like.device))
+        agreed = self.processes.together(lambda: pool.centred(workload, self.processes))
         if any(self.processes.gather(self.processes.together(lambda: _cancels(agreed, workload)))):
             raise CancellingWindowsError
         return agreed

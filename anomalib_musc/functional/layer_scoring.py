@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from anomalib_musc.distances import Precision, Processes, nearest_distances
+from anomalib_musc.distances import Precision, Processes, gathered, nearest_distances
 from anomalib_musc.functional.arguments import check_maps
 from anomalib_musc.functional.lnamd import layer_norm
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_means
@@ -66,7 +66,7 @@ def layer_scores(
     """
     check_maps(feature_map)
     num_images = len(feature_map if images is None else images)
-    size_of_pool = num_images if processes is None else sum(processes.gather(num_images))
+    size_of_pool = sum(gathered(processes, num_images))
     if size_of_pool < 2:
         msg = f"feature_map must hold at least 2 images to compare, got {size_of_pool}."
         raise ValueError(msg)
