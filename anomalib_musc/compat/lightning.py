@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Lightning keeps to itself (2.6)."""
 
+import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+
+_SECONDS = 1.0
 
 
 def forget_objects(module: LightningModule, **arguments: Any) -> None:
@@ -44,6 +48,11 @@ def replace_dataloaders(trainer: Trainer, dataloaders: Sequence[Any]) -> None:
     }
     loop = loops[trainer.state.fn]
     combined: Any = loop._combined_loader
+    combined.reset()
+    until = time.monotonic() + _SECONDS
+    for thread in threading.enumerate():
+        if thread.name == "QueueFeederThread":  # of worker processes that are no more: Python 3.11 may hang when it
+            thread.join(max(0.0, until - time.monotonic()))  # forks new ones while a thread ends
     combined.flattened = list(dataloaders)
     loop._data_source.instance = combined
     loop.setup_data()

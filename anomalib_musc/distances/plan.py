@@ -85,13 +85,13 @@ class Workload:
     @property
     def tile_bytes(self) -> int:
         """What the smallest tiles take: an image on each side, their distances, or those of one image to sort."""
-        comparing = 2 * self.image_bytes + self.travelling_bytes + 2 * self.distances_bytes + self.row_bytes
+        comparing = 2 * self.image_bytes + 2 * self.distances_bytes + self.row_bytes
         return max(comparing, self.sorting_bytes)
 
     @property
     def least_bytes(self) -> int:
         """Memory without which no two images can be compared."""
-        return self.pair_bytes + self.loading_bytes + self.tile_bytes
+        return self.pair_bytes + self.travelling_bytes + self.loading_bytes + self.tile_bytes
 
 
 def make_workloads(
@@ -128,7 +128,7 @@ class Plan:
 
     Attributes:
         tile: Images that are held at once on each side.
-        chunk: Images that are compared with an image at once.
+        chunk: Images that are compared with an image at once; of several processes, those that travel at once, too.
         block: Images whose distances are yielded at once.
         device: Where the buffer of all distances is; ``None`` for a file.
     """
@@ -153,11 +153,12 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     budget = max(workload.least_bytes, budget - packing)
 
     pair_bytes, image_bytes = workload.pair_bytes, workload.image_bytes
-    spared = min(budget // 4, budget - workload.least_bytes + pair_bytes)
+    at_once = pair_bytes + workload.travelling_bytes
+    spared = min(budget // 4, budget - workload.least_bytes + at_once)
     best_chunk = workload.kernel.block // num_patches**2 if workload.places is None else 1
     num_images = max(1, num_images)  # a process may hold none of them, and still takes part
-    chunk = max(1, min(best_chunk, spared // pair_bytes, num_images))
-    rest = budget - chunk * pair_bytes - workload.loading_bytes
+    chunk = max(1, min(best_chunk, spared // at_once, num_images))
+    rest = budget - chunk * at_once - workload.loading_bytes
     device = _buffer_device(workload, rest, memory_budget)
     if device == workload.like.device:
         rest -= num_images * workload.row_bytes
@@ -166,14 +167,12 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     block = max(1, min(block_bytes // workload.row_bytes, sortable, num_images))
     rest -= block * workload.row_bytes  # the last block of a degree is still held while the next degree is compared
     of_pairs = (2 * workload.distances_bytes if device is None else 0) + (0 if workload.places is None else pair_bytes)
-    of_two = 2 * image_bytes + workload.travelling_bytes
-    of_all = of_two if workload.travelling_bytes else image_bytes
-    if num_images * of_all + num_images**2 * of_pairs <= rest:
+    if num_images * image_bytes + num_images**2 * of_pairs <= rest:
         tile = num_images
-    elif of_pairs:  # tile² * of_pairs + tile * of_two = rest
-        tile = int((math.sqrt((of_two / 2) ** 2 + of_pairs * rest) - of_two / 2) / of_pairs)
+    elif of_pairs:  # tile² * of_pairs + tile * 2 * image_bytes = rest
+        tile = int((math.sqrt(image_bytes**2 + of_pairs * rest) - image_bytes) / of_pairs)
     else:
-        tile = rest // of_two
+        tile = rest // (2 * image_bytes)
     return Plan(min(max(1, tile), num_images), chunk, block, device)
 
 

@@ -84,9 +84,9 @@ class Ring:
         return slice(first, first + self.shares.sizes[self.processes.rank])
 
     def make_plan(self, workload: Workload, memory_budget: float | None) -> Plan:
-        """Divide each process's budget, see :func:`.make_plan`; the tiles, which travel, are those of the smallest."""
+        """Divide each process's budget, see :func:`.make_plan`; as many images travel as the smallest allows."""
         plan = self.processes.together(lambda: make_plan(workload, memory_budget))
-        return replace(plan, tile=min(self.processes.gather(plan.tile)))
+        return replace(plan, chunk=min(self.processes.gather(min(plan.chunk, plan.tile))))
 
     def surveyed(self, pool: PoolLoader) -> PoolLoader:
         """Look at all features, see :meth:`.PoolLoader.surveyed`; an error in one process is raised in all."""
@@ -112,12 +112,12 @@ class Ring:
         Args:
             pool: The images of this process.
             workload: What is compared.
-            plan: Of whose ``tile`` images each visit consists; the same in every process.
+            plan: How many are held and travel at once.
             distances: Where the distances go, ``(D, n, N, L)``.
             compare: Compares two tiles.
         """
         for step in self.shares.steps:
-            _Step(self, pool, workload, plan.tile, distances, compare, step).run()
+            _Step(self, pool, workload, plan, distances, compare, step).run()
 
 
 def _cancels(pool: PoolLoader, workload: Workload) -> bool:
@@ -138,17 +138,17 @@ class _Step:
         ring: Ring,
         pool: PoolLoader,
         workload: Workload,
-        tile: int,
+        plan: Plan,
         distances: torch.Tensor,
         compare: Compare,
         step: int,
     ) -> None:
         self._pool, self._workload, self._distances, self._compare = pool, workload, distances, compare
-        self._processes, self._tile = ring.processes, tile
+        self._processes, self._tile = ring.processes, plan.tile
         self._shares = shares = ring.shares
         self._source, self._target = ((shares.rank + move) % ring.processes.size for move in (-step, step))
-        self._going = _parts(shares.visiting(shares.rank, step), tile)
-        self._coming = _parts(shares.visiting(self._source, step), tile)
+        self._going = _parts(shares.visiting(shares.rank, step), plan.chunk)
+        self._coming = _parts(shares.visiting(self._source, step), plan.chunk)
         self._visited = shares.visited(shares.rank, step)
         self._visited_there = shares.visited(self._target, step)
 
