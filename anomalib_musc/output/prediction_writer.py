@@ -92,6 +92,7 @@ class PredictionWriter(Callback):
         self._predictions: list[Prediction] = []
         self._pending: ImageBatch | None = None
         self._sizes: Mapping[str, tuple[int, int]] = {}
+        self._writes = True
 
     def folder(self, trainer: Trainer) -> Path:
         """Return where the next run, or the one that is running, writes."""
@@ -121,6 +122,7 @@ class PredictionWriter(Callback):
         """Note the batch before this one."""
         del trainer, args
         self._sizes = self._sizes or getattr(pl_module, "image_sizes", {})
+        self._writes = getattr(pl_module, "writes_results", True)
         self._note_pending()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -153,6 +155,8 @@ class PredictionWriter(Callback):
             self._predictions.append(prediction_of(item, size, notes))
 
     def _write_heatmaps(self, item: Any, size: tuple[int, int]) -> None:
+        if not self._writes:
+            return
         if self.heatmaps:
             values = cv2.resize(item.anomaly_map.detach().float().cpu().numpy().squeeze(), size)
         if "npy" in self.heatmaps:

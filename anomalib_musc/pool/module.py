@@ -82,6 +82,11 @@ class PoolModule(NoValidationData):
             rank_zero_info(f"Results: {self.trainer.default_root_dir}")
 
     @property
+    def writes_results(self) -> bool:
+        """Whether this process writes what it predicts: where several have the same images, the first one does."""
+        return self.processes is not None or bool(self.trainer.is_global_zero)
+
+    @property
     def skipped_images(self) -> dict[Path, str]:
         """Files that the last loop left out, and why."""
         return {path: reason for pool in self.pools for path, reason in pool.skipped.items()}
