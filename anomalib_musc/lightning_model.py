@@ -221,6 +221,7 @@ class MuSc(ExportableModule, BankModule, AnomalibModule):  # type: ignore[misc] 
             needs_paths=self.visualizer is not None,
             result_folders=result_folders(self.trainer),
             grey_range=grey_range,
+            processes=self.processes,
             thumbnail=thumbnail_of if writes_review(self.trainer) else None,
         )
 

@@ -9,6 +9,8 @@ from anomalib.data import Batch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 
+from anomalib_musc.compat.thresholds import gather_labels
+from anomalib_musc.distances import Processes
 from anomalib_musc.functional import rscin
 from anomalib_musc.functional.arguments import is_number
 from anomalib_musc.functional.rscin import check_windows
@@ -115,6 +117,8 @@ class RsCINPostProcessor(PostProcessor):
 
         anomalib 2.7.0 takes the lowest score that is to be flagged, and then flags what lies above it.
         """
+        if (processes := Processes.of(trainer.world_size)) is not None:
+            gather_labels(self, processes.gather)
         scores: list[torch.Tensor] = getattr(self._image_threshold_metric, "preds", [])
         labels: list[torch.Tensor] = getattr(self._image_threshold_metric, "target", [])
         known = [torch.cat([part.flatten().cpu() for part in parts]) for parts in (scores, labels) if len(parts)]

@@ -12,18 +12,17 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc.backbones.base import Activation
 from anomalib_musc.backbones.extractor import Extractor
 from anomalib_musc.backbones.tiles import Tiles
-from anomalib_musc.distances import least_memory
+from anomalib_musc.distances import Processes, least_memory
 from anomalib_musc.functional import (
     Precision,
     check_degrees,
     check_interval,
     check_precision,
     check_search_radius,
-    larger_score,
 )
 from anomalib_musc.functional.arguments import check_count
-from anomalib_musc.functional.layer_scoring import interval_scores
-from anomalib_musc.functional.second_interval import check_second_interval, median_ratio
+from anomalib_musc.functional.layer_scoring import interval_scores, larger_of
+from anomalib_musc.functional.second_interval import check_second_interval
 from anomalib_musc.functional.subsets import count_subsets, split_into_subsets
 from anomalib_musc.memory_bank.bank import ReferenceBank
 from anomalib_musc.memory_bank.coreset import select_coreset
@@ -272,6 +271,7 @@ class MuScModel(Extractor):
         subsets: Sequence[Sequence[int]] | None = None,
         *,
         memory_budget: float | None = None,
+        processes: Processes | None = None,
         progress: Callable[[int], object] | None = None,
     ) -> torch.Tensor:
         """LNAMD and mutual scoring, averaged over layers and degrees.
@@ -281,6 +281,7 @@ class MuScModel(Extractor):
             subsets: See :meth:`subsets`. Defaults to one, the whole pool.
             memory_budget: GiB that this may take beside the maps, see
                 :func:`~anomalib_musc.functional.mutual_scores`.
+            processes: Those that hold the other images of the pool, each its share.
             progress: Called with the number of image pairs just compared; :meth:`num_comparisons` in all.
 
         Returns:
@@ -291,8 +292,9 @@ class MuScModel(Extractor):
         total = torch.zeros(num_images, height * width, device=device)
         for feature_map in feature_maps:
             for subset in subsets or [range(num_images)]:
-                scores, _ = self._layer_scores(feature_map, subset, memory_budget=memory_budget, progress=progress)
-                total[torch.as_tensor(subset, device=device)] += scores
+                how = {"memory_budget": memory_budget, "processes": processes, "progress": progress}
+                scores, _ = self._layer_scores(feature_map, subset, **how)
+                total[torch.as_tensor(subset, dtype=torch.long, device=device)] += scores
         return (total / len(feature_maps)).view(num_images, height, width)
 
     def _layer_scores(
@@ -309,11 +311,7 @@ class MuScModel(Extractor):
             device=self.device_or(feature_map.device),
             **how,
         )
-        if len(means) == 1:
-            return means[0], means.new_tensor(torch.inf)
-        first, second = means
-        ratio = median_ratio(first, second)
-        return larger_score(first, second, ratio), ratio
+        return larger_of(means, how.get("processes"))
 
     def least_memory(self, feature_maps: Sequence[torch.Tensor], num_images: int) -> int:
         """Return the bytes without which :meth:`score` cannot compare ``num_images`` images of such maps."""

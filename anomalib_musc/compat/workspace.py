@@ -17,6 +17,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.utils.path import create_versioned_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 
 _MOST_RACES = 20
 _CHECKPOINTS = Path("weights/lightning")
@@ -27,7 +28,7 @@ class RunFolders(Callback):
     """Gives each run a numbered folder, to which ``latest`` points, where Engine has chosen the place.
 
     A run is a validation and the test or prediction after it. Other trainers keep their ``default_root_dir``. A run
-    that fails before it has written anything leaves no folder.
+    that fails before it has written anything leaves no folder. Of several processes the first one chooses.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,8 @@ class RunFolders(Callback):
             trainer: The trainer.
             model: Name of the model, for a place that Engine has not chosen, as when it only validates.
         """
+        if getattr(rank_zero_only, "rank", 0) != 0:  # see setup
+            return
         stage = trainer.state.fn
         given = folder = Path(trainer.default_root_dir)
         goes_on = stage in {"test", "predict"} and folder == self._begun
@@ -50,27 +53,47 @@ class RunFolders(Callback):
                 root = folder.parent if _is_engines(folder) else folder / model / _product(trainer)
                 folder = folder if _is_engines(folder) and _is_new(folder) else _next(root)
                 (folder / MARKER).touch()
-                for checkpoint in _checkpoints(trainer, given):
-                    checkpoint.dirpath = str(folder / _CHECKPOINTS)
-                trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]  # set unseen by mypy
+                self._move(trainer, given, folder)
                 self._own = folder
         self._begun = folder if stage in {"fit", "validate"} else None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write where the first process does; a folder that Engine has made for this one alone goes."""
+        del pl_module, stage
+        given = Path(trainer.default_root_dir)
+        folder = Path(trainer.strategy.broadcast(str(given)))
+        if folder != given:
+            self._move(trainer, given, folder)
+            _remove(given)
+
+    @staticmethod
+    def _move(trainer: Trainer, given: Path, folder: Path) -> None:
+        """Let a trainer write to another folder than it was given."""
+        for checkpoint in _checkpoints(trainer, given):
+            checkpoint.dirpath = str(folder / _CHECKPOINTS)
+        trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]  # set unseen by mypy
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Remove a folder that holds nothing, and let ``latest`` point to the run before."""
         del trainer, pl_module, exception
         folder, self._own, self._begun = self._own, None, None
-        if folder is None or not _is_new(folder):
-            return
-        latest = folder.parent / "latest"
-        was_latest = latest.is_symlink() and latest.resolve() == folder.resolve()
-        with suppress(OSError):  # another process may have written there, or the disk be read-only
-            (folder / MARKER).unlink(missing_ok=True)
-            folder.rmdir()
-            if was_latest:
-                latest.unlink()
-                if left := _numbers(folder.parent):
-                    latest.symlink_to(f"v{max(left)}")
+        if folder is not None:
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a run's folder that holds nothing, and let ``latest`` point to the run before."""
+    if not _is_engines(folder) or not _is_new(folder):
+        return
+    latest = folder.parent / "latest"
+    was_latest = latest.is_symlink() and latest.resolve() == folder.resolve()
+    with suppress(OSError):  # another process may have written there, or the disk be read-only
+        (folder / MARKER).unlink(missing_ok=True)
+        folder.rmdir()
+        if was_latest:
+            latest.unlink()
+            if left := _numbers(folder.parent):
+                latest.symlink_to(f"v{max(left)}")
 
 
 def _checkpoints(trainer: Trainer, folder: Path) -> list[ModelCheckpoint]:

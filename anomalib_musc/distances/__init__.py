@@ -5,7 +5,8 @@
 
 Images are held in tiles on the compute device (``tiles.py``), each pair of them is multiplied once (``comparison.py``
 with one of ``kernels/``, or ``same_place.py``, where patches are sought near their own place), and the distances go to
-a buffer: on the device, on the host, or in a temporary file (``storage.py``), as ``plan.py`` divides the budget.
+a buffer: on the device, on the host, or in a temporary file (``storage.py``), as ``plan.py`` divides the budget. Where
+several processes hold the images (``processes.py``), each one's visit the others (``ring.py``).
 """
 
 from anomalib_musc.distances.kernels import Precision, check_precision
@@ -16,16 +17,23 @@ from anomalib_musc.distances.nearest import (
     least_memory,
     nearest_distances,
 )
+from anomalib_musc.distances.processes import Processes, ProcessFailedError, gathered, together
+from anomalib_musc.distances.ring import Shares
 from anomalib_musc.distances.storage import MemoryBudgetError, check_budget
 
 __all__ = [
     "MemoryBudgetError",
     "Precision",
+    "ProcessFailedError",
+    "Processes",
+    "Shares",
     "check_budget",
     "check_degrees",
     "check_precision",
     "check_search_radius",
     "estimate_seconds",
+    "gathered",
     "least_memory",
     "nearest_distances",
+    "together",
 ]

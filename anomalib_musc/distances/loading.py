@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a pool, from wherever they are to tiles on the compute device."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from anomalib_musc.distances.plan import Workload
+from anomalib_musc.distances.processes import Processes, gathered
 from anomalib_musc.distances.storage import release
-from anomalib_musc.distances.survey import check_values, densest_place, some_of
+from anomalib_musc.distances.survey import check_values, densest_place, some_of, some_patches
 from anomalib_musc.distances.tiles import CANCELLATION, Tile, tile_of_maps, tile_of_vectors
 from anomalib_musc.distances.windows import unit_vectors
 
@@ -21,35 +22,47 @@ class PoolLoader:
         features: Patches ``(N, L, C)`` or maps ``(N, C, H, W)``, on any device.
         images: Indices of those that are compared.
         prepare: Changes the features of one image, ``(1, ...)``.
-        some: A few of them, at which one may look.
+        some: A few of all images, at which one may look: of those here, the index, by the position among them.
         origin: What is subtracted from all patches, ``(C,)``, see :func:`.densest_place`.
     """
 
     features: torch.Tensor
     images: Sequence[int]
     prepare: Callable[[torch.Tensor], torch.Tensor] | None
-    some: Sequence[int] = ()
+    some: Mapping[int, int] = field(default_factory=dict)
     origin: torch.Tensor | None = None
 
-    def surveyed(self) -> "PoolLoader":
-        """Look at all features; a ValueError if one is not finite, or its square would overflow."""
-        return replace(self, some=some_of(check_values(self.features, self.images)))
+    def surveyed(self, processes: Processes | None = None) -> "PoolLoader":
+        """Look at all features; a ValueError if one is not finite, or its square would overflow.
 
-    def centred(self, workload: Workload) -> "PoolLoader":
-        """Return a loader that subtracts the densest place.
+        Args:
+            processes: Those that load the other images, and do likewise.
+        """
+        shares = gathered(processes, check_values(self.features, self.images))
+        rank = 0 if processes is None else processes.rank
+        some = enumerate(some_of(shares))
+        return replace(self, some={position: image for position, (owner, image) in some if owner == rank})
+
+    def centred(self, workload: Workload, processes: Processes | None = None) -> "PoolLoader":
+        """Return a loader that subtracts the densest place, the same one in all processes.
 
         Of patches whose windows are still to be summed only where a twentieth of them is all but equal: elsewhere
         products are precise enough.
         """
         if len(workload.degrees) > 1:
             one = replace(workload, degrees=workload.degrees[:1])
-            if self._densest_place(one)[1] ** 2 >= CANCELLATION:
+            if self._densest_place(one, processes)[1] ** 2 >= CANCELLATION:
                 return self
-        place, _ = self._densest_place(workload)
+        place, _ = self._densest_place(workload, processes)
         return replace(self, origin=place if place.any() else None)
 
-    def _densest_place(self, workload: Workload) -> tuple[torch.Tensor, float]:
-        return densest_place(self._patches(workload, image)[0] for image in self.some)
+    def _densest_place(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, float]:
+        own = {
+            position: some_patches(self._patches(workload, image)[0], position) for position, image in self.some.items()
+        }
+        shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
+        every = {position: patches for share in shares for position, patches in share.items()}
+        return densest_place(torch.cat([every[position] for position in sorted(every)]).to(workload.like))
 
     def tile(self, workload: Workload, first: int, last: int) -> Tile:
         """Load the images from the first up to, not including, the last."""

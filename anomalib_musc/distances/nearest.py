@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distance of every patch to the nearest patch of every other image; see :func:`nearest_distances`."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -10,9 +12,11 @@ from anomalib_musc.distances.comparison import compare_tiles
 from anomalib_musc.distances.kernels import Precision, check_precision
 from anomalib_musc.distances.loading import PoolLoader
 from anomalib_musc.distances.plan import Plan, Workload, make_plan, make_workloads
+from anomalib_musc.distances.processes import Processes
+from anomalib_musc.distances.ring import Compare, Ring
 from anomalib_musc.distances.same_place import compare_places, make_places
-from anomalib_musc.distances.storage import check_budget, file_tensor, release, trim
-from anomalib_musc.distances.tiles import CancellingWindowsError
+from anomalib_musc.distances.storage import check_budget, file_tensor, release, trim, write_lines
+from anomalib_musc.distances.tiles import CancellingWindowsError, Tile
 from anomalib_musc.distances.trial import seconds_of_pair
 
 Block = tuple[slice, torch.Tensor]
@@ -29,6 +33,7 @@ def nearest_distances(
     precision: Precision = "exact",
     memory_budget: float | None = None,
     device: torch.device | str | None = None,
+    processes: Processes | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Block]:
     r"""Compare the patches of all images, and yield each one's distance to the nearest patch of every other image.
@@ -62,13 +67,17 @@ def nearest_distances(
             block. What does not fit goes to temporary files; no distance depends on it. Defaults to half of what is
             free.
         device: Where to compute. Defaults to where ``features`` are.
+        processes: Those that hold the other images of the pool, each its share, none of them too; features have the
+            same shape but for their number, and every process calls this with the same other arguments. An error in
+            one is raised in all. Defaults to none: all images are here.
         progress: Called with the number of image pairs just compared, each counted once a degree.
 
     Yields:
         A slice of n images, and their distances, shape ``(D, n, N, L)``: entry ``[d, i, j, p]`` is that of patch p of
         image i of the slice to image j; infinite where that is the image itself. float64 for float64 features, else
         float32, on ``device``. Slices ascend and cover all images once, with all degrees; or, where a trial shows that
-        to be faster, once for each degree in turn, with D = 1.
+        to be faster, once for each degree in turn, with D = 1. Of several processes each gets the slices of its own
+        images, with distances to the N images of all, by rank; all of them have to be asked for.
 
     Raises:
         ValueError: If there are fewer than two images, a feature is not finite or above 1e15 (float32), so that its
@@ -92,13 +101,17 @@ def nearest_distances(
     if len(set(pool)) < len(pool) or not set(pool) <= set(range(len(features))):
         msg = f"images must be different indices from 0 to {len(features) - 1}, got {list(pool)[:10]}."
         raise ValueError(msg)
-    if len(pool) < 2:
-        msg = f"features must hold at least 2 images to compare, got {len(pool)}."
+    ring = None if processes is None or processes.size == 1 else Ring(processes, len(pool))
+    num_images = len(pool) if ring is None else sum(ring.shares.sizes)
+    if num_images < 2:
+        msg = f"features must hold at least 2 images to compare, got {num_images}."
         raise ValueError(msg)
     check_precision(precision)
     check_budget(memory_budget)
     like = _like(features.dtype, features.device if device is None else torch.device(device))
-    num_patches, channels = features.shape[1:] if degrees is None else (features[0, 0].numel(), features.shape[1])
+    num_patches, channels = (
+        features.shape[1:] if degrees is None else (math.prod(features.shape[2:]), features.shape[1])
+    )
     check_search_radius(search_radius)
     if search_radius is not None and degrees is None:
         msg = (
@@ -106,8 +119,10 @@ def nearest_distances(
         )
         raise ValueError(msg)
     places = None if degrees is None else make_places((features.shape[2], features.shape[3]), search_radius)
-    workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like, places)
-    return _surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress)
+    workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like, places, num_images)
+    if ring is not None and not all(ring.processes.gather(len(workloads) == 1)):
+        workloads = [part for workload in workloads for part in _separate(workload)]
+    return _surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress, ring)
 
 
 def least_memory(
@@ -176,37 +191,55 @@ def _like(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 
+def _separate(workload: Workload) -> list[Workload]:
+    return [replace(workload, degrees=(degree,)) for degree in workload.degrees]
+
+
 def _surveyed_blocks(
-    pool: PoolLoader, workloads: Sequence[Workload], memory_budget: float | None, progress: Progress | None
+    pool: PoolLoader,
+    workloads: Sequence[Workload],
+    memory_budget: float | None,
+    progress: Progress | None,
+    ring: Ring | None,
 ) -> Iterator[Block]:
-    yield from compared(pool.surveyed(), workloads, memory_budget, progress)
+    surveyed = pool.surveyed() if ring is None else ring.surveyed(pool)
+    yield from compared(surveyed, workloads, memory_budget, progress, ring)
 
 
 def compared(
-    pool: PoolLoader, workloads: Sequence[Workload], memory_budget: float | None, progress: Progress | None
+    pool: PoolLoader,
+    workloads: Sequence[Workload],
+    memory_budget: float | None,
+    progress: Progress | None,
+    ring: Ring | None = None,
 ) -> Iterator[Block]:
     """Compare the images of a surveyed pool, one workload after the other; see :func:`nearest_distances`."""
     for workload in workloads:
         try:
-            yield from _blocks(pool.centred(workload), workload, memory_budget, progress)
+            yield from _blocks(pool, workload, memory_budget, progress, ring)
         except CancellingWindowsError:  # rare; before any block, and before any comparison where one tile holds all
-            separate = [replace(workload, degrees=(degree,)) for degree in workload.degrees]
-            yield from compared(pool, separate, memory_budget, progress)
+            yield from compared(pool, _separate(workload), memory_budget, progress, ring)
 
 
 def _blocks(
-    pool: PoolLoader, workload: Workload, memory_budget: float | None, progress: Progress | None
+    pool: PoolLoader, workload: Workload, memory_budget: float | None, progress: Progress | None, ring: Ring | None
 ) -> Iterator[Block]:
     """Compare all images, then yield the distances in blocks; see :func:`nearest_distances`."""
-    plan = make_plan(workload, memory_budget)
     num_images, num_patches, _ = workload.shape
-    shape = (len(workload.degrees), num_images, num_images, num_patches)
+    plan = make_plan(workload, memory_budget) if ring is None else ring.make_plan(workload, memory_budget)
+    shape = (len(workload.degrees), num_images, workload.num_columns, num_patches)
     if plan.device is None:
         distances = file_tensor(shape, workload.like.dtype)
     else:
         distances = workload.like.new_empty(shape, device=plan.device)
+    compare = partial(_compare_pair, workload, plan, distances, progress)
     with torch.autocast(workload.like.device.type, enabled=False):
-        _compare_all(pool, workload, plan, distances, progress)
+        if ring is None:
+            _compare_own(pool.centred(workload), workload, plan, distances, compare)
+        else:
+            agreed = ring.agree(pool, workload)
+            _compare_own(agreed, workload, plan, distances[:, :, ring.own_columns], compare)
+            ring.compare_visitors(agreed, workload, plan, distances, compare)
     for first in range(0, num_images, plan.block):
         images = slice(first, min(first + plan.block, num_images))
         block = distances[:, images].to(workload.like.device, copy=True)  # the caller's own
@@ -215,9 +248,7 @@ def _blocks(
     trim()
 
 
-def _compare_all(
-    pool: PoolLoader, workload: Workload, plan: Plan, distances: torch.Tensor, progress: Progress | None
-) -> None:
+def _compare_own(pool: PoolLoader, workload: Workload, plan: Plan, distances: torch.Tensor, compare: Compare) -> None:
     """Write to ``distances[d, i, j, p]`` the distance from patch p of image i to image j; infinite where i = j."""
     num_images = distances.shape[1]
     tiles = [slice(first, min(first + plan.tile, num_images)) for first in range(0, num_images, plan.tile)]
@@ -225,21 +256,30 @@ def _compare_all(
         left = pool.tile(workload, rows.start, rows.stop)
         for columns in tiles[index:]:
             right = left if columns == rows else pool.tile(workload, columns.start, columns.stop)
-            targets = distances[:, rows, columns], distances[:, columns, rows]
-            blocks = targets
-            if plan.device is None:  # written in long runs: single lines would be slow on a disk
-                blocks = torch.empty_like(targets[0]), torch.empty_like(targets[1])
-            if right is left:
-                blocks = blocks[0], blocks[0]
-            if workload.places is None:
-                compare_tiles(left, right, workload.kernel, plan.chunk, blocks, progress)
-            else:
-                norm_channels = workload.kernel.rounding.norm_channels
-                compare_places(left, right, workload.places, norm_channels, blocks, progress)
-            if plan.device is None:
-                for target, block in zip(targets, blocks, strict=True):
-                    for line in range(target.shape[1]):
-                        target[:, line] = block[:, line]
-                        release(distances)
-            del right, targets, blocks
+            compare(left, right, (distances[:, rows, columns], distances[:, columns, rows]))
+            del right
             trim()
+
+
+def _compare_pair(
+    workload: Workload,
+    plan: Plan,
+    distances: torch.Tensor,
+    progress: Progress | None,
+    left: Tile,
+    right: Tile,
+    targets: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Compare two tiles, and write the distances to two targets, parts of the buffer of all or not."""
+    blocks = targets
+    if plan.device is None:  # written in long runs: single lines would be slow on a disk
+        blocks = torch.empty_like(targets[0]), torch.empty_like(targets[1])
+    if right is left:
+        blocks = blocks[0], blocks[0]
+    if workload.places is None:
+        compare_tiles(left, right, workload.kernel, plan.chunk, blocks, progress)
+    else:
+        compare_places(left, right, workload.places, workload.kernel.rounding.norm_channels, blocks, progress)
+    if plan.device is None:
+        for target, block in zip(targets, blocks, strict=True):
+            write_lines(distances, target, block)

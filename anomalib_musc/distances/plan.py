@@ -29,6 +29,7 @@ class Workload:
         degrees: The D degrees that are compared together.
         like: A tensor of the device and type of the comparison.
         kernel: Compares an image with several.
+        num_columns: Images that each is compared with, itself included: N, or more where other processes hold some.
         places: Where a patch is sought; ``None`` for the whole image.
     """
 
@@ -36,6 +37,7 @@ class Workload:
     degrees: tuple[int, ...]
     like: torch.Tensor
     kernel: Kernel
+    num_columns: int
     places: Places | None = None
 
     @property
@@ -65,7 +67,15 @@ class Workload:
     @property
     def row_bytes(self) -> int:
         """Memory of the distances of the patches of one image to all."""
-        return self.shape[0] * self.distances_bytes
+        return self.num_columns * self.distances_bytes
+
+    @property
+    def travelling_bytes(self) -> int:
+        """Memory of an image on its way to another process, of one that comes, and of the distances of both."""
+        if self.num_columns == self.shape[0]:
+            return 0
+        features = self.shape[1] * self.shape[2] * self.like.itemsize
+        return 4 * features + 2 * max(1, self.shape[0]) * self.distances_bytes
 
     @property
     def sorting_bytes(self) -> int:
@@ -81,7 +91,7 @@ class Workload:
     @property
     def least_bytes(self) -> int:
         """Memory without which no two images can be compared."""
-        return self.pair_bytes + self.loading_bytes + self.tile_bytes
+        return self.pair_bytes + self.travelling_bytes + self.loading_bytes + self.tile_bytes
 
 
 def make_workloads(
@@ -90,6 +100,7 @@ def make_workloads(
     precision: Precision,
     like: torch.Tensor,
     places: Places | None = None,
+    num_columns: int | None = None,
 ) -> list[Workload]:
     """Compare all degrees together where that is less work, else one after the other.
 
@@ -99,14 +110,16 @@ def make_workloads(
         precision: "exact" or "fast".
         like: A tensor of the device and type of the comparison.
         places: Where a patch is sought; ``None`` for the whole image.
+        num_columns: Images that each is compared with, itself included. Defaults to N.
     """
+    columns = shape[0] if num_columns is None else num_columns
     if places is not None:
-        kernel = fastest_by_place(precision, shape[0], places, shape[2], like)
-        return [Workload(shape, (degree,), like, kernel, places) for degree in degrees]
+        kernel = fastest_by_place(precision, columns, places, shape[2], like)
+        return [Workload(shape, (degree,), like, kernel, columns, places) for degree in degrees]
     kernel, is_shared = fastest(precision, *shape[1:], degrees, like)
     if is_shared:
-        return [Workload(shape, tuple(degrees), like, kernel)]
-    return [Workload(shape, (degree,), like, kernel) for degree in degrees]
+        return [Workload(shape, tuple(degrees), like, kernel, columns)]
+    return [Workload(shape, (degree,), like, kernel, columns) for degree in degrees]
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,7 @@ class Plan:
 
     Attributes:
         tile: Images that are held at once on each side.
-        chunk: Images that are compared with an image at once.
+        chunk: Images that are compared with an image at once; of several processes, those that travel at once, too.
         block: Images whose distances are yielded at once.
         device: Where the buffer of all distances is; ``None`` for a file.
     """
@@ -140,10 +153,12 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     budget = max(workload.least_bytes, budget - packing)
 
     pair_bytes, image_bytes = workload.pair_bytes, workload.image_bytes
-    spared = min(budget // 4, budget - workload.least_bytes + pair_bytes)
+    at_once = pair_bytes + workload.travelling_bytes
+    spared = min(budget // 4, budget - workload.least_bytes + at_once)
     best_chunk = workload.kernel.block // num_patches**2 if workload.places is None else 1
-    chunk = max(1, min(best_chunk, spared // pair_bytes, num_images))
-    rest = budget - chunk * pair_bytes - workload.loading_bytes
+    num_images = max(1, num_images)  # a process may hold none of them, and still takes part
+    chunk = max(1, min(best_chunk, spared // at_once, num_images))
+    rest = budget - chunk * at_once - workload.loading_bytes
     device = _buffer_device(workload, rest, memory_budget)
     if device == workload.like.device:
         rest -= num_images * workload.row_bytes

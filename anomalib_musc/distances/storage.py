@@ -99,6 +99,19 @@ def release(tensor: torch.Tensor) -> None:
         memory.madvise(mmap.MADV_DONTNEED)
 
 
+def write_lines(buffer: torch.Tensor, target: torch.Tensor, block: torch.Tensor) -> None:
+    """Copy a block to a part of a buffer, ``(D, n, ...)`` each, image by image where the buffer is in a file.
+
+    Args:
+        buffer: The tensor that the target is a part of.
+        target: Where the block goes.
+        block: What is written.
+    """
+    for line in range(target.shape[1]):
+        target[:, line] = block[:, line]
+        release(buffer)
+
+
 def trim() -> None:
     """Let the allocator give freed memory back to the system: glibc's keeps up to 64 MiB, beyond a small budget."""
     try:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A look at the features before the long work: can they be compared, and around what do most of them lie."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -45,18 +45,30 @@ def check_values(
     return found
 
 
-def some_of(values: dict[int, tuple[float, float]]) -> list[int]:
-    """Return a few images, the same in whatever order they come.
+def some_of(shares: Sequence[Mapping[int, tuple[float, float]]]) -> list[tuple[int, int]]:
+    """Return a few images, the same in whatever order they come and however they are shared out.
 
     Args:
-        values: The least and the largest number of each, see :func:`check_values`.
+        shares: The least and the largest number of each image, see :func:`check_values`, of each process.
+
+    Returns:
+        The process and the image.
     """
-    ordered = sorted(values, key=lambda image: values[image])
+    images = [(values[image], rank, image) for rank, values in enumerate(shares) for image in values]
+    ordered = [(rank, image) for _, rank, image in sorted(images)]
     return ordered[:: max(1, len(ordered) // _IMAGES)][:_IMAGES]
 
 
-def densest_place(images: Iterable[torch.Tensor]) -> tuple[torch.Tensor, float]:
-    r"""Return the mean ``(C,)`` of the twentieth of the patches that lie closest together, as those of a background do.
+def some_patches(patches: torch.Tensor, position: int) -> torch.Tensor:
+    """Return a few patches ``(n, C)`` of an image's ``(L, C)``, which is at a position among the images looked at."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(position + 1):
+        order = torch.randperm(len(patches), generator=generator)
+    return patches[order[:_PATCHES]]
+
+
+def densest_place(points: torch.Tensor) -> tuple[torch.Tensor, float]:
+    r"""Return the mean ``(C,)`` of the twentieth of patches that lie closest together, as those of a background do.
 
     Beside it the distance within which they lie.
 
@@ -65,11 +77,8 @@ def densest_place(images: Iterable[torch.Tensor]) -> tuple[torch.Tensor, float]:
     distances are, whatever offset all patches share.
 
     Args:
-        images: Patches of a few images, each ``(L, C)``, of which some are looked at.
+        points: Some patches of a few images, ``(n, C)``.
     """
-    generator = torch.Generator().manual_seed(0)
-    some = [patches[torch.randperm(len(patches), generator=generator)[:_PATCHES]] for patches in images]
-    points = torch.cat(some)
     points = points[points.isfinite().all(dim=1)]  # who loads the others will say so
     if not len(points):
         return torch.zeros_like(points.sum(dim=0)), float("inf")

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps 1 and 2 for one layer: LNAMD and MSM at several degrees, with one product of two images for all of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from anomalib_musc.distances import Precision, nearest_distances
+from anomalib_musc.distances import Precision, Processes, gathered, nearest_distances
 from anomalib_musc.functional.arguments import check_maps
 from anomalib_musc.functional.lnamd import layer_norm
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_means
-from anomalib_musc.functional.second_interval import check_second_interval, larger_score
+from anomalib_musc.functional.second_interval import check_second_interval, larger_score, median_ratio
 
 
 def layer_scores(
@@ -24,6 +25,7 @@ def layer_scores(
     precision: Precision = "exact",
     memory_budget: float | None = None,
     device: torch.device | str | None = None,
+    processes: Processes | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> torch.Tensor:
     r"""Aggregate and score the patches of one layer, averaged over the degrees (arXiv 2401.16753, sections 3.1, 3.2).
@@ -47,6 +49,8 @@ def layer_scores(
         precision: "exact" or "fast".
         memory_budget: GiB that the computation may take, beside ``feature_map``.
         device: Where to compute. Defaults to where ``feature_map`` is.
+        processes: Those that hold the other images of the pool, each its share, see
+            :func:`~anomalib_musc.distances.nearest_distances`. Defaults to none: all images are here.
         progress: Called with the number of image pairs just compared, each counted once a degree.
 
     Returns:
@@ -70,9 +74,10 @@ def layer_scores(
         precision=precision,
         memory_budget=memory_budget,
         device=device,
+        processes=processes,
         progress=progress,
     )
-    return means[0] if second_interval is None else larger_score(*means)
+    return larger_of(means, processes)[0]
 
 
 def interval_scores(
@@ -82,6 +87,7 @@ def interval_scores(
     *,
     images: Sequence[int] | None = None,
     device: torch.device | str | None = None,
+    processes: Processes | None = None,
     **how: Any,
 ) -> torch.Tensor:
     """Score the patches of one layer by one or two intervals, from the same distances; see :func:`layer_scores`.
@@ -92,6 +98,7 @@ def interval_scores(
         intervals: The paper's and, where it is wanted, the second one.
         images: Indices of the images that form the pool. Defaults to all.
         device: Where to compute. Defaults to where ``feature_map`` is.
+        processes: See :func:`layer_scores`.
         **how: ``search_radius``, ``precision``, ``memory_budget`` and ``progress``.
 
     Returns:
@@ -99,17 +106,38 @@ def interval_scores(
     """
     check_maps(feature_map)
     num_images = len(feature_map if images is None else images)
-    if num_images < 2:
-        msg = f"feature_map must hold at least 2 images to compare, got {num_images}."
+    size_of_pool = sum(gathered(processes, num_images))
+    if size_of_pool < 2:
+        msg = f"feature_map must hold at least 2 images to compare, got {size_of_pool}."
         raise ValueError(msg)
-    check_interval(intervals[0], num_images)
+    check_interval(intervals[0], size_of_pool)
     for second_interval in intervals[1:]:
-        check_second_interval(second_interval, intervals[0], num_images)
-    blocks = nearest_distances(feature_map, degrees, images=images, prepare=layer_norm, device=device, **how)
-    dtype, num_patches = torch.promote_types(feature_map.dtype, torch.float32), feature_map[0, 0].numel()
+        check_second_interval(second_interval, intervals[0], size_of_pool)
+    blocks = nearest_distances(
+        feature_map, degrees, images=images, prepare=layer_norm, device=device, processes=processes, **how
+    )
+    dtype, num_patches = torch.promote_types(feature_map.dtype, torch.float32), math.prod(feature_map.shape[2:])
     device = feature_map.device if device is None else device
     scores = torch.zeros(len(intervals), num_images, num_patches, dtype=dtype, device=device)
     for block, distances in blocks:  # (D, n, N, L): of all degrees, or of one after the other
         for total, means in zip(scores, interval_means(distances, *intervals), strict=True):
             total[block] += means.sum(dim=0)
     return scores / len(degrees)
+
+
+def larger_of(means: torch.Tensor, processes: Processes | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the larger of the scores by two intervals, by their median ratio over all processes; of one the scores.
+
+    Args:
+        means: Patch scores of this process's images by each interval, shape ``(K, n, L)``.
+        processes: Those that hold the other images of the pool.
+
+    Returns:
+        Patch scores, shape ``(n, L)``, and the ratio, shape ``()``; infinite of one interval.
+    """
+    if len(means) == 1:
+        return means[0], means.new_tensor(torch.inf)
+    first, second = means
+    of_all = means if processes is None else torch.cat(processes.gather(means.cpu()), dim=1)
+    ratio = median_ratio(of_all[0], of_all[1]).to(means.device)
+    return larger_score(first, second, ratio), ratio

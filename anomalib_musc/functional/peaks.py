@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from anomalib_musc.distances import Processes, gathered
 from anomalib_musc.functional.lnamd import lnamd
 
 
@@ -22,6 +23,10 @@ class Peaks(NamedTuple):
     distances: torch.Tensor
     steps: torch.Tensor
 
+    def ordered(self, images: Sequence[int]) -> "Peaks":
+        """Return the same images in another order."""
+        return Peaks(self.places[images], self.distances[images][:, images], self.steps[images][:, images])
+
 
 def find_peaks(
     feature_maps: Sequence[torch.Tensor],
@@ -29,6 +34,7 @@ def find_peaks(
     degree: int = 3,
     *,
     device: torch.device | str | None = None,
+    processes: Processes | None = None,
 ) -> Peaks:
     r"""Compare the highest-scoring patch of each image with all patches of every other one.
 
@@ -40,9 +46,10 @@ def find_peaks(
         patch_scores: Shape ``(N, h, w)``.
         degree: LNAMD's degree, an odd number.
         device: Where to compute. Defaults to where ``feature_maps`` are.
+        processes: Those that hold the other images, each its share. Defaults to none: all images are here.
 
     Returns:
-        The peaks, on the host.
+        The peaks, on the host; those of several processes by rank.
 
     Example:
         >>> import torch
@@ -59,13 +66,17 @@ def find_peaks(
     def vectors_of(image: int) -> torch.Tensor:  # (L, C of all layers)
         return scale * torch.cat([lnamd(maps[[image]].to(device), degree)[0] for maps in feature_maps], dim=1)
 
-    peaks = torch.stack([vectors_of(image)[tops[image]] for image in range(num_images)])
-    distances = torch.empty(num_images, num_images)
-    steps = torch.empty(num_images, num_images, dtype=torch.int16)
+    own = [vectors_of(image)[tops[image]].cpu() for image in range(num_images)]
+    channels = sum(maps.shape[1] for maps in feature_maps)
+    found = gathered(processes, (torch.stack(own) if own else torch.empty(0, channels), tops.cpu()))
+    peaks, tops = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
+    distances = torch.empty(len(peaks), num_images)
+    steps = torch.empty(len(peaks), num_images, dtype=torch.int16)
     for image in range(num_images):
         vectors = vectors_of(image)
         nearest = (peaks @ vectors.T - vectors.square().sum(dim=1) / 2).argmax(dim=1)
         distances[:, image] = (vectors[nearest] - peaks).norm(dim=1).cpu()
         rows, columns = (nearest // width - tops // width).abs(), (nearest % width - tops % width).abs()
         steps[:, image] = torch.maximum(rows, columns).to(torch.int16).cpu()
-    return Peaks(torch.stack([tops // width, tops % width], dim=1).cpu(), distances, steps)
+    columns_of = [torch.cat(parts, dim=1) for parts in zip(*gathered(processes, (distances, steps)), strict=True)]
+    return Peaks(torch.stack([tops // width, tops % width], dim=1).cpu(), *columns_of)

@@ -49,6 +49,7 @@ def predict_files(paths: list[Path], arguments: argparse.Namespace) -> Predictio
             callbacks=callbacks,
             default_root_dir=arguments.output,
             accelerator=accelerator_of(arguments.device),
+            devices=1,  # Lightning takes all, and starts the command once for each
             logger=False,
             enable_progress_bar=not arguments.quiet,
         )

@@ -21,13 +21,22 @@ def report_of(model: Any) -> PoolReport:
     return PoolReport(decision=decision_of(getattr(model, "post_processor", None)))
 
 
-def joined(predictions: Sequence[Prediction], report: PoolReport, model: Any) -> list[Prediction]:
-    """Join what batches, pool and visualizer tell, from the most anomalous image on.
+def pictures_of(model: Any) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return where a model's visualizer has put the picture of each image, and why there is none."""
+    visualizer = getattr(model, "visualizer", None)
+    return getattr(visualizer, "pictures", {}), getattr(visualizer, "failures", {})
+
+
+def joined(
+    predictions: Sequence[Prediction],
+    report: PoolReport,
+    pictures: Mapping[str, Path],
+    failures: Mapping[str, str],
+) -> list[Prediction]:
+    """Join what batches, pool and visualizer tell, see :func:`pictures_of`, from the most anomalous image on.
 
     With them come images of the pool that no batch has brought, where a run has failed.
     """
-    visualizer = getattr(model, "visualizer", None)
-    pictures, failures = (getattr(visualizer, name, {}) for name in ("pictures", "failures"))
     seen = {prediction.path for prediction in predictions}
     not_reached = [
         replace(other, notes=[*other.notes, "the run ended before its regions were found"])

@@ -19,15 +19,18 @@ from anomalib.visualization.image.functional import visualize_anomaly_map
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_musc.compat.progress import end_progress_bar
-from anomalib_musc.output.batches import joined, original_size, prediction_of, report_of
+from anomalib_musc.distances import Processes, gathered
+from anomalib_musc.output.batches import joined, original_size, pictures_of, prediction_of, report_of
 from anomalib_musc.output.files import MirroredFolder, atomic_write, check_writable
 from anomalib_musc.output.predictions import Prediction
 from anomalib_musc.output.results import write_results
 from anomalib_musc.output.summary import summary
 from anomalib_musc.output.visualizer import FolderVisualizer
 from anomalib_musc.pool.loaders import common_folder, image_paths
+from anomalib_musc.pool.module import PoolModule
 
 HeatmapFormat = Literal["png", "npy"]
+TABLE = "predictions.csv"
 
 
 class PredictionWriter(Callback):
@@ -39,8 +42,8 @@ class PredictionWriter(Callback):
     regions, the settings, versions and warnings. On ``review.html`` a person moves the threshold and marks images.
 
     :class:`~anomalib_musc.MuSc` has one for ``predict``; any other model takes it as one of
-    ``Engine(callbacks=[...])``. Where several processes predict, each writes files of its own. What fails for one image
-    is a note in its row; where the run fails, the table holds what was known by then.
+    ``Engine(callbacks=[...])``. Where several processes predict, the first one writes the table of all. What fails for
+    one image is a note in its row; where the run of one process fails, the table holds what was known by then.
 
     Args:
         output_dir: Where to write; by default the trainer's ``default_root_dir``, where ``images/`` is. Where there is
@@ -89,6 +92,7 @@ class PredictionWriter(Callback):
         self._predictions: list[Prediction] = []
         self._pending: ImageBatch | None = None
         self._sizes: Mapping[str, tuple[int, int]] = {}
+        self._writes = True
 
     def folder(self, trainer: Trainer) -> Path:
         """Return where the next run, or the one that is running, writes."""
@@ -96,13 +100,13 @@ class PredictionWriter(Callback):
             return self._folder
         folder = self.output_dir or Path(trainer.default_root_dir)
         numbered = (folder / f"v{number}" if number else folder for number in count())
-        return next(place for place in numbered if not (place / _table_name(trainer)).exists())
+        return next(place for place in numbered if not (place / TABLE).exists())
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See whether results can be written."""
         del pl_module
         self._predictions, self._pending, self._folder, self._sizes = [], None, None, {}
-        self._folder = self.folder(trainer)
+        self._folder = Path(trainer.strategy.broadcast(str(self.folder(trainer))))
         heatmaps = self._folder / "heatmaps"
         check_writable(heatmaps if self.heatmaps else self._folder)
         self._places = MirroredFolder(heatmaps, image_paths(trainer.predict_dataloaders))
@@ -118,6 +122,7 @@ class PredictionWriter(Callback):
         """Note the batch before this one."""
         del trainer, args
         self._sizes = self._sizes or getattr(pl_module, "image_sizes", {})
+        self._writes = getattr(pl_module, "writes_results", True)
         self._note_pending()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,7 +137,7 @@ class PredictionWriter(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write what is known when a prediction fails on its way."""
         del exception
-        if self._folder is not None and trainer.predicting:
+        if self._folder is not None and trainer.predicting and trainer.world_size == 1:
             self._note_pending()
             self._finish(trainer, pl_module)
 
@@ -150,6 +155,8 @@ class PredictionWriter(Callback):
             self._predictions.append(prediction_of(item, size, notes))
 
     def _write_heatmaps(self, item: Any, size: tuple[int, int]) -> None:
+        if not self._writes:
+            return
         if self.heatmaps:
             values = cv2.resize(item.anomaly_map.detach().float().cpu().numpy().squeeze(), size)
         if "npy" in self.heatmaps:
@@ -165,11 +172,15 @@ class PredictionWriter(Callback):
         report = report_of(model)
         if self.threshold_argument is not None:
             report = replace(report, decision=replace(report.decision, argument=self.threshold_argument))
-        self.predictions, self.warnings = joined(self._predictions, report, model), report.warnings
-        if not self.predictions and not report.skipped:
+        shares = gathered(_dealt(trainer, model), (self._predictions, *pictures_of(model)))
+        predictions = [prediction for share, _, _ in shares for prediction in share]
+        pictures = {path: picture for _, share, _ in shares for path, picture in share.items()}
+        failures = {path: reason for _, _, share in shares for path, reason in share.items()}
+        self.predictions, self.warnings = joined(predictions, report, pictures, failures), report.warnings
+        if not trainer.is_global_zero or (not self.predictions and not report.skipped):
             return
-        self.files = write_results(folder / _table_name(trainer), self.predictions, report, review=self.review)
-        if self.summary and trainer.is_global_zero:
+        self.files = write_results(folder / TABLE, self.predictions, report, review=self.review)
+        if self.summary:
             encoding = sys.stdout.encoding or "utf-8"
             end_progress_bar(trainer)
             text = summary(self.predictions, report, self.files).encode(encoding, "backslashreplace").decode(encoding)
@@ -215,8 +226,9 @@ def writes_review(trainer: Trainer) -> bool:
     return trainer.predicting and any(writer.review for writer in writers)
 
 
-def _table_name(trainer: Trainer) -> str:
-    return "predictions.csv" if trainer.world_size == 1 else f"predictions_{trainer.global_rank}.csv"
+def _dealt(trainer: Trainer, model: LightningModule) -> Processes | None:
+    """Return the processes among which the images are dealt; ``None`` where this one has all."""
+    return model.processes if isinstance(model, PoolModule) else Processes.of(trainer.world_size)
 
 
 @contextmanager

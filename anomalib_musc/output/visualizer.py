@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One picture for every image of a test or a prediction."""
 
+import os
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from anomalib_musc.pool.grey_range import GreyRange
 from anomalib_musc.pool.high_bit_depth import read_image_file, read_small, to_pixels
 from anomalib_musc.pool.loaders import image_paths
 
+_NUM_THREADS = min(4, os.cpu_count() or 1)
 _JPEG = {".jpg", ".jpeg"}
 _FORMATS = {".png", *_JPEG}  # that every viewer shows; pictures of other files are PNG
 
@@ -45,6 +49,8 @@ class FolderVisualizer(Visualizer):
         self.pictures: dict[str, Path] = {}
         self.failures: dict[str, str] = {}
         self._places = MirroredFolder(Path())
+        self._threads: ThreadPoolExecutor | None = None
+        self._waiting: deque[Future[None]] = deque()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the folder that all images lie in."""
@@ -59,27 +65,49 @@ class FolderVisualizer(Visualizer):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        """Write the pictures of a batch."""
+        """Write the pictures of a batch, beside the loop."""
         del trainer, outputs, args
         pools = getattr(pl_module, "pools", ())
-        for item in batch:
+        for item in batch if getattr(pl_module, "writes_results", True) else ():
             path = str(Path(item.image_path))
-            try:
-                grey_range = next((pool.grey_range for pool in pools if path in pool.high_bit_depth), None)
-                picture = _draw(item, grey_range)
-                suffix = "" if Path(path).suffix.lower() in _FORMATS else ".png"
-                with atomic_write(place := self._places.place(path, suffix)) as part:
-                    picture.save(part, compress_level=1)  # of PNG; a third of the time
-            except Exception as error:  # Pillow's decoders raise whatever they like on broken files
-                self.failures[path] = f"no picture: {error}"
-            else:
-                self.pictures[path] = place
+            grey_range = next((pool.grey_range for pool in pools if path in pool.high_bit_depth), None)
+            place = self._places.place(path, "" if Path(path).suffix.lower() in _FORMATS else ".png")
+            self._threads = self._threads or ThreadPoolExecutor(_NUM_THREADS, "write pictures")
+            self._waiting.append(self._threads.submit(self._write, item, grey_range, path, place))
+        while len(self._waiting) > 2 * _NUM_THREADS:  # each holds an image
+            self._waiting.popleft().result()
+
+    def _write(self, item: Any, grey_range: GreyRange | None, path: str, place: Path) -> None:
+        """Write the picture of an item; in a thread."""
+        try:
+            picture = _draw(item, grey_range)
+            with atomic_write(place) as part:
+                picture.save(part, compress_level=1)  # of PNG; a third of the time
+        except Exception as error:  # Pillow's decoders raise whatever they like on broken files
+            self.failures[path] = f"no picture: {error}"
+        else:
+            self.pictures[path] = place
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Write the pictures of a batch."""
         self.on_test_batch_end(trainer, pl_module, outputs, batch, *args)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last pictures."""
+        del trainer, pl_module
+        self._finish()
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the last pictures."""
+        del trainer, pl_module
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write the pictures that are begun, and no others."""
+        del trainer, pl_module, exception
+        self._finish(is_over=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of pictures that could not be written."""
@@ -91,6 +119,11 @@ class FolderVisualizer(Visualizer):
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of pictures that could not be written."""
         self.on_test_end(trainer, pl_module)
+
+    def _finish(self, *, is_over: bool = False) -> None:
+        threads, self._threads, self._waiting = self._threads, None, deque()
+        if threads is not None:
+            threads.shutdown(cancel_futures=is_over)
 
     def _start(self, trainer: Trainer, dataloaders: Any) -> None:
         self.pictures, self.failures = {}, {}

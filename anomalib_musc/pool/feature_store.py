@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The features of a pool on the host, within a budget of memory."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,7 +65,7 @@ class FeatureStore:
         """Make room for so many images, keeping those that are there."""
         shapes = [(num_images, *maps.shape[1:]) for maps in feature_maps]
         held = len(self._memory[0]) if self._memory else 0  # together with the new room, until all is copied
-        self._is_on_disk |= sum(maps[0].nbytes for maps in feature_maps) * (num_images + held) > self._limit
+        self._is_on_disk |= sum(_bytes_of_one(maps) for maps in feature_maps) * (num_images + held) > self._limit
         allocate = file_tensor if self._is_on_disk else torch.empty
         old, self._memory = self._memory, []
         for index, shape in enumerate(shapes):
@@ -72,3 +73,7 @@ class FeatureStore:
             if old:
                 self._memory[index][: self._size] = old[index][: self._size]
                 release(self._memory[index])
+
+
+def _bytes_of_one(maps: torch.Tensor) -> int:
+    return math.prod(maps.shape[1:]) * maps.itemsize

@@ -114,11 +114,16 @@ def grey_range_of_files(paths: Sequence[Path]) -> tuple[GreyRange | None, list[P
 
     It is ``None`` where there is no such image. See :func:`~anomalib_musc.pool.grey_range.range_of_images`.
     """
-    samples = {path: sample(read_image_file(path).values) for path in paths if is_high_bit_depth(path)}
+    samples = samples_of_files(paths)
     if not samples:
         return None, []
     grey_range, outlying = range_of_images(list(samples.values()))
     return grey_range, [list(samples)[position] for position in outlying]
+
+
+def samples_of_files(paths: Sequence[Path]) -> dict[Path, torch.Tensor]:
+    """Return some values of each grey image of more than 8 bits among files."""
+    return {path: sample(read_image_file(path).values) for path in paths if is_high_bit_depth(path)}
 
 
 def corrected_image(item: Any, grey_range: GreyRange | None, *, is_as_stored: bool) -> tuple[torch.Tensor, int]:

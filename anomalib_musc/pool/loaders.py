@@ -164,3 +164,40 @@ def without_files(loader: "DataLoader[Any]", files: Collection[Path]) -> "DataLo
         drop_last=getattr(loader.batch_sampler, "drop_last", loader.drop_last),
         generator=getattr(sampler_of(loader), "generator", None),
     )
+
+
+def share_of(loader: Any, rank: int, number: int) -> Any:
+    """Return a new dataloader of every so many-th image of a dataloader, in order; the loader itself where all are one.
+
+    Args:
+        loader: A dataloader that reads every image once.
+        rank: Which share, from 0.
+        number: How many shares there are.
+
+    Raises:
+        ValueError: If the loader chooses images on its own, or its dataset has no length.
+    """
+    if number == 1:
+        return loader
+    if not isinstance(loader, DataLoader) or not (is_sequential(loader) or is_permutation(loader)):
+        msg = (
+            f"{number} processes share the images of a dataloader that reads each of them once; got "
+            f"{type(loader).__name__} with a sampler or batches of its own. Leave the sampler out, or use devices=1."
+        )
+        raise ValueError(msg)
+    images = range(rank, len(loader.dataset), number)  # type: ignore[arg-type]
+    dataset: Any = loader.dataset
+    if isinstance(dataset, PredictDataset):  # stays one, from which files can be left out
+        dataset = copy.copy(dataset)
+        dataset.image_filenames = [dataset.image_filenames[index] for index in images]
+    else:
+        dataset = Subset(dataset, images)
+    return DataLoader(
+        dataset,
+        batch_size=getattr(loader.batch_sampler, "batch_size", loader.batch_size),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        drop_last=getattr(loader.batch_sampler, "drop_last", loader.drop_last),
+        worker_init_fn=loader.worker_init_fn,
+    )

@@ -11,18 +11,20 @@ import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_musc.compat.checkpoints import check_checkpoints
-from anomalib_musc.compat.lightning import replace_predict_dataloaders, trainer_of
+from anomalib_musc.compat.lightning import replace_dataloaders, trainer_of
 from anomalib_musc.compat.monitoring import check_monitored
 from anomalib_musc.compat.sharing import OneThread
 from anomalib_musc.compat.termination import TerminationStatus, stop_if_terminated, stopped_at_once
 from anomalib_musc.compat.validation import NoValidationData
 from anomalib_musc.compat.workspace import RunFolders
+from anomalib_musc.distances import Processes
 from anomalib_musc.pool.grey_range import GreyRange, widest
-from anomalib_musc.pool.loaders import as_list
+from anomalib_musc.pool.loaders import as_list, dataset_of, length, share_of
 from anomalib_musc.pool.orientation import UPRIGHT, turned_tensor
 from anomalib_musc.pool.pool import Pool, image_names
 from anomalib_musc.pool.scorer import PoolScorer
@@ -46,6 +48,7 @@ class PoolModule(NoValidationData):
     Attributes:
         model: What a subclass makes.
         pools: The scored pools of the last loop, one a dataloader.
+        processes: Those among which the images of the last loop were dealt; ``None`` where this one has all.
     """
 
     model: MuScModel
@@ -53,10 +56,12 @@ class PoolModule(NoValidationData):
     def __init__(self, **components: Any) -> None:
         super().__init__(**components)
         self.pools: tuple[Pool, ...] = ()
+        self.processes: Processes | None = None
         self._are_validation_pools = False
         self._validation_range: GreyRange | None = None
         self._run_folders = RunFolders()
         self._one_thread = OneThread()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # where all files of a share are broken
 
     def configure_callbacks(self) -> list[Callback]:
         """Give the run a folder of its own; nothing of a run comes before, and some callbacks write in ``setup``."""
@@ -75,6 +80,11 @@ class PoolModule(NoValidationData):
         stop_if_terminated(self.trainer)
         if stage in {"test", "predict"} and any(Path(self.trainer.default_root_dir).glob("*")):
             rank_zero_info(f"Results: {self.trainer.default_root_dir}")
+
+    @property
+    def writes_results(self) -> bool:
+        """Whether this process writes what it predicts: where several have the same images, the first one does."""
+        return self.processes is not None or bool(self.trainer.is_global_zero)
 
     @property
     def skipped_images(self) -> dict[Path, str]:
@@ -114,8 +124,8 @@ class PoolModule(NoValidationData):
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """One device, as all images must meet in one process."""
-        return {"devices": 1, "num_sanity_val_steps": 0}
+        """Images are dealt to several processes here, each once; Lightning's sampler repeats some of them."""
+        return {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
 
     @staticmethod
     def configure_optimizers() -> None:
@@ -124,7 +134,8 @@ class PoolModule(NoValidationData):
     def on_validation_start(self) -> None:
         """Score the validation pools."""
         with stopped_at_once(self.trainer):
-            self._score_pools(self.trainer.val_dataloaders, self.trainer.num_val_batches)
+            loaders = self._deal(self.trainer.val_dataloaders)
+            self._score_pools(loaders, self.trainer.num_val_batches)
 
     def on_validation_end(self) -> None:
         """Raise a ValueError where no checkpoint was written for want of a metric."""
@@ -133,19 +144,20 @@ class PoolModule(NoValidationData):
     def on_test_start(self) -> None:
         """Score the test pools."""
         with stopped_at_once(self.trainer):
-            self._score_pools(self.trainer.test_dataloaders, self.trainer.num_test_batches)
+            loaders = self._deal(self.trainer.test_dataloaders)
+            self._score_pools(loaders, self.trainer.num_test_batches)
             self._label_pools()
 
     def on_predict_start(self) -> None:
         """Score the prediction pools, and leave out the files that could not be read."""
-        loaders = as_list(self.trainer.predict_dataloaders)
         with stopped_at_once(self.trainer):
+            loaders = self._deal(self.trainer.predict_dataloaders)
             self._score_pools(loaders, self.trainer.num_predict_batches)
             self._label_pools()
-        pairs = zip(loaders, self.pools, strict=True)
+        pairs = list(zip(loaders, self.pools, strict=True))
         readable = [PoolSource(loader).without(pool.skipped) for loader, pool in pairs]
-        if any(new is not old for new, old in zip(readable, loaders, strict=True)):
-            replace_predict_dataloaders(self.trainer, readable)
+        if any(new is not old for new, (old, _) in zip(readable, pairs, strict=True)):
+            self._read(readable)
 
     def validation_step(  # type: ignore[override]
         self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
@@ -214,11 +226,32 @@ class PoolModule(NoValidationData):
                 rank_zero_warn(warning)
             self.pools = tuple(map(Pool.with_warnings, self.pools, warnings))
 
+    def _deal(self, dataloaders: Any) -> list[Any]:
+        """Let each of several processes read its share of the images.
+
+        Where one of them has fewer images than there are processes, each process reads them all, so that metrics,
+        which are computed over the processes, count every image equally often.
+
+        Returns:
+            The dataloaders of all images.
+        """
+        loaders, number = as_list(dataloaders), self.trainer.world_size
+        fewest = min((length(dataset_of(loader)) for loader in loaders), default=0)
+        is_dealt = fewest >= number and self.trainer.state.fn != TrainerFn.FITTING
+        self.processes = Processes.of(number) if is_dealt else None
+        if self.processes is not None:
+            self._read(loaders)
+        return loaders
+
+    def _read(self, dataloaders: Sequence[Any]) -> None:
+        """Let the loop read other dataloaders, or this process's share of them."""
+        if self.processes is not None:
+            rank, number = self.processes.rank, self.processes.size
+            dataloaders = [share_of(loader, rank, number) for loader in dataloaders]
+        replace_dataloaders(self.trainer, dataloaders)
+
     def _score_pools(self, dataloaders: Any, limits: Sequence[float]) -> None:
         """Make one pool of each dataloader, taking over those that hold the same images as before."""
-        if self.trainer.world_size > 1:
-            msg = f"MuSc compares all images in one process, got {self.trainer.world_size}; use devices=1, num_nodes=1."
-            raise ValueError(msg)
         scorer, settings = self.pool_scorer(), [self.trainer.precision, *self.pool_settings()]
         known, self.pools = list(self.pools), ()
         pools: list[Pool] = []

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from anomalib.data import ImageBatch
 
+from anomalib_musc.distances import Processes, gathered
 from anomalib_musc.pool.checks import NO_FILE, describe_fault, unreadable
+from anomalib_musc.pool.findings import Findings
 from anomalib_musc.pool.grey_range import GreyRange, range_of_images, sample
-from anomalib_musc.pool.high_bit_depth import ImageFile, corrected_image, grey_range_of_files, read_image_file
+from anomalib_musc.pool.high_bit_depth import ImageFile, corrected_image, read_image_file, samples_of_files
 from anomalib_musc.pool.looks import Look, look_at
 from anomalib_musc.pool.orientation import UPRIGHT
 from anomalib_musc.pool.pool import image_names
@@ -70,15 +72,10 @@ class PoolReader:
         needs_grey_range: Whether such images are an error where ``grey_range`` is ``None``.
         needs_paths: Whether images without a path are an error.
         thumbnail: Makes a small picture of an image ``(3, H, W)`` in [0, 1].
+        processes: Those that read the other images of the pool: black and white are found in all of them.
 
     Attributes:
-        skipped: Files that were left out so far, and why.
-        sizes: (width, height) of the files that were read so far, by name.
-        high_bit_depth: Names of the grey images of more than 8 bits.
-        thumbnails: Small pictures of the files that were read so far, by name, where they are made.
-        orientations: EXIF orientations, by name, of the images that are stored otherwise than viewers show them.
-        notes: What is to be said of images, by name.
-        looks: What a glance at the images shows, by name.
+        findings: What was found out about the images that were read so far.
         grey_range: Black and white of those of more than 8 bits, ``None`` where none was given or found.
     """
 
@@ -94,14 +91,9 @@ class PoolReader:
         needs_grey_range: bool = False,
         needs_paths: bool = False,
         thumbnail: Callable[[torch.Tensor], bytes] | None = None,
+        processes: Processes | None = None,
     ) -> None:
-        self.skipped: dict[Path, str] = {}
-        self.sizes: dict[str, tuple[int, int]] = {}
-        self.high_bit_depth: set[str] = set()
-        self.thumbnails: dict[str, bytes] = {}
-        self.orientations: dict[str, int] = {}
-        self.notes: dict[str, str] = {}
-        self.looks: dict[str, Look] = {}
+        self.findings = Findings()
         self.grey_range = grey_range
         self._source = source
         self._transform = transform
@@ -112,6 +104,7 @@ class PoolReader:
         self._digests: dict[str, str] = {}
         self._needs_paths = needs_paths
         self._thumbnail = thumbnail
+        self._processes = processes
 
     def batches(self) -> Iterator[Prepared]:
         """Read, prepare and join the images.
@@ -134,10 +127,17 @@ class PoolReader:
             else:
                 waiting.append(path)
                 samples.append(found.samples)
-        if waiting:
-            found_range, outlying = range_of_images(samples)
-            self._take(found_range, waiting[0], [waiting[position] for position in outlying])
-            yield from ((str(path), found.image) for path, found in self._files(waiting) if found.image is not None)
+        self._find_range(waiting, samples)
+        yield from ((str(path), found.image) for path, found in self._files(waiting) if found.image is not None)
+
+    def _find_range(self, paths: Sequence[Path], samples: Sequence[torch.Tensor]) -> None:
+        """Find black and white of the images of all processes, of samples of those of more than 8 bits."""
+        if self.grey_range is not None:
+            return
+        every = [pair for part in gathered(self._processes, list(zip(paths, samples, strict=True))) for pair in part]
+        if every:
+            found, outlying = range_of_images([some for _, some in every])
+            self._take(found, every[0][0], [every[position][0] for position in outlying])
 
     def _files(self, paths: Sequence[Path]) -> Iterator[tuple[Path, _Read]]:
         """Read files, and note what they are."""
@@ -145,23 +145,25 @@ class PoolReader:
             if isinstance(found, str):
                 if self._reason_to_skip is None:
                     raise unreadable({path: found}, len(paths))
-                self.skipped[path] = found
+                self.findings.skipped[path] = found
             else:
                 self._note(str(path), found)
                 yield path, found
 
     def _note(self, name: str, found: _Read) -> None:
-        self.sizes[name] = found.size
+        self.findings.sizes[name] = found.size
         if found.file.has_high_bit_depth:
-            self.high_bit_depth.add(name)
+            self.findings.high_bit_depth.add(name)
         if found.file.orientation != UPRIGHT:
-            self.orientations[name] = found.file.orientation
+            self.findings.orientations[name] = found.file.orientation
         if found.file.num_frames > 1:
-            self.notes.setdefault(name, f"only the first of {found.file.num_frames} pages or frames is looked at")
+            self.findings.notes.setdefault(
+                name, f"only the first of {found.file.num_frames} pages or frames is looked at"
+            )
         if found.look is not None:
-            self.looks[name] = found.look
+            self.findings.looks[name] = found.look
         if found.thumbnail is not None:
-            self.thumbnails[name] = found.thumbnail
+            self.findings.thumbnails[name] = found.thumbnail
 
     def _read(self, path: Path) -> _Read | str:
         """Read and prepare one file, in a thread; or say why there is no image."""
@@ -184,10 +186,8 @@ class PoolReader:
     def _batches_of_loader(self) -> Iterator[Prepared]:
         """Read the source by its own dataloader, whose images may be others than its files are."""
         paths = self._source.all_paths if self._source.paths is None else self._source.paths
-        if self.grey_range is None:
-            found, outlying = grey_range_of_files(paths)
-            if found is not None:
-                self._take(found, paths[0], outlying)
+        samples = samples_of_files(paths) if self.grey_range is None else {}
+        self._find_range(list(samples), list(samples.values()))
         batches = self._source.batches()
         first = next(batches, None)
         if first is not None and next(iter(first)).image_path is not None:
@@ -211,8 +211,8 @@ class PoolReader:
             is_as_stored = self._source.is_read_by_anomalib
             image, orientation = corrected_image(item, self.grey_range, is_as_stored=is_as_stored)
             if orientation != UPRIGHT:
-                self.orientations[name] = orientation
-            self.looks[name] = look_at(image)
+                self.findings.orientations[name] = orientation
+            self.findings.looks[name] = look_at(image)
             yield name, self._prepared(image)
 
     def _check_distinct(self, name: str, image: torch.Tensor) -> None:
@@ -243,7 +243,7 @@ class PoolReader:
             f"most values lie far from those of the other images, and are clipped to {found.black:g} and "
             f"{found.white:g}, their black and white; MuSc(grey_range=(black, white)) names others"
         )
-        self.notes |= {str(path): reason for path in outlying}
+        self.findings.notes.update({str(path): reason for path in outlying})
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         return images if self._transform is None else self._transform(images)

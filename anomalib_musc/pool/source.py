@@ -9,6 +9,7 @@ from anomalib.data import PredictDataset
 from torch import nn
 
 from anomalib_musc.compat.paths import folders_of, is_dangling
+from anomalib_musc.distances import Processes
 from anomalib_musc.pool.checks import MIN_IMAGES
 from anomalib_musc.pool.loaders import (
     dataset_of,
@@ -20,6 +21,7 @@ from anomalib_musc.pool.loaders import (
     length,
     sampler_of,
     second_reader,
+    share_of,
     without_files,
 )
 
@@ -41,10 +43,17 @@ class PoolSource:
 
     def __init__(self, loader: Any, limit: float = float("inf")) -> None:
         self.loader = loader
+        self._given_limit = limit
         self.limit = min(limit, length(loader)) if is_sequential(loader) else length(loader)
         self.reads_all = self.limit >= length(loader) and not getattr(loader, "drop_last", False)
         self.has_plain_files = self._sampler is None and has_plain_files(self._dataset)
         self.is_read_by_anomalib = is_read_by_anomalib(self._dataset)
+
+    def share(self, processes: Processes | None) -> "PoolSource":
+        """Return a source of the images that this process is to read; of all where it is alone."""
+        if processes is None:
+            return self
+        return PoolSource(share_of(self.loader, processes.rank, processes.size), self._given_limit)
 
     @property
     def all_paths(self) -> list[Path]:

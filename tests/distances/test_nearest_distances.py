@@ -31,7 +31,7 @@ def search_maps(request):
         kernel, _ = fastest(precision, height * width, channels, degrees, torch.empty(0))
         together = [tuple(degrees)] if request.param else [(degree,) for degree in degrees]
         shape = (num_images, height * width, channels)
-        workloads = [Workload(shape, some, torch.empty(0), kernel) for some in together]
+        workloads = [Workload(shape, some, torch.empty(0), kernel, shape[0]) for some in together]
         pool = PoolLoader(maps, range(num_images), None).surveyed()
         return compared(pool, workloads, budget, None)
 

@@ -11,8 +11,11 @@ from conftest import SHARED, OwnBackbone, write_products
 from seeded import randn, unit
 from sklearn.cluster import KMeans
 from sklearn.metrics import silhouette_samples
+from together import results
+from torch import distributed
 
 from anomalib_musc import MuSc
+from anomalib_musc.distances import Processes
 from anomalib_musc.functional import layer_scores, lnamd
 from anomalib_musc.functional.peaks import find_peaks
 from anomalib_musc.pool.groups import (
@@ -67,6 +70,23 @@ def test_peaks_are_those_of_the_distances(num_layers):
             there = int(distances.argmin())
             step = max(abs(there // 3 - place // 3), abs(there % 3 - place % 3))
             assert peaks.steps[image, other] == step
+
+
+def peaks_of_a_share(layers: list[torch.Tensor], scores: torch.Tensor):
+    distributed.init_process_group("gloo")
+    processes = Processes()
+    share = slice(processes.rank, None, processes.size)
+    return find_peaks([maps[share] for maps in layers], scores[share], processes=processes)
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_peaks_in_several_processes(number, tmp_path):
+    layers, scores = [randn(3, 6, 4, 3)], randn(3, 4, 3, seed=9)  # the last of four has no image
+    expected = find_peaks(layers, scores)
+    by_rank = [image for rank in range(number) for image in range(rank, 3, number)]
+    for found in results(peaks_of_a_share, layers, scores, number=number, cwd=tmp_path):
+        for ours, theirs in zip(found.ordered([by_rank.index(image) for image in range(3)]), expected, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 # --- what is found -------------------------------------------------------------------------------------------------

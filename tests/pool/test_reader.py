@@ -77,7 +77,7 @@ def test_scoring_reads_a_file_once(mixed, opened, decoded):
     batches = list(reader.batches())
     assert [len(batch.names) for batch in batches] == [3, 3, 1]
     assert {opened[name] for name in names} == {decoded[name] for name in names} == {1}
-    sizes = {Path(name).name: size for name, size in reader.sizes.items()}
+    sizes = {Path(name).name: size for name, size in reader.findings.sizes.items()}
     assert sizes == {name: cv2.imread(str(mixed / name)).shape[1::-1] for name in names}
 
 

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images that several processes hold: each process's visit the others, and every pair is compared once."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from anomalib_musc.distances.loading import PoolLoader
+from anomalib_musc.distances.plan import Plan, Workload, make_plan
+from anomalib_musc.distances.processes import Processes, Transfer
+from anomalib_musc.distances.storage import write_lines
+from anomalib_musc.distances.tiles import CancellingWindowsError, Tile
+
+# Compares two tiles, and writes the distances of both directions to two targets.
+Compare = Callable[[Tile, Tile, tuple[torch.Tensor, torch.Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which images meet in which step.
+
+    In step s the images of process k visit process k + s, so that after half a round every two processes have met.
+    Those that face each other in an even round meet twice: each of them then compares half of the pairs.
+
+    Attributes:
+        sizes: How many images each process holds.
+        rank: That of this process.
+    """
+
+    sizes: tuple[int, ...]
+    rank: int
+
+    @property
+    def steps(self) -> range:
+        """The steps after the first, in which each process compares its own images."""
+        return range(1, len(self.sizes) // 2 + 1)
+
+    def first_column(self, rank: int) -> int:
+        """Return where the images of a process begin among all."""
+        return sum(self.sizes[:rank])
+
+    def visiting(self, rank: int, step: int) -> range:
+        """Return which images of a process visit another one."""
+        return range(self._middle(rank) if self._is_halved(rank, step) else 0, self.sizes[rank])
+
+    def visited(self, rank: int, step: int) -> range:
+        """Return which images of a process its visitors are compared with."""
+        return range(self._middle(rank) if self._is_halved(rank, step) else self.sizes[rank])
+
+    def num_pairs(self) -> int:
+        """Return how many pairs of images this process compares."""
+        own = self.sizes[self.rank] * (self.sizes[self.rank] - 1) // 2
+        sources = ((self.rank - step) % len(self.sizes) for step in self.steps)
+        visits = (
+            len(self.visited(self.rank, step)) * len(self.visiting(source, step))
+            for step, source in zip(self.steps, sources, strict=True)
+        )
+        return own + sum(visits)
+
+    def _is_halved(self, rank: int, step: int) -> bool:
+        return 2 * step == len(self.sizes) and rank < step
+
+    def _middle(self, rank: int) -> int:
+        return (self.sizes[rank] + 1) // 2
+
+
+class Ring:
+    """All processes, and the images that each of them holds.
+
+    Args:
+        processes: All of them.
+        num_images: How many images this one holds.
+    """
+
+    def __init__(self, processes: Processes, num_images: int) -> None:
+        self.processes = processes
+        self.shares = Shares(tuple(processes.gather(num_images)), processes.rank)
+
+    @property
+    def own_columns(self) -> slice:
+        """Where the images of this process are among all."""
+        first = self.shares.first_column(self.processes.rank)
+        return slice(first, first + self.shares.sizes[self.processes.rank])
+
+    def make_plan(self, workload: Workload, memory_budget: float | None) -> Plan:
+        """Divide each process's budget, see :func:`.make_plan`; as many images travel as the smallest allows."""
+        plan = self.processes.together(lambda: make_plan(workload, memory_budget))
+        return replace(plan, chunk=min(self.processes.gather(min(plan.chunk, plan.tile))))
+
+    def surveyed(self, pool: PoolLoader) -> PoolLoader:
+        """Look at all features, see :meth:`.PoolLoader.surveyed`; an error in one process is raised in all."""
+        return self.processes.together(lambda: pool.surveyed(self.processes))
+
+    def agree(self, pool: PoolLoader, workload: Workload) -> PoolLoader:
+        """Return a loader that prepares images as those of the other processes do.
+
+        Raises:
+            ValueError: If a feature is not finite once prepared, in any process.
+            CancellingWindowsError: If the windows of an image of any process cancel, see :func:`.tile_of_maps`.
+        """
+        agreed = self.processes.together(lambda: pool.centred(workload, self.processes))
+        if any(self.processes.gather(self.processes.together(lambda: _cancels(agreed, workload)))):
+            raise CancellingWindowsError
+        return agreed
+
+    def compare_visitors(
+        self, pool: PoolLoader, workload: Workload, plan: Plan, distances: torch.Tensor, compare: Compare
+    ) -> None:
+        """Compare this process's images with those of the others, while the next ones travel.
+
+        Args:
+            pool: The images of this process.
+            workload: What is compared.
+            plan: How many are held and travel at once.
+            distances: Where the distances go, ``(D, n, N, L)``.
+            compare: Compares two tiles.
+        """
+        for step in self.shares.steps:
+            _Step(self, pool, workload, plan, distances, compare, step).run()
+
+
+def _cancels(pool: PoolLoader, workload: Workload) -> bool:
+    """Whether the windows of an image cancel: found before images travel, as no process can go on alone."""
+    try:
+        for index in range(len(pool.images)):
+            pool.tile(workload, index, index + 1)
+    except CancellingWindowsError:
+        return True
+    return False
+
+
+class _Step:
+    """One step of the ring, see :meth:`Ring.compare_visitors`."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        pool: PoolLoader,
+        workload: Workload,
+        plan: Plan,
+        distances: torch.Tensor,
+        compare: Compare,
+        step: int,
+    ) -> None:
+        self._pool, self._workload, self._distances, self._compare = pool, workload, distances, compare
+        self._processes, self._tile = ring.processes, plan.tile
+        self._shares = shares = ring.shares
+        self._source, self._target = ((shares.rank + move) % ring.processes.size for move in (-step, step))
+        self._going = _parts(shares.visiting(shares.rank, step), plan.chunk)
+        self._coming = _parts(shares.visiting(self._source, step), plan.chunk)
+        self._visited = shares.visited(shares.rank, step)
+        self._visited_there = shares.visited(self._target, step)
+
+    def run(self) -> None:
+        """Compare all visitors, and send their distances home."""
+        own_tiles = list(self._own_tiles()) if len(self._visited) <= self._tile else None
+        travelling = self._travel(0)
+        for index in range(max(len(self._going), len(self._coming))):
+            visitors = travelling.wait()
+            travelling = self._travel(index + 1)  # while these are compared
+            backward = None
+            if visitors is not None:
+                backward = self._compare_with(own_tiles or self._own_tiles(), visitors, self._coming[index])
+            self._write_returned(backward, index)
+
+    def _travel(self, index: int) -> Transfer:
+        """Begin to send a part of this process's images, and to receive a part of another's."""
+        features = self._pool.features
+        going = [self._pool.images[image] for image in self._going[index]] if index < len(self._going) else None
+        shape = (len(self._coming[index]), *features.shape[1:]) if index < len(self._coming) else None
+        sent = None if going is None or not self._visited_there else features[going]
+        return self._processes.exchange(
+            sent, self._target, shape if self._visited else None, self._source, like=features
+        )
+
+    def _own_tiles(self) -> Iterator[tuple[range, Tile]]:
+        for part in _parts(self._visited, self._tile):
+            yield part, self._pool.tile(self._workload, part.start, part.stop)
+
+    def _compare_with(
+        self,
+        own_tiles: Iterable[tuple[range, Tile]],
+        visitors: torch.Tensor,
+        part: range,
+    ) -> torch.Tensor:
+        """Compare visitors with this process's images, and return the distances of their patches, ``(D, m, n, L)``."""
+        loader = replace(self._pool, features=visitors, images=range(len(visitors)))
+        tile = loader.tile(self._workload, 0, len(visitors))
+        num_degrees, num_patches = self._distances.shape[0], self._distances.shape[3]
+        first = self._shares.first_column(self._source)
+        columns = slice(first + part.start, first + part.stop)
+        backward = tile.half_norms.new_empty(num_degrees, len(visitors), len(self._visited), num_patches)
+        for rows, own in own_tiles:
+            targets = self._distances[:, rows.start : rows.stop, columns], backward[:, :, rows.start : rows.stop]
+            self._compare(own, tile, targets)
+        return backward
+
+    def _write_returned(self, backward: torch.Tensor | None, index: int) -> None:
+        """Send visitors' distances home, and write those of this process's images that come back."""
+        going = self._going[index] if index < len(self._going) else range(0)
+        num_degrees, num_patches = self._distances.shape[0], self._distances.shape[3]
+        shape = (num_degrees, len(going), len(self._visited_there), num_patches)
+        like = self._workload.like
+        returned = self._processes.exchange(backward, self._source, shape, self._target, like).wait()
+        first = self._shares.first_column(self._target)
+        if returned is not None and returned.numel():
+            columns = slice(first + self._visited_there.start, first + self._visited_there.stop)
+            write_lines(self._distances, self._distances[:, going.start : going.stop, columns], returned)
+
+
+def _parts(images: range, size: int) -> list[range]:
+    """Cut a range into parts of a size."""
+    return [images[first : first + size] for first in range(0, len(images), size)]
