@@ -158,7 +158,7 @@ def _score(
     order = cosines.argsort(dim=1, descending=True)  # from the nearest reference on
     chosen = torch.cat([order[:, start:stop] for start, stop in slices], dim=1)  # (B * l, k), those of all slices
     if nearest is None:
-        nearest = products[torch.arange(len(chosen), device=chosen.device)[:, None], chosen].argmax(dim=-1)
+        nearest = products[torch.arange(chosen.shape[0], device=chosen.device)[:, None], chosen].argmax(dim=-1)
     else:
         nearest = nearest.gather(1, chosen)
     neighbours = references.flatten(0, 1)[chosen * references.shape[1] + nearest]  # (B * l, k, C)
