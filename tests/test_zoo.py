@@ -134,22 +134,6 @@ def test_ways_to_switch_it_off(value, monkeypatch):
     assert watch("anomalib.models", anomalib.__path__, None) is None
 
 
-def test_an_editable_install(tmp_path):
-    """The wheel's is in tests/test_release.py."""
-    python, site_packages = make_venv(tmp_path / "venv")
-    install = ["install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), *install, "--editable", str(ROOT)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert (site_packages / "anomalib_musc.pth").read_text() == PTH
-    where = check("from anomalib.models import MuSc; import anomalib_musc; print(anomalib_musc.__file__)", python)
-    assert Path(where.strip()).is_relative_to(ROOT)
-
-
 def test_start_up_imports_nothing(tmp_path):
     python, site_packages = make_venv(tmp_path / "venv")
     code = "import sys; print(sorted(sys.modules))"

@@ -19,10 +19,14 @@ import torch
 import yaml
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from anomalib.pipelines.components.runners import ParallelRunner
 from bench_runs import TINY, command, run, widget, write_config
+from forks import run_forked
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalib_musc import MuSc
+from anomalib_musc.benchmark.config import read_config
+from anomalib_musc.benchmark.pipeline import CellGenerator
 from anomalib_musc.benchmark.records import METRICS, Store
 from anomalib_musc.functional import rscin
 from anomalib_musc.metrics import AUPRO, PaperEvaluator
@@ -226,17 +230,9 @@ def test_sigterm_ends_it_with_a_status_that_says_so(tmp_path, mvtec_root):
     assert not list(tmp_path.rglob("record.json"))
 
 
-PARALLEL = """
-import sys
-from pathlib import Path
-from anomalib.pipelines.components.runners import ParallelRunner
-from anomalib_musc.benchmark.config import read_config
-from anomalib_musc.benchmark.pipeline import CellGenerator
-
-if __name__ == "__main__":
-    records = ParallelRunner(CellGenerator(read_config(Path(sys.argv[1]), Path("out"))), n_jobs=2).run({})
-    print(sorted((record.model, record.error) for record in records))
-"""
+def run_in_parallel(config: Path) -> None:
+    runner = ParallelRunner(CellGenerator(read_config(config, Path("out"))), n_jobs=2)
+    sys.stdout.write(str(sorted((record.model, record.error) for record in runner.run({}))))
 
 
 def test_cells_run_in_parallel_and_see_the_same_images(tmp_path, mvtec_root):
@@ -248,10 +244,7 @@ def test_cells_run_in_parallel_and_see_the_same_images(tmp_path, mvtec_root):
         {"name": "B", "class_path": "Padim", "init_args": {"backbone": "resnet18", "pre_trained": False}},
     ]
     config = write_config(tmp_path / "two.yaml", {"grid": models}, {"class_path": "Folder", "init_args": arguments})
-    (tmp_path / "parallel.py").write_text(PARALLEL)
-    done = subprocess.run(
-        [sys.executable, "parallel.py", config], cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False
-    )
+    done = run_forked(run_in_parallel, config, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[('A', None), ('B', None)]" in done.stdout
     store = Store(tmp_path / "out")

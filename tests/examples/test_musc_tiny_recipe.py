@@ -196,14 +196,6 @@ def test_a_third_training_begins_with_the_mean_of_earlier_ones_and_is_averaged_w
         train(tmp_path / "third", "--epochs", "1")
 
 
-def test_two_processes_learn_what_one_does(tmp_path, train):
-    train(tmp_path / "1", "--epochs", "1")
-    train_apart(tmp_path / "2", "--epochs", "1", "--processes", "2")
-    moved = distance(trained(tmp_path / "1"), initial(1))
-    assert moved > 1e-6
-    assert distance(trained(tmp_path / "1"), trained(tmp_path / "2")) < 0.05 * moved
-
-
 def test_materials_of_another_recipe_are_refused(tmp_path, train):
     np.save(tmp_path / "materials.npy", np.zeros((6, 8, 128, 128, 3), np.uint8))
     with pytest.raises(ValueError, match=r"of shape \(6, 8, 128, 128, 3\), not \(6, 8, 192, 192, 3\): delete"):

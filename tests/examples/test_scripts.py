@@ -2,6 +2,7 @@
 """The short scripts that people copy, as they stand."""
 
 import json
+import runpy
 import socket
 import subprocess
 import sys
@@ -11,19 +12,24 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from forks import run_forked
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def run(*words: object, cwd: Path) -> str:
-    command = [sys.executable, "-W", "ignore", *map(str, words)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240, check=False)
+def run(script: str, *words: object, cwd: Path) -> str:
+    done = run_forked(_script, EXAMPLES / script, *map(str, words), cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def _script(path: Path, *words: str) -> None:
+    sys.argv = [str(path), *words]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def test_a_folder_to_a_page(folder, tmp_path):
-    printed = run(EXAMPLES / "folder_to_page.py", folder, "lot", cwd=tmp_path)
+    printed = run("folder_to_page.py", folder, "lot", cwd=tmp_path)
     assert "12 images: " in printed
     assert printed.rstrip().endswith("predictions.csv")
     assert {"predictions.csv", "predictions.json", "review.html", "images"} <= {
@@ -34,7 +40,7 @@ def test_a_folder_to_a_page(folder, tmp_path):
 def test_musc_beside_patchcore(mvtec_root, tmp_path):
     widget = mvtec_root / "widget"
     folders = widget / "train/good", widget / "test/good", widget / "test/scratch"
-    printed = run(EXAMPLES / "beside_patchcore.py", *folders, "--random", cwd=tmp_path)
+    printed = run("beside_patchcore.py", *folders, "--random", cwd=tmp_path)
     lines = [line for line in printed.splitlines() if ": image_AUROC " in line]
     assert [line.split(":")[0] for line in lines] == ["MuSc", "Patchcore"]
 
@@ -43,7 +49,7 @@ def test_a_bank_to_a_service(mvtec_root, tmp_path):
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     widget = mvtec_root / "widget"
-    printed = run(EXAMPLES / "onnx_service.py", "export", widget / "train/good", "exported", cwd=tmp_path)
+    printed = run("onnx_service.py", "export", widget / "train/good", "exported", cwd=tmp_path)
     model = Path(printed.splitlines()[-1])
     with socket.socket() as free:
         free.bind(("localhost", 0))
