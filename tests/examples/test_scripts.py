@@ -13,6 +13,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from forks import run_forked
+from PIL import Image
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -35,6 +36,13 @@ def test_a_folder_to_a_page(folder, tmp_path):
     assert {"predictions.csv", "predictions.json", "review.html", "images"} <= {
         path.name for path in (tmp_path / "lot").iterdir()
     }
+
+
+def test_pictures_of_the_method(mvtec_root, tmp_path):
+    run("method_pictures.py", mvtec_root / "widget", tmp_path / "pictures", "--defect", "scratch", cwd=tmp_path)
+    sizes = [Image.open(path).size for path in sorted((tmp_path / "pictures").glob("method_*.jpg"))]
+    assert len(sizes) == 3
+    assert all(width > 1000 and height > 200 for width, height in sizes)
 
 
 def test_musc_beside_patchcore(mvtec_root, tmp_path):
