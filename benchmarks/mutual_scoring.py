@@ -4,7 +4,8 @@
 The official shape, written from the paper's equations: every window unfolded and averaged, then one image at a time
 against all others, ``torch.cdist``, the minimum, a sort, the average. All are timed in turn and the medians compared,
 beside the time of the bare products, ``torch.mm`` of each unordered pair of images once. Peak memory is what each adds
-to a process of its own, features not counted.
+to a process of its own, features not counted. Beside it stand the rates of the processor's products, and which of
+them a trial chose.
 """
 
 import argparse
@@ -22,11 +23,11 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.distances.kernels.int8 import EightBitProduct
-from anomalib_musc.functional import Precision, layer_scores, mutual_scores
+from anomalib_musc.distances.trial import fastest
+from anomalib_musc.functional import layer_scores, mutual_scores
 
 SIZES = ((16, 1369, 1024), (64, 256, 768), (32, 1024, 384), (24, 400, 192))  # images, patches, channels
 DEGREES = (1, 3, 5)
-LAYERS = 4
 COLUMNS = (
     "images x patches x channels",
     "official",
@@ -36,6 +37,8 @@ COLUMNS = (
     "fast, times faster",
     "exact, of the matrix rate",
     "largest difference of fast",
+    "chosen for exact",
+    "chosen for fast",
 )
 Work = Callable[[], Any]
 
@@ -61,15 +64,9 @@ def official_scores(features: torch.Tensor, interval: tuple[float, float] = (0.0
     return torch.stack(scores)
 
 
-def official_whole(feature_maps: list[torch.Tensor]) -> torch.Tensor:
-    """LNAMD and mutual scoring of several layers at three degrees."""
-    scores = [official_scores(official_lnamd(maps, degree)) for maps in feature_maps for degree in DEGREES]
-    return torch.stack(scores).mean(dim=0)
-
-
-def our_whole(feature_maps: list[torch.Tensor], precision: Precision) -> torch.Tensor:
-    """Ours."""
-    return torch.stack([layer_scores(maps, DEGREES, precision=precision) for maps in feature_maps]).mean(dim=0)
+def official_layer(maps: torch.Tensor) -> torch.Tensor:
+    """LNAMD and mutual scoring of a layer at three degrees."""
+    return torch.stack([official_scores(official_lnamd(maps, degree)) for degree in DEGREES]).mean(dim=0)
 
 
 def one_layer_one_degree(size: tuple[int, int, int], device: str) -> dict[str, Work]:
@@ -90,20 +87,51 @@ def one_layer_one_degree(size: tuple[int, int, int], device: str) -> dict[str, W
     }
 
 
-def whole(size: tuple[int, int, int], device: str) -> dict[str, Work]:
-    """Return the ways to score random maps of four layers at three degrees."""
+def one_layer(size: tuple[int, int, int], device: str) -> dict[str, Work]:
+    """Return the ways to score random maps of a layer at three degrees."""
     num_images, num_patches, channels = size
     side = math.isqrt(num_patches)
-    generator = torch.Generator().manual_seed(0)
-    layers = [torch.randn(num_images, channels, side, side, generator=generator).to(device) for _ in range(LAYERS)]
+    maps = torch.randn(num_images, channels, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     return {
-        "official": lambda: official_whole(layers),
-        "exact": lambda: our_whole(layers, "exact"),
-        "fast": lambda: our_whole(layers, "fast"),
+        "official": lambda: official_layer(maps),
+        "exact": lambda: layer_scores(maps, DEGREES),
+        "fast": lambda: layer_scores(maps, DEGREES, precision="fast"),
     }
 
 
-SETTINGS = {"one layer, one degree": one_layer_one_degree, "4 layers, 3 degrees": whole}
+SETTINGS = {"one degree": one_layer_one_degree, "three degrees": one_layer}
+
+
+def rates(device: str) -> dict[str, float]:
+    """Return the operations a second of each kind of product, at a usual size; what a device lacks is left out."""
+    one = torch.randn(1369, 1024, generator=torch.Generator().manual_seed(0)).to(device)
+    small = (40 * one).to(torch.int8)
+    products: dict[str, Work] = {
+        "float32": lambda: torch.mm(one, one.T),
+        "bfloat16": lambda: torch.mm(one.bfloat16(), one.bfloat16().T),
+        "float16": lambda: torch.mm(one.half(), one.half().T),
+        "8-bit integers": lambda: torch._int_mm(small, small.T),  # noqa: SLF001  # there is no other
+    }
+    found = {}
+    for name, work in products.items():
+        try:
+            times = [timed(work, device)[0] for _ in range(20)]
+        except RuntimeError:
+            continue
+        found[name] = 2 * one.shape[0] ** 2 * one.shape[1] / statistics.median(times)
+    return found
+
+
+def chosen(setting: str, size: tuple[int, int, int], device: str) -> dict[str, str]:
+    """Return which product a trial chose for exact and for fast."""
+    degrees = DEGREES if setting == "three degrees" else (1,)
+    found = {}
+    for precision in ("exact", "fast"):
+        kernel, is_shared = fastest(precision, *size[1:], degrees, torch.empty(0, device=device))
+        found[f"{precision}_product"] = kernel.name + (
+            ", one for all degrees" if is_shared and len(degrees) > 1 else ""
+        )
+    return found
 
 
 def timed(work: Work, device: str) -> tuple[float, Any]:
@@ -166,7 +194,7 @@ def compare(setting: str, size: tuple[int, int, int], repeats: int, device: str)
         if name != "products":
             row[f"{name}_peak_bytes"] = peak(setting, name, size, device)
             row[f"{name}_largest_difference"] = float((results[name] - results["official"]).abs().max())
-    return row
+    return row | chosen(setting, size, device)
 
 
 def show(row: dict[str, Any]) -> None:
@@ -179,6 +207,7 @@ def show(row: dict[str, Any]) -> None:
     cells += [f"**{official / row[name]:.1f}**" for name in ("exact_s", "fast_s")]
     cells.append(f"{products / row['exact_s']:.0%}" if products else "")
     cells.append(f"{row['fast_largest_difference']:.1e}")
+    cells += [row["exact_product"], row["fast_product"]]
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
@@ -193,9 +222,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "operations_per_second": rates(arguments.device),
         "rows": [],
     }
     print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}")
+    print(", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in report["operations_per_second"].items()))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for setting in SETTINGS:
         for size in SIZES:

@@ -22,6 +22,12 @@ def test_a_pool_as_its_own_bank_is_mutual_scoring(radius, interval):
     torch.testing.assert_close(by_bank, expected, atol=1e-4, rtol=0)
 
 
+def test_a_radius_needs_a_grid():
+    pool = lnamd(randn(3, 16, 4, 5), 3)
+    with pytest.raises(ValueError, match="search_radius=1 needs grid"):
+        reference_scores(pool, pool, search_radius=1)
+
+
 def test_a_defect_that_is_normal_elsewhere_is_found():
     """Two kinds of places, as left and right halves; in one image, a patch of the left half lies on the right."""
     kinds = randn(1, 16, 1, 2).repeat_interleave(3, dim=3)

@@ -46,7 +46,7 @@ def reference_scores(
         Patch scores, shape ``(B, L)``.
 
     Raises:
-        ValueError: If the shapes do not agree, no reference is left to compare with, ``interval`` is not valid, or a
+        ValueError: If the shapes do not agree, ``search_radius`` is given without ``grid``, no reference is left to compare with, ``interval`` is not valid, or a
             value is not finite.
 
     Example:
@@ -56,6 +56,9 @@ def reference_scores(
         tensor([[0.0000, 1.4142]])
     """
     _check(features, references, own_copies)
+    if search_radius is not None and grid is None:
+        msg = f"search_radius={search_radius} needs grid, the height and width of the map whose rows the patches are."
+        raise ValueError(msg)
     count = len(references) - (own_copies is not None)
     check_interval(interval, count + 1)
     bounds = interval_bounds(interval, count)
