@@ -46,8 +46,8 @@ def reference_scores(
         Patch scores, shape ``(B, L)``.
 
     Raises:
-        ValueError: If the shapes do not agree, ``search_radius`` is given without ``grid``, no reference is left to compare with, ``interval`` is not valid, or a
-            value is not finite.
+        ValueError: If the shapes do not agree, ``search_radius`` is given without ``grid``, no reference is left to
+            compare with, ``interval`` is not valid, or a value is not finite.
 
     Example:
         >>> import torch
