@@ -62,7 +62,7 @@ def test_patches_that_are_all_but_equal(number, noise):
     maps[..., 3:, :2] = 4 * randn(1, 96, 1, 1, seed=2)
     maps += noise * randn(5, 96, 5, 6, seed=3)
     kernel = make_batched_kernels("fast", torch.empty(0))[number]
-    workload = Workload((5, 30, 96), (3,), torch.empty(0), kernel, make_places((5, 6), 1))
+    workload = Workload((5, 30, 96), (3,), torch.empty(0), kernel, 5, make_places((5, 6), 1))
     pool = PoolLoader(maps, range(5), None).surveyed()
     _, distances = collect(compared(pool, [workload], None, None), 5)
     assert_close(distances[0], search(maps, 3, 1), 1e-4 if number == 0 else 6e-3)
