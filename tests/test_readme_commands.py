@@ -21,8 +21,9 @@ TEXT = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT
 ELSEWHERE = {
     "anomalib-musc benchmark --config configs/benchmark/mvtec_ad.yaml": "needs CLIP and MVTec AD; its arguments are "
     "tested in tests/benchmark/test_config.py",
-    "anomalib test --model MuSc --trainer.devices 2 --trainer.strategy ddp --data MVTec --data.category bottle": "starts "
-    "its line again for each process, which is no line here; tests/test_processes.py does it",
+    "anomalib test --model MuSc --trainer.devices 2 --trainer.strategy ddp --data MVTec --data.category bottle": (
+        "starts its line again for each process, which is no line here; tests/test_processes.py does it"
+    ),
 }
 
 
