@@ -125,17 +125,6 @@ def test_openvino_export(openvino_export, fitted, tmp_path, monkeypatch):
         )
 
 
-def test_half_the_bytes_keep_the_scores(openvino_export, fitted, tmp_path, monkeypatch):
-    model, engine, predictions = fitted
-    half = engine.export(model, ExportType.OPENVINO, export_root=tmp_path, compression_type=CompressionType.FP16)
-    assert half.with_suffix(".bin").stat().st_size < 0.6 * openvino_export.with_suffix(".bin").stat().st_size
-    monkeypatch.chdir(tmp_path)
-    inferencer = OpenVINOInferencer(half, config={"INFERENCE_PRECISION_HINT": "f32"})
-    for image, expected in predictions.items():
-        score = float(np.asarray(inferencer.predict(image).pred_score).squeeze())
-        assert score == pytest.approx(expected.pred_score.item(), abs=2e-3)
-
-
 @pytest.mark.parametrize("export_type", list(ExportType))
 def test_no_bank_no_export(export_type, tmp_path, own_backbone, make_engine):
     with pytest.raises(ValueError, match=r"with a bank of reference images, and there is none"):

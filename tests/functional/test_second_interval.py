@@ -90,7 +90,7 @@ def test_fast_and_the_least_budget(radius):
     maps, degrees = randn(11, 24, 6, 5), (1, 3)
     how = {"second_interval": SECOND, "search_radius": radius}
     expected = layer_scores(maps, degrees, **how)
-    assert_close(layer_scores(maps, degrees, precision="fast", **how), expected, 2e-3)
+    assert_close(layer_scores(maps, degrees, precision="fast", **how), expected, 5e-3)
     least = least_memory(maps.shape, degrees, "exact", torch.device("cpu"), radius) / GIB
     for factor in (1, 1.5, 5):
         assert_close(layer_scores(maps, degrees, memory_budget=least * factor, **how), expected, 1e-5)
