@@ -23,7 +23,7 @@ from anomalib_musc.distances import Processes
 from anomalib_musc.functional import layer_scores
 
 SIDE, CHANNELS = 32, 384
-IMAGES = (32, 64, 128)
+IMAGES = (32, 64)
 ROUNDS = 3
 
 

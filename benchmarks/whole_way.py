@@ -31,7 +31,10 @@ from anomalib_musc.cli import main
 profiler, made = SimpleProfiler(), engine.Engine
 engine.Engine = lambda **arguments: made(**arguments, profiler=profiler)
 imported = time.perf_counter()
-status = main()
+try:
+    main()
+except SystemExit as error:
+    status = error.code
 parts = {name: sum(times) for name, times in profiler.recorded_durations.items()}
 sys.stderr.write("PARTS " + repr({"imports": imported - start, **parts}) + "\\n")
 sys.exit(status)
@@ -41,11 +44,16 @@ sys.exit(status)
 def run(checkout: Path, folder: Path, code: str = COMMAND) -> tuple[float, str]:
     """Return the seconds of a run, and what it wrote to its standard error."""
     with tempfile.TemporaryDirectory() as output:
-        options = ["predict", str(folder), "--backbone", "musc-tiny", "--output", output]
-        environment = {**os.environ, "PYTHONPATH": str(checkout)}
+        options = ["predict", str(folder.resolve()), "--backbone", "musc-tiny", "--output", output]
+        environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
         start = time.perf_counter()
         done = subprocess.run(  # noqa: S603
-            [sys.executable, "-c", code, *options], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, "-c", code, *options],
+            cwd=output,  # which Python looks into first
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         seconds = time.perf_counter() - start
     if done.returncode not in (0, 1):
@@ -68,11 +76,11 @@ def main() -> None:
             times[name].append(run(checkout, arguments.folder)[0])
     report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     report["seconds"] = {name: statistics.median(found) for name, found in times.items()}
+    for name, seconds in report["seconds"].items():
+        print(f"{name}: {seconds:.1f} s", flush=True)
     _, log = run(ROOT, arguments.folder, PROFILED)
     parts: dict[str, float] = next(eval(line[6:]) for line in log.splitlines() if line.startswith("PARTS "))  # noqa: S307
     report["parts"] = dict(sorted(parts.items(), key=lambda part: -part[1])[:25])
-    for name, seconds in report["seconds"].items():
-        print(f"{name}: {seconds:.1f} s")
     for name, seconds in report["parts"].items():
         print(f"{seconds:8.2f} s  {name}")
     if arguments.json:

@@ -75,7 +75,7 @@ class Workload:
         if self.num_columns == self.shape[0]:
             return 0
         features = self.shape[1] * self.shape[2] * self.like.itemsize
-        return 4 * features + 2 * max(1, self.shape[0]) * self.distances_bytes
+        return 4 * features + 4 * max(1, self.shape[0]) * self.distances_bytes
 
     @property
     def sorting_bytes(self) -> int:

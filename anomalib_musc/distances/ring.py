@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that several processes hold: each process's visit the others, and every pair is compared once."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -147,32 +148,34 @@ class _Step:
         self._processes, self._tile = ring.processes, plan.tile
         self._shares = shares = ring.shares
         self._source, self._target = ((shares.rank + move) % ring.processes.size for move in (-step, step))
-        self._going = _parts(shares.visiting(shares.rank, step), plan.chunk)
-        self._coming = _parts(shares.visiting(self._source, step), plan.chunk)
+        rounds = max(math.ceil(len(shares.visiting(rank, step)) / plan.chunk) for rank in range(ring.processes.size))
+        self._going = _spread(_parts(shares.visiting(shares.rank, step), plan.chunk), rounds)
+        self._coming = _spread(_parts(shares.visiting(self._source, step), plan.chunk), rounds)
         self._visited = shares.visited(shares.rank, step)
         self._visited_there = shares.visited(self._target, step)
 
     def run(self) -> None:
         """Compare all visitors, and send their distances home."""
         own_tiles = list(self._own_tiles()) if len(self._visited) <= self._tile else None
-        travelling = self._travel(0)
-        for index in range(max(len(self._going), len(self._coming))):
+        travelling, returning = self._travel(0), None
+        for index in range(len(self._going)):
             visitors = travelling.wait()
             travelling = self._travel(index + 1)  # while these are compared
             backward = None
             if visitors is not None:
                 backward = self._compare_with(own_tiles or self._own_tiles(), visitors, self._coming[index])
-            self._write_returned(backward, index)
+            before, returning = returning, self._send_home(backward, index)
+            self._write(before, index - 1)  # which has come meanwhile
+        self._write(returning, len(self._going) - 1)
 
     def _travel(self, index: int) -> Transfer:
         """Begin to send a part of this process's images, and to receive a part of another's."""
-        features = self._pool.features
-        going = [self._pool.images[image] for image in self._going[index]] if index < len(self._going) else None
-        shape = (len(self._coming[index]), *features.shape[1:]) if index < len(self._coming) else None
-        sent = None if going is None or not self._visited_there else features[going]
-        return self._processes.exchange(
-            sent, self._target, shape if self._visited else None, self._source, like=features
-        )
+        features, images = self._pool.features, self._pool.images
+        is_over = index == len(self._going)
+        going, coming = (range(0), range(0)) if is_over else (self._going[index], self._coming[index])
+        sent = features[[images[image] for image in going]] if len(going) and self._visited_there else None
+        shape = (len(coming), *features.shape[1:]) if len(coming) and self._visited else None
+        return self._processes.exchange(sent, self._target, shape, self._source, like=features)
 
     def _own_tiles(self) -> Iterator[tuple[range, Tile]]:
         for part in _parts(self._visited, self._tile):
@@ -196,19 +199,29 @@ class _Step:
             self._compare(own, tile, targets)
         return backward
 
-    def _write_returned(self, backward: torch.Tensor | None, index: int) -> None:
-        """Send visitors' distances home, and write those of this process's images that come back."""
-        going = self._going[index] if index < len(self._going) else range(0)
+    def _send_home(self, backward: torch.Tensor | None, index: int) -> Transfer:
+        """Begin to send visitors' distances home, and to receive those of this process's images."""
+        going = self._going[index]
         num_degrees, num_patches = self._distances.shape[0], self._distances.shape[3]
         shape = (num_degrees, len(going), len(self._visited_there), num_patches)
-        like = self._workload.like
-        returned = self._processes.exchange(backward, self._source, shape, self._target, like).wait()
-        first = self._shares.first_column(self._target)
-        if returned is not None and returned.numel():
-            columns = slice(first + self._visited_there.start, first + self._visited_there.stop)
-            write_lines(self._distances, self._distances[:, going.start : going.stop, columns], returned)
+        return self._processes.exchange(backward, self._source, shape, self._target, self._workload.like)
+
+    def _write(self, returning: Transfer | None, index: int) -> None:
+        """Write the distances of a part of this process's images, once they have come back."""
+        returned = None if returning is None else returning.wait()
+        if returned is None or not returned.numel():
+            return
+        going, first = self._going[index], self._shares.first_column(self._target)
+        columns = slice(first + self._visited_there.start, first + self._visited_there.stop)
+        write_lines(self._distances, self._distances[:, going.start : going.stop, columns], returned)
 
 
 def _parts(images: range, size: int) -> list[range]:
     """Cut a range into parts of a size."""
     return [images[first : first + size] for first in range(0, len(images), size)]
+
+
+def _spread(parts: list[range], rounds: int) -> list[range]:
+    """Spread parts evenly over rounds; those between have none."""
+    places = {number * rounds // len(parts): part for number, part in enumerate(parts)}
+    return [places.get(index, range(0)) for index in range(rounds)]
