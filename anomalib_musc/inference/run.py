@@ -122,7 +122,11 @@ def run(model: MuSc, inputs: Inputs, device: str = "auto", *, progress: bool = F
     """Predict images by an Engine that writes nothing."""
     with tempfile.TemporaryDirectory(prefix="anomalib_musc_") as folder:
         engine = Engine(
-            default_root_dir=folder, accelerator=accelerator_of(device), logger=False, enable_progress_bar=progress
+            default_root_dir=folder,
+            accelerator=accelerator_of(device),
+            devices=1,  # Lightning takes all, and starts the caller's program once for each
+            logger=False,
+            enable_progress_bar=progress,
         )
         batches = engine.predict(model, dataset=inputs.dataset)
     return Predictions.from_engine(batches or (), model, inputs)
