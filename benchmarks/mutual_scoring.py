@@ -105,11 +105,11 @@ SETTINGS = {"one degree": one_layer_one_degree, "three degrees": one_layer}
 def rates(device: str) -> dict[str, float]:
     """Return the operations a second of each kind of product, at a usual size; what a device lacks is left out."""
     one = torch.randn(1369, 1024, generator=torch.Generator().manual_seed(0)).to(device)
-    small = (40 * one).to(torch.int8)
+    bfloat, half, small = one.bfloat16(), one.half(), (40 * one).to(torch.int8)
     products: dict[str, Work] = {
         "float32": lambda: torch.mm(one, one.T),
-        "bfloat16": lambda: torch.mm(one.bfloat16(), one.bfloat16().T),
-        "float16": lambda: torch.mm(one.half(), one.half().T),
+        "bfloat16": lambda: torch.mm(bfloat, bfloat.T),
+        "float16": lambda: torch.mm(half, half.T),
         "8-bit integers": lambda: torch._int_mm(small, small.T),  # noqa: SLF001  # there is no other
     }
     found = {}
