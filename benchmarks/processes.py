@@ -32,13 +32,14 @@ def measure(rank: int, number: int, num_images: int, port: int, result: "multipr
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=number)
     generator = torch.Generator().manual_seed(rank)
-    layer_scores(torch.randn(4, CHANNELS, SIDE, SIDE, generator=generator))  # loads and tries what is done once
+    processes = Processes() if number > 1 else None
+    layer_scores(torch.randn(4, CHANNELS, SIDE, SIDE, generator=generator), processes=processes)  # what is done once
     before = resident("VmRSS")
     share = torch.randn(len(range(rank, num_images, number)), CHANNELS, SIDE, SIDE, generator=generator)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     distributed.barrier()
     start = time.perf_counter()
-    layer_scores(share, processes=Processes() if number > 1 else None)
+    layer_scores(share, processes=processes)
     distributed.barrier()
     result.put((time.perf_counter() - start, resident("VmHWM") - before))
     distributed.destroy_process_group()
