@@ -179,6 +179,20 @@ def test_more_processes_than_images(tmp_path):
     assert files_of(tmp_path / "several") == files_of(tmp_path / "one")
 
 
+def run_limited(root: Path, cwd: Path, number: int) -> list[dict[str, float]]:
+    model = MuSc(OwnBackbone(), visualizer=False)
+    run = engine(cwd / "results", number, limit_val_batches=5, limit_test_batches=0.6)
+    run.test(model, datamodule=datamodule(root, eval_batch_size=1))
+    return [dict(zip(pool.names, pool.scores.tolist(), strict=True)) for pool in model.pools]
+
+
+def test_a_limit_is_that_of_one_process(root, tmp_path):
+    (expected,) = run_limited(root, tmp_path, 1)
+    assert len(expected) == 6
+    for (scores,) in results(run_limited, root, tmp_path, 2, number=2, cwd=tmp_path):
+        assert scores == pytest.approx(expected, abs=2e-5)
+
+
 def run_broken(root: Path, cwd: Path) -> None:
     engine(cwd / "results", 2).test(MuSc(OwnBackbone()), datamodule=datamodule(root))
 

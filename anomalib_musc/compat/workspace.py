@@ -11,6 +11,7 @@ import sys
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from uuid import uuid4
 
 import anomalib.models
 from anomalib.models.components import AnomalibModule
@@ -60,11 +61,22 @@ class RunFolders(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write where the first process does; a folder that Engine has made for this one alone goes."""
         del pl_module, stage
+        if trainer.world_size == 1:
+            return
         given = Path(trainer.default_root_dir)
         folder = Path(trainer.strategy.broadcast(str(given)))
         if folder != given:
             self._move(trainer, given, folder)
-            _remove(given)
+            if _is_engines(given) and _is_new(given):
+                with suppress(OSError):
+                    (given / MARKER).unlink(missing_ok=True)
+                    given.rmdir()
+        trainer.strategy.barrier()
+        if trainer.is_global_zero and _is_engines(folder) and folder.name != "latest":
+            with suppress(OSError):  # Engine of another process may have pointed to its own, or to nothing by now
+                link = folder.parent / f".{uuid4().hex}"
+                link.symlink_to(folder.name)
+                link.replace(folder.parent / "latest")
 
     @staticmethod
     def _move(trainer: Trainer, given: Path, folder: Path) -> None:

@@ -68,8 +68,8 @@ def nearest_distances(
             free.
         device: Where to compute. Defaults to where ``features`` are.
         processes: Those that hold the other images of the pool, each its share, none of them too; features have the
-            same shape but for their number, and every process calls this with the same other arguments. An error in
-            one is raised in all. Defaults to none: all images are here.
+            same shape but for their number, and every process calls this with the same other arguments. What is wrong
+            with the features or the budget of one is raised in all. Defaults to none: all images are here.
         progress: Called with the number of image pairs just compared, each counted once a degree.
 
     Yields:
@@ -228,10 +228,13 @@ def _blocks(
     num_images, num_patches, _ = workload.shape
     plan = make_plan(workload, memory_budget) if ring is None else ring.make_plan(workload, memory_budget)
     shape = (len(workload.degrees), num_images, workload.num_columns, num_patches)
-    if plan.device is None:
-        distances = file_tensor(shape, workload.like.dtype)
-    else:
-        distances = workload.like.new_empty(shape, device=plan.device)
+
+    def allocate() -> torch.Tensor:
+        if plan.device is None:
+            return file_tensor(shape, workload.like.dtype)
+        return workload.like.new_empty(shape, device=plan.device)
+
+    distances = allocate() if ring is None else ring.processes.together(allocate)
     compare = partial(_compare_pair, workload, plan, distances, progress)
     with torch.autocast(workload.like.device.type, enabled=False):
         if ring is None:

@@ -87,7 +87,9 @@ class Ring:
     def make_plan(self, workload: Workload, memory_budget: float | None) -> Plan:
         """Divide each process's budget, see :func:`.make_plan`; as many images travel as the smallest allows."""
         plan = self.processes.together(lambda: make_plan(workload, memory_budget))
-        return replace(plan, chunk=min(self.processes.gather(min(plan.chunk, plan.tile))))
+        has_images = self.shares.sizes[self.processes.rank] > 0
+        own = min(plan.chunk, plan.tile) if has_images else None
+        return replace(plan, chunk=min(chunk for chunk in self.processes.gather(own) if chunk is not None))
 
     def surveyed(self, pool: PoolLoader) -> PoolLoader:
         """Look at all features, see :meth:`.PoolLoader.surveyed`; an error in one process is raised in all."""

@@ -12,6 +12,7 @@ from anomalib_musc.output.pool_report import decision_of
 from anomalib_musc.output.predictions import PoolReport, Prediction
 from anomalib_musc.output.regions import Region, find_regions
 from anomalib_musc.output.review.pictures import shrink_map
+from anomalib_musc.output.visualizer import FolderVisualizer
 
 
 def report_of(model: Any) -> PoolReport:
@@ -24,6 +25,8 @@ def report_of(model: Any) -> PoolReport:
 def pictures_of(model: Any) -> tuple[dict[str, Path], dict[str, str]]:
     """Return where a model's visualizer has put the picture of each image, and why there is none."""
     visualizer = getattr(model, "visualizer", None)
+    if isinstance(visualizer, FolderVisualizer):
+        visualizer.wait()
     return getattr(visualizer, "pictures", {}), getattr(visualizer, "failures", {})
 
 

@@ -97,17 +97,17 @@ class FolderVisualizer(Visualizer):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last pictures."""
         del trainer, pl_module
-        self._finish()
+        self.wait()
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last pictures."""
         del trainer, pl_module
-        self._finish()
+        self.wait()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Write the pictures that are begun, and no others."""
         del trainer, pl_module, exception
-        self._finish(is_over=True)
+        self.wait(is_over=True)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of pictures that could not be written."""
@@ -120,7 +120,8 @@ class FolderVisualizer(Visualizer):
         """Warn of pictures that could not be written."""
         self.on_test_end(trainer, pl_module)
 
-    def _finish(self, *, is_over: bool = False) -> None:
+    def wait(self, *, is_over: bool = False) -> None:
+        """Wait until the pictures so far are written; where the run is over, those that are begun."""
         threads, self._threads, self._waiting = self._threads, None, deque()
         if threads is not None:
             threads.shutdown(cancel_futures=is_over)

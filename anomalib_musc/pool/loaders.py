@@ -200,4 +200,6 @@ def share_of(loader: Any, rank: int, number: int) -> Any:
         pin_memory=loader.pin_memory,
         drop_last=getattr(loader.batch_sampler, "drop_last", loader.drop_last),
         worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        timeout=loader.timeout,
     )

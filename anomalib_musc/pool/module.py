@@ -3,6 +3,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from anomalib_musc.compat.sharing import OneThread
 from anomalib_musc.compat.termination import TerminationStatus, stop_if_terminated, stopped_at_once
 from anomalib_musc.compat.validation import NoValidationData
 from anomalib_musc.compat.workspace import RunFolders
-from anomalib_musc.distances import Processes
+from anomalib_musc.distances import Processes, gathered, together
 from anomalib_musc.pool.grey_range import GreyRange, widest
 from anomalib_musc.pool.loaders import as_list, dataset_of, length, share_of
 from anomalib_musc.pool.orientation import UPRIGHT, turned_tensor
@@ -229,15 +230,17 @@ class PoolModule(NoValidationData):
     def _deal(self, dataloaders: Any) -> list[Any]:
         """Let each of several processes read its share of the images.
 
-        Where one of them has fewer images than there are processes, each process reads them all, so that metrics,
-        which are computed over the processes, count every image equally often.
+        Where one of them has fewer images than there are processes, or the trainer reads a limited number of batches,
+        each process reads them all, so that metrics, which are computed over the processes, count every image equally
+        often.
 
         Returns:
             The dataloaders of all images.
         """
         loaders, number = as_list(dataloaders), self.trainer.world_size
         fewest = min((length(dataset_of(loader)) for loader in loaders), default=0)
-        is_dealt = fewest >= number and self.trainer.state.fn != TrainerFn.FITTING
+        limits = self.trainer.limit_val_batches, self.trainer.limit_test_batches, self.trainer.limit_predict_batches
+        is_dealt = fewest >= number and set(limits) == {1.0} and self.trainer.state.fn != TrainerFn.FITTING
         self.processes = Processes.of(number) if is_dealt else None
         if self.processes is not None:
             self._read(loaders)
@@ -257,9 +260,11 @@ class PoolModule(NoValidationData):
         pools: list[Pool] = []
         for loader, limit in zip(as_list(dataloaders), limits, strict=True):
             source = PoolSource(loader, limit)
-            key = (source.key, settings)
+            key = (together(self.processes, partial(getattr, source, "key")), settings)
             is_known = source.is_recognised_by_files or self._are_validation_pools
             pool = next((pool for pool in known if is_known and pool.is_of(key, scorer.grey_range)), None)
+            if not all(gathered(self.processes, pool is not None)):  # such as where a file is another on a machine
+                pool = None
             pool = scorer.score(source, key) if pool is None else scorer.taken_over(pool, source)
             known.append(pool)
             pools.append(pool)

@@ -98,7 +98,7 @@ class ImageScorer:
             share, scores = _Share(), []
             for features in extract(self._trainer, self._model, reader, num_images):
                 with profile(self._trainer, "[MuSc]score"):
-                    scores += list(self._on_host(self._model.bank.patch_scores(features.feature_maps)))
+                    scores += self._apart(self._model.bank.patch_scores(features.feature_maps))
                 self._note(share, features.names, features.feature_maps, features.class_tokens)
             return share, scores
 
@@ -186,7 +186,8 @@ class ImageScorer:
         references = range(len(own), len(own) + len(bank or ()))
         mine = [[*(place[image] for image in subset), *references] for subset in subsets[rank::number]]
         total = self._model.num_comparisons(mine, len(layers))
-        scores = self._score(moved, mine, total, sum(math.comb(len(subset), 2) for subset in mine), None)
+        num_pairs = sum(math.comb(len(subset), 2) for subset in mine)
+        scores = self._processes.together(lambda: self._score(moved, mine, total, num_pairs, None))
         return {owners[image]: scores[index] for index, image in enumerate(own)}
 
     def _score(
@@ -196,12 +197,12 @@ class ImageScorer:
         num_comparisons: int,
         num_pairs: int,
         processes: Processes | None,
-    ) -> torch.Tensor:
-        """Return the patch scores ``(n, h, w)`` of what is stored."""
+    ) -> list[torch.Tensor]:
+        """Return the patch scores of what is stored, ``(h, w)`` each."""
         if warning := slow_search(self._model, store.layers, num_pairs):
             rank_zero_warn(warning)
         if not subsets:
-            return torch.empty(0)
+            return []
         budget = store.remaining_budget if self._device.type == "cpu" else self._memory_budget
         with (
             profile(self._trainer, "[MuSc]score"),
@@ -210,7 +211,7 @@ class ImageScorer:
             scores = self._model.score(
                 store.layers, subsets, memory_budget=budget, processes=processes, progress=advance
             )
-        return self._on_host(scores)
+        return self._apart(scores)
 
     def _extract(self, reader: PoolReader, num_images: int | None) -> tuple[_Share, FeatureStore | None]:
         """Return what was found of this process's images, and their feature maps, on the host."""
@@ -238,12 +239,12 @@ class ImageScorer:
         self, share: _Share, names: list[str], feature_maps: list[torch.Tensor], class_tokens: torch.Tensor
     ) -> None:
         share.names.extend(names)
-        share.class_tokens.extend(self._on_host(class_tokens))
-        share.median_features.extend(self._on_host(median_features(feature_maps)))
+        share.class_tokens.extend(self._apart(class_tokens))
+        share.median_features.extend(self._apart(median_features(feature_maps)))
 
-    def _on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor as it can be told to other processes."""
-        return tensor if self._processes is None else tensor.cpu()
+    def _apart(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the rows of a tensor as they can be told to other processes: a view would bring all others along."""
+        return list(tensor) if self._processes is None else [row.clone() for row in tensor.cpu()]
 
     def _joined(
         self, shares: Sequence[_Share], patch_scores: Sequence[torch.Tensor], peaks: Peaks | None = None
