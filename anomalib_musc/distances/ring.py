@@ -10,7 +10,7 @@ import torch
 from anomalib_musc.distances.loading import PoolLoader
 from anomalib_musc.distances.plan import Plan, Workload, make_plan
 from anomalib_musc.distances.processes import Processes, Transfer
-from anomalib_musc.distances.storage import write_lines
+from anomalib_musc.distances.storage import trim, write_lines
 from anomalib_musc.distances.tiles import CancellingWindowsError, Tile
 
 # Compares two tiles, and writes the distances of both directions to two targets.
@@ -168,6 +168,8 @@ class _Step:
                 backward = self._compare_with(own_tiles or self._own_tiles(), visitors, self._coming[index])
             before, returning = returning, self._send_home(backward, index)
             self._write(before, index - 1)  # which has come meanwhile
+            del visitors, backward, before
+            trim()
         self._write(returning, len(self._going) - 1)
 
     def _travel(self, index: int) -> Transfer:
