@@ -72,19 +72,24 @@ def test_peaks_are_those_of_the_distances(num_layers):
             assert peaks.steps[image, other] == step
 
 
-def peaks_of_a_share(layers: list[torch.Tensor], scores: torch.Tensor):
+def three_images() -> tuple[list[torch.Tensor], torch.Tensor]:
+    return [randn(3, 6, 4, 3)], randn(3, 4, 3, seed=9)
+
+
+def peaks_of_a_share():
     distributed.init_process_group("gloo")
     processes = Processes()
+    layers, scores = three_images()  # made here: tensors that are handed to a process travel as open files
     share = slice(processes.rank, None, processes.size)
     return find_peaks([maps[share] for maps in layers], scores[share], processes=processes)
 
 
 @pytest.mark.parametrize("number", [2, 4])
 def test_peaks_in_several_processes(number, tmp_path):
-    layers, scores = [randn(3, 6, 4, 3)], randn(3, 4, 3, seed=9)  # the last of four has no image
+    layers, scores = three_images()  # the last of four has no image
     expected = find_peaks(layers, scores)
     by_rank = [image for rank in range(number) for image in range(rank, 3, number)]
-    for found in results(peaks_of_a_share, layers, scores, number=number, cwd=tmp_path):
+    for found in results(peaks_of_a_share, number=number, cwd=tmp_path):
         for ours, theirs in zip(found.ordered([by_rank.index(image) for image in range(3)]), expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
