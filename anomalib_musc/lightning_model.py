@@ -47,6 +47,7 @@ from anomalib_musc.pool.bank_module import BankModule
 from anomalib_musc.pool.grey_range import GreyRange, check_grey_range
 from anomalib_musc.pool.references import FOLDER, BankArguments
 from anomalib_musc.pool.scorer import PoolScorer
+from anomalib_musc.pool.scoring import ImageScorer
 from anomalib_musc.post_processor import RsCINPostProcessor
 from anomalib_musc.torch_model import MuScModel
 
@@ -212,16 +213,12 @@ class MuSc(ExportableModule, BankModule, AnomalibModule):  # type: ignore[misc] 
     def scorer(self, grey_range: GreyRange | None) -> PoolScorer:
         """Return what scores a pool, or extracts references."""
         return PoolScorer(
-            self.trainer,
-            self.model,
-            self.mode,
-            self.memory_budget,
+            ImageScorer(self.trainer, self.model, self.mode, self.memory_budget, self.processes),
             self.batch_size,
             self.transform,
             needs_paths=self.visualizer is not None,
             result_folders=result_folders(self.trainer),
             grey_range=grey_range,
-            processes=self.processes,
             thumbnail=thumbnail_of if writes_review(self.trainer) else None,
         )
 

@@ -67,16 +67,10 @@ class RunFolders(Callback):
         folder = Path(trainer.strategy.broadcast(str(given)))
         if folder != given:
             self._move(trainer, given, folder)
-            if _is_engines(given) and _is_new(given):
-                with suppress(OSError):
-                    (given / MARKER).unlink(missing_ok=True)
-                    given.rmdir()
+            _discard(given)
         trainer.strategy.barrier()
         if trainer.is_global_zero and _is_engines(folder) and folder.name != "latest":
-            with suppress(OSError):  # Engine of another process may have pointed to its own, or to nothing by now
-                link = folder.parent / f".{uuid4().hex}"
-                link.symlink_to(folder.name)
-                link.replace(folder.parent / "latest")
+            _link_latest(folder)  # Engine of another process may have pointed to its own, or to nothing by now
 
     @staticmethod
     def _move(trainer: Trainer, given: Path, folder: Path) -> None:
@@ -89,23 +83,33 @@ class RunFolders(Callback):
         """Remove a folder that holds nothing, and let ``latest`` point to the run before."""
         del trainer, pl_module, exception
         folder, self._own, self._begun = self._own, None, None
-        if folder is not None:
-            _remove(folder)
+        if folder is None:
+            return
+        latest = folder.parent / "latest"
+        was_latest = latest.is_symlink() and latest.resolve() == folder.resolve()
+        if _discard(folder) and was_latest:
+            with suppress(OSError):
+                latest.unlink()
+            if left := _numbers(folder.parent):
+                _link_latest(folder.with_name(f"v{max(left)}"))
 
 
-def _remove(folder: Path) -> None:
-    """Remove a run's folder that holds nothing, and let ``latest`` point to the run before."""
+def _discard(folder: Path) -> bool:
+    """Remove a run's folder that holds nothing, and say whether it is gone."""
     if not _is_engines(folder) or not _is_new(folder):
-        return
-    latest = folder.parent / "latest"
-    was_latest = latest.is_symlink() and latest.resolve() == folder.resolve()
+        return False
     with suppress(OSError):  # another process may have written there, or the disk be read-only
         (folder / MARKER).unlink(missing_ok=True)
         folder.rmdir()
-        if was_latest:
-            latest.unlink()
-            if left := _numbers(folder.parent):
-                latest.symlink_to(f"v{max(left)}")
+    return not folder.exists()
+
+
+def _link_latest(folder: Path) -> None:
+    """Let ``latest`` point to a run, whatever it pointed to."""
+    with suppress(OSError):
+        link = folder.parent / f".{uuid4().hex}"
+        link.symlink_to(folder.name)
+        link.replace(folder.parent / "latest")
 
 
 def _checkpoints(trainer: Trainer, folder: Path) -> list[ModelCheckpoint]:

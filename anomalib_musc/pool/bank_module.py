@@ -11,7 +11,6 @@ from anomalib import LearningType
 
 from anomalib_musc.compat.lightning import forget_objects
 from anomalib_musc.compat.termination import stopped_at_once
-from anomalib_musc.distances import Processes
 from anomalib_musc.functional.arguments import check_count
 from anomalib_musc.pool.grey_range import GreyRange, widest
 from anomalib_musc.pool.module import PoolModule
@@ -140,6 +139,7 @@ class BankModule(PoolModule):
         features, found = self.scorer(grey_range).extract_references(source, size)
         of_bank = found or self.model.bank.grey_range or (0.0, 0.0)  # which a user may have named
         self.model.fill_bank(features, size, is_alone=self.mode != "both", grey_range=of_bank, origin=origin)
-        if (processes := Processes.of(self.trainer.world_size)) is not None:
-            self.model.bank.load_state_dict(processes.gather(self.model.bank.cpu().state_dict())[0])
+        if self.trainer.world_size > 1:
+            state = {name: value.cpu() for name, value in self.model.bank.state_dict().items()}
+            self.model.bank.load_state_dict(self.trainer.strategy.broadcast(state))
             self.model.bank.origin = origin
