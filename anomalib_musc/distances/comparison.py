@@ -32,10 +32,10 @@ def compare_tiles(
         targets[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
     left_resolution, right_resolution = left.resolution, right.resolution
     for image in range(len(left.patches)):
-        start = image + 1 if right is left else 0
+        start, query = image + 1 if right is left else 0, kernel.query(left, image)
         for first in range(start, len(right.patches), chunk):
             images = slice(first, min(first + chunk, len(right.patches)))
-            to_right, to_left = kernel(left, image, right, images)
+            to_right, to_left = query(right, images)
             spoilt_right = to_right < left_resolution[:, image, None]
             spoilt_left = to_left < right_resolution[:, images]
             if spoilt_right.any() or spoilt_left.any():

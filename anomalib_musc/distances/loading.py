@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a pool, from wherever they are to tiles on the compute device."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +12,7 @@ from anomalib_musc.distances.processes import Processes, gathered
 from anomalib_musc.distances.storage import release
 from anomalib_musc.distances.survey import check_values, densest_place, some_of, some_patches
 from anomalib_musc.distances.tiles import CANCELLATION, Tile, tile_of_maps, tile_of_vectors
-from anomalib_musc.distances.windows import unit_vectors
+from anomalib_musc.distances.windows import write_unit_vectors
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class PoolLoader:
         prepare: Changes the features of one image, ``(1, ...)``.
         some: A few of all images, at which one may look: of those here, the index, by the position among them.
         origin: What is subtracted from all patches, ``(C,)``, see :func:`.densest_place`.
+        memory: Bytes that a tile of all images takes, of one degree after the other: new memory costs more than most of
+            what is computed in it.
     """
 
     features: torch.Tensor
@@ -31,6 +34,7 @@ class PoolLoader:
     prepare: Callable[[torch.Tensor], torch.Tensor] | None
     some: Mapping[int, int] = field(default_factory=dict)
     origin: torch.Tensor | None = None
+    memory: torch.Tensor | None = None
 
     def surveyed(self, processes: Processes | None = None) -> "PoolLoader":
         """Look at all features; a ValueError if one is not finite, or its square would overflow.
@@ -57,8 +61,10 @@ class PoolLoader:
         return replace(self, origin=place if place.any() else None)
 
     def _densest_place(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, float]:
+        spare = self._spare(workload)
         own = {
-            position: some_patches(self._patches(workload, image)[0], position) for position, image in self.some.items()
+            position: some_patches(self._write_patches(workload, image, torch.empty_like(spare[0]), spare), position)
+            for position, image in self.some.items()
         }
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
         every = {position: patches for share in shares for position, patches in share.items()}
@@ -70,19 +76,25 @@ class PoolLoader:
         images = self.images[first:last]
         _, num_patches, channels = workload.shape
         width = channels + (0 if is_shared else rounding.norm_channels)
+        memory = self.memory if len(images) == len(self.images) else None
         if workload.places is None:
-            storage = workload.like.new_empty(last - first, num_patches, width)
+            storage, memory = _take(memory, (last - first, num_patches, width), workload.like)
         else:  # the images lie beside each other at every place
             storage = workload.like.new_empty(num_patches, last - first, width).transpose(0, 1)
-        patches = storage[..., :channels]
+        patches, spare = storage[..., :channels], self._spare(workload)
         for target, image in zip(patches, images, strict=True):
-            target.copy_(rounding.prepare(self._patches(workload, image))[0])
+            self._write_patches(workload, image, target, spare)
+            rounding.change_basis(target)
             release(self.features)
         if is_shared:
-            origin = None if self.origin is None else rounding.prepare(self.origin[None, None])[0, 0]
-            tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin)
+            origin = None if self.origin is None else self.origin.clone()
+            if origin is not None:
+                rounding.change_basis(origin[None])
+            tile = tile_of_maps(
+                patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin, memory
+            )
         else:
-            tile = tile_of_vectors(storage, channels, rounding)
+            tile = tile_of_vectors(storage, channels, rounding, memory)
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)
         if not is_finite.all():
             bad = [images[index] for index in (~is_finite).nonzero().flatten().tolist()]
@@ -90,13 +102,54 @@ class PoolLoader:
             raise ValueError(msg)
         return tile
 
-    def _patches(self, workload: Workload, image: int) -> torch.Tensor:
-        """Load one image's patches ``(1, L, C)``, their windows summed where there is one degree."""
-        features = self.features[image : image + 1].to(workload.like)
-        if self.prepare is not None:
-            features = self.prepare(features)
-        if features.ndim == 4:
-            patches = features.permute(0, 2, 3, 1).contiguous()
-            is_shared = len(workload.degrees) > 1
-            features = patches.flatten(1, 2) if is_shared else unit_vectors(patches, workload.degrees[0])
-        return features if self.origin is None else features - self.origin
+    def held(self, like: torch.Tensor, image_bytes: int) -> "PoolLoader":
+        """Return a loader of images that are prepared and held, so that it is not done again for every degree.
+
+        Args:
+            like: A tensor of the device and type of the comparison.
+            image_bytes: Memory of an image in a tile.
+        """
+        maps = like.new_empty(len(self.images), *self.features.shape[2:], self.features.shape[1])
+        for target, image in zip(maps, self.images, strict=True):
+            target.copy_(self._prepared(image, like).permute(1, 2, 0))
+            release(self.features)
+        memory = torch.empty(len(maps) * image_bytes, dtype=torch.uint8, device=like.device)
+        places = {image: place for place, image in enumerate(self.images)}
+        some = {position: places[image] for position, image in self.some.items()}
+        return replace(
+            self, features=maps.permute(0, 3, 1, 2), images=range(len(maps)), prepare=None, some=some, memory=memory
+        )
+
+    def _prepared(self, image: int, like: torch.Tensor) -> torch.Tensor:
+        features = self.features[image : image + 1].to(like)
+        return (features if self.prepare is None else self.prepare(features))[0]
+
+    def _spare(self, workload: Workload) -> torch.Tensor:
+        """Return memory of two images, which is used for one after the other: new memory costs more than a sum."""
+        return workload.like.new_empty(2, *workload.shape[1:])
+
+    def _write_patches(self, workload: Workload, image: int, target: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
+        """Load one image's patches ``(L, C)`` to a target, less the origin, their windows summed where D is 1."""
+        features = self._prepared(image, workload.like)
+        if features.ndim == 2:
+            target.copy_(features)
+        elif len(workload.degrees) > 1:
+            target.unflatten(0, features.shape[1:]).copy_(features.permute(1, 2, 0))
+        else:
+            patches = features.permute(1, 2, 0)
+            spare = spare.view(2, *patches.shape)
+            if not patches.is_contiguous():
+                patches = spare[0].copy_(patches)
+            write_unit_vectors(patches, workload.degrees[0], self.origin, target, spare)
+            return target
+        return target if self.origin is None else target.sub_(self.origin)
+
+
+def _take(
+    memory: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return a tensor in the first bytes of some memory, and the rest; a new one where there is none."""
+    if memory is None:
+        return like.new_empty(shape), None
+    size = math.prod(shape) * like.itemsize
+    return memory[:size].view(like.dtype).view(shape), memory[size:]

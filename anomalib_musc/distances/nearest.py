@@ -15,10 +15,11 @@ from anomalib_musc.distances.plan import Plan, Workload, make_plan, make_workloa
 from anomalib_musc.distances.processes import Processes
 from anomalib_musc.distances.ring import Compare, Ring
 from anomalib_musc.distances.same_place import compare_places, make_places
-from anomalib_musc.distances.storage import check_budget, file_tensor, release, trim, write_lines
+from anomalib_musc.distances.storage import GIB, budget_in_bytes, check_budget, file_tensor, release, trim, write_lines
 from anomalib_musc.distances.tiles import CancellingWindowsError, Tile
 from anomalib_musc.distances.trial import seconds_of_pair
 
+_HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
 Block = tuple[slice, torch.Tensor]
 Progress = Callable[[int], object]
 
@@ -202,8 +203,17 @@ def _surveyed_blocks(
     progress: Progress | None,
     ring: Ring | None,
 ) -> Iterator[Block]:
-    surveyed = pool.surveyed() if ring is None else ring.surveyed(pool)
-    yield from compared(surveyed, workloads, memory_budget, progress, ring)
+    if ring is not None:
+        yield from compared(ring.surveyed(pool), workloads, memory_budget, progress, ring)
+        return
+    pool = pool.surveyed()
+    like = workloads[0].like
+    image_bytes = max(workload.image_bytes for workload in workloads)
+    held_bytes = 2 * len(pool.images) * image_bytes
+    if len(workloads) > 1 and held_bytes <= _HELD_SHARE * budget_in_bytes(memory_budget, like.device):
+        pool = pool.held(like, image_bytes)
+        memory_budget = None if memory_budget is None else memory_budget - held_bytes / GIB
+    yield from compared(pool, workloads, memory_budget, progress)
 
 
 def compared(

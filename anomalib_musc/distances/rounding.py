@@ -19,24 +19,24 @@ class Rounding(Protocol):
     number_bytes: int
     norm_channels: int
 
-    def prepare(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return patches ``(b, L, C)`` in another orthonormal basis of the channels, or as they are."""
+    def change_basis(self, patches: torch.Tensor) -> None:
+        """Turn patches ``(..., L, C)`` to another orthonormal basis of the channels, in place, or leave them."""
 
-    def encode(self, patches: torch.Tensor) -> Encoded:
-        """Round the prepared patches ``(b, L, C)`` of b images; what is returned has b entries too."""
-
-    def decode(self, encoded: Encoded, image: int) -> torch.Tensor | None:
-        """Return the rounded patches ``(L, C)`` of an image; ``None`` where nothing was rounded."""
-
-    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
-        """Return operands whose last channels hold half the squared norms, then ones, in as many channels.
-
-        A product of two of them gives -|x - y|² / 2 at once, where one has them exchanged and negated.
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+        """Round patches of b images, in the basis of :meth:`change_basis`; what is returned has b entries too.
 
         Args:
-            storage: Patches before they were rounded, with room for norms, ``(b, L, C + norm_channels)``.
-            encoded: The rounded patches.
-            half_norms: Half the squared norms, ``(b, L)``.
+            patches: Shape ``(b, L, C)``, or ``(b, L, C + norm_channels)``, whose norms are not written yet.
+            memory: Bytes where the rounded numbers may be. Defaults to new ones.
+        """
+
+    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor | None:
+        """Write the rounded patches of an image to ``out``, ``(L, C)``; return ``None`` where nothing was rounded."""
+
+    def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
+        """Fill the channels for norms with half the squared norms, ``(b, L)``, then ones, in as many channels.
+
+        A product of two gives |x - y|² / 2 at once, where one faces the other, see :func:`exchange_norms`.
         """
 
 
@@ -46,23 +46,21 @@ class NoRounding:
     number_bytes = 0
     norm_channels = 0
 
-    def prepare(self, patches: torch.Tensor) -> torch.Tensor:
+    def change_basis(self, patches: torch.Tensor) -> None:
         """See :class:`Rounding`."""
-        return patches
 
-    def encode(self, patches: torch.Tensor) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """See :class:`Rounding`."""
+        del memory
         return (patches,)
 
-    def decode(self, encoded: Encoded, image: int) -> torch.Tensor | None:
+    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Rounding`."""
-        del encoded, image
+        del encoded, image, out
         return None
 
-    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
+    def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
         """See :class:`Rounding`."""
-        del storage, half_norms
-        return encoded
 
 
 class SixteenBitRounding(NoRounding):
@@ -77,27 +75,44 @@ class SixteenBitRounding(NoRounding):
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
         self.dtype = dtype
 
-    def encode(self, patches: torch.Tensor) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """See :class:`Rounding`."""
-        return (self._round(patches),)
-
-    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
-        """See :class:`Rounding`."""
-        return encoded[0][image].float()
-
-    def _round(self, numbers: torch.Tensor) -> torch.Tensor:
-        (low, high), most = numbers.aminmax(), torch.finfo(self.dtype).max
-        if not (low >= -most and high <= most):  # nor is NaN
+        rounded = rounded_numbers(patches, self.dtype, memory).copy_(patches)
+        if self.dtype == torch.float16 and not rounded.isfinite().all():
             msg = (
                 "features must be finite, and small enough for 16-bit numbers; scale them to unit length, or use "
                 "precision='exact'."
             )
             raise ValueError(msg)
-        return numbers.to(self.dtype)
+        return (rounded,)
+
+    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor:
+        """See :class:`Rounding`."""
+        return out.copy_(encoded[0][image, :, : out.shape[1]])
+
+
+def rounded_numbers(like: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor | None) -> torch.Tensor:
+    """Return a tensor of the same shape in another type, in the first bytes of some memory or a new one."""
+    if memory is None:
+        return torch.empty_like(like, dtype=dtype)
+    return memory[: like.numel() * dtype.itemsize].view(dtype).view(like.shape)
 
 
 def exchange_norms(operand: torch.Tensor, norm_channels: int) -> torch.Tensor:
-    """Return an operand ``(..., C + norm_channels)`` with norms and ones exchanged, and negated; see ``with_norms``."""
-    facing = operand.clone()
-    facing[..., -norm_channels:] = -operand[..., -norm_channels:].roll(norm_channels // 2, dims=-1)
+    """Return an operand with patches negated, norms and ones exchanged; see :meth:`Rounding.write_norms`."""
+    facing = operand.neg()
+    facing[..., -norm_channels:] = operand[..., -norm_channels:].roll(norm_channels // 2, dims=-1)
     return facing
+
+
+def smallest(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """Return the smallest values along a dimension, none of them NaN; of negative 16-bit numbers, any.
+
+    Positive 16-bit numbers are ordered as the integers of the same bits, which processors compare many at a time.
+    """
+    return in_order(values).amin(dim=dim).view(values.dtype)
+
+
+def in_order(values: torch.Tensor) -> torch.Tensor:
+    """Return numbers, which share the memory, that are ordered like values that are not negative."""
+    return values.view(torch.int16) if values.element_size() == 2 and values.device.type == "cpu" else values

@@ -9,7 +9,7 @@ import torch
 
 from anomalib_musc.distances.comparison import in_float64
 from anomalib_musc.distances.kernels.plain import reuse_buffer
-from anomalib_musc.distances.rounding import exchange_norms
+from anomalib_musc.distances.rounding import exchange_norms, in_order
 from anomalib_musc.distances.tiles import Tile
 
 
@@ -74,7 +74,7 @@ def compare_places(
     height, radius, is_same = places.grid[0], places.radius, right is left
     x, y = _by_place(left, places), _by_place(right, places)
     multiply = _RowProduct(places, norm_channels)
-    forward: dict[int, torch.Tensor] = {}  # by row, (W, n, m): -|x - y|² / 2 of the nearest patches so far
+    forward: dict[int, torch.Tensor] = {}  # by row, (W, n, m): |x - y|² / 2 of the nearest patches so far
     backward: dict[int, torch.Tensor] = {}
     num_pairs = len(left.patches) * (len(left.patches) - 1) // 2 if is_same else len(left.patches) * len(right.patches)
     for row in range(height):
@@ -83,16 +83,16 @@ def compare_places(
         for other in range(max(0, row - radius), last + 1):
             first = radius if is_same and other == row else 0
             products = multiply(x[other], window, first)  # (W, n, k, m)
-            _keep_larger(forward, other, products.amax(dim=2))
-            _keep_larger(backward, row, _largest_backward(products, first - radius))
+            _keep_smaller(forward, other, products.amin(dim=2))
+            _keep_smaller(backward, row, _smallest_backward(products, first - radius))
         complete = range(row - radius, row - radius + 1) if row < height - 1 else range(row - radius, height)
         for done in complete[max(0, radius - row) :]:
             nearest = forward.pop(done)
             if is_same:
-                nearest = torch.maximum(nearest, backward.pop(done).mT)
-            _write(nearest, left, right, places, done, targets[0])
+                nearest = torch.minimum(nearest, backward.pop(done).mT)
+            _write(nearest.view(x.dtype), left, right, places, done, targets[0])
         if not is_same:
-            _write(backward.pop(row).mT, right, left, places, row, targets[1])
+            _write(backward.pop(row).view(x.dtype).mT, right, left, places, row, targets[1])
         if progress is not None:
             progress(num_pairs * (row + 1) // height - num_pairs * row // height)
 
@@ -105,9 +105,9 @@ class _RowProduct:
         self._products = torch.empty(0)
 
     def window(self, row: torch.Tensor) -> torch.Tensor:
-        """Return a row ``(W, m, C)`` with norms negated, between places that no patch is near."""
+        """Return a row ``(W, m, C)`` that faces others, between places that no patch is near."""
         window = row.new_zeros(self._width + 2 * self._radius, *row.shape[1:])
-        window[..., -self._norm_channels // 2] = -torch.finfo(row.dtype).max / 4
+        window[..., -self._norm_channels // 2] = torch.finfo(row.dtype).max / 4
         window[self._radius : self._radius + self._width] = exchange_norms(row, self._norm_channels)
         return window
 
@@ -122,22 +122,23 @@ class _RowProduct:
         size = math.prod(shape)
         self._products = reuse_buffer(self._products, size, x)
         products = torch.bmm(x, windows.mT, out=self._products[:size].view(shape))
-        return products.unflatten(2, (columns, count))
+        return in_order(products).unflatten(2, (columns, count))
 
 
-def _keep_larger(maxima: dict[int, torch.Tensor], row: int, values: torch.Tensor) -> None:
-    maxima[row] = torch.maximum(maxima[row], values, out=maxima[row]) if row in maxima else values
+def _keep_smaller(minima: dict[int, torch.Tensor], row: int, values: torch.Tensor) -> None:
+    minima[row] = torch.minimum(minima[row], values, out=minima[row]) if row in minima else values
 
 
-def _largest_backward(products: torch.Tensor, first_shift: int) -> torch.Tensor:
-    """Return the largest product of each place on the right, ``(W, n, m)``, of those ``(W, n, k, m)`` on the left."""
+def _smallest_backward(products: torch.Tensor, first_shift: int) -> torch.Tensor:
+    """Return the smallest product of each place on the right, ``(W, n, m)``, of those ``(W, n, k, m)`` on the left."""
     width = len(products)
-    largest = products.new_full((width, products.shape[1], products.shape[3]), -float("inf"))
+    largest = torch.finfo(products.dtype).max if products.is_floating_point() else torch.iinfo(products.dtype).max
+    smallest = products.new_full((width, products.shape[1], products.shape[3]), largest)
     for shift, product in enumerate(products.unbind(dim=2), first_shift):
         if abs(shift) < width:
-            places = largest[max(0, shift) : width + min(0, shift)]
-            torch.maximum(places, product[max(0, -shift) : width - max(0, shift)], out=places)
-    return largest
+            places = smallest[max(0, shift) : width + min(0, shift)]
+            torch.minimum(places, product[max(0, -shift) : width - max(0, shift)], out=places)
+    return smallest
 
 
 def _by_place(tile: Tile, places: Places) -> torch.Tensor:
@@ -147,7 +148,7 @@ def _by_place(tile: Tile, places: Places) -> torch.Tensor:
 
 def _write(nearest: torch.Tensor, query: Tile, reference: Tile, places: Places, row: int, target: torch.Tensor) -> None:
     """Write the distances of a row, ``(W, n, m)``; what is too small for the products is computed in float64."""
-    squared = nearest.mul(-2).clamp_min_(0)
+    squared = nearest.to(query.half_norms.dtype).mul_(2).clamp_min_(0)
     if reference is query:
         squared.diagonal(dim1=1, dim2=2).fill_(float("inf"))
     positions = slice(row * places.grid[1], (row + 1) * places.grid[1])

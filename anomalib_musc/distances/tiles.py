@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 import torch
 
 from anomalib_musc.distances.rounding import Encoded, Rounding
-from anomalib_musc.distances.windows import unit_vectors, window_sums
+from anomalib_musc.distances.windows import TINY_NORM, unit_vectors, window_sums
 
 # Below this squared distance (relative to the squared norm) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
 CANCELLATION = 1e-4
 # How much longer the terms of a window may be than their sum; the error of a product grows with the square of it.
 _CONDITION = 10
-_TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
 # Patches are taken for equal whose coordinates on so many random axes are, in units of a tenth of the bound of 1e-4.
 _AXES, _EQUAL = 16, 1e-5
 
@@ -112,23 +111,24 @@ class Tile:
         return self._distinct[image, index]
 
 
-def tile_of_vectors(storage: torch.Tensor, channels: int, rounding: Rounding) -> Tile:
+def tile_of_vectors(
+    storage: torch.Tensor, channels: int, rounding: Rounding, memory: torch.Tensor | None = None
+) -> Tile:
     """Make a tile of prepared vectors that are compared as they are.
 
     Args:
         storage: Vectors ``(b, L, C)``, and the rounding's channels for norms after theirs.
         channels: C.
         rounding: How they are rounded.
+        memory: Bytes for the rounded vectors. Defaults to new ones.
     """
     vectors = storage[..., :channels]
-    encoded = rounding.encode(vectors)
-    decoded = (rounding.decode(encoded, index) for index in range(len(vectors)))
-    norms = [
-        _half_norms(image, image if rounded is None else rounded)
-        for image, rounded in zip(vectors, decoded, strict=True)
-    ]
-    half_norms = torch.stack(norms)
-    operands = rounding.with_norms(storage, encoded, half_norms)
+    operands = rounding.encode(storage, memory)
+    half_norms = vectors.new_empty(vectors.shape[:2])
+    spare = torch.empty_like(vectors[0], memory_format=torch.contiguous_format) if rounding.number_bytes else vectors[0]
+    for index, vector in enumerate(vectors):
+        half_norms[index] = _half_norms(vector, rounding.decode(operands, index, spare))
+    rounding.write_norms(operands, half_norms)
     return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None], half_norms[None])
 
 
@@ -137,7 +137,11 @@ class CancellingWindowsError(ArithmeticError):
 
 
 def tile_of_maps(
-    patches: torch.Tensor, degrees: tuple[int, ...], rounding: Rounding, origin: torch.Tensor | None = None
+    patches: torch.Tensor,
+    degrees: tuple[int, ...],
+    rounding: Rounding,
+    origin: torch.Tensor | None = None,
+    memory: torch.Tensor | None = None,
 ) -> Tile:
     """Make a tile of prepared patches ``(b, H, W, C)`` that are compared at several degrees.
 
@@ -146,15 +150,17 @@ def tile_of_maps(
         degrees: The D degrees.
         rounding: How they are rounded.
         origin: See :class:`Tile`.
+        memory: Bytes for the rounded patches. Defaults to new ones.
 
     Raises:
         CancellingWindowsError: If the sum of a window is much smaller than its terms.
     """
     vectors = patches.flatten(1, 2)
-    operands = rounding.encode(vectors)
+    operands = rounding.encode(vectors, memory)
     numbers = patches.new_empty(5, len(degrees), *vectors.shape[:2])
+    spare = torch.empty_like(vectors[0]) if rounding.number_bytes else vectors[0]
     for image, patch_map in enumerate(patches):
-        rounded = rounding.decode(operands, image)
+        rounded = rounding.decode(operands, image, spare)
         rounded_map = patch_map if rounded is None else rounded.view_as(patch_map)
         for index, degree in enumerate(degrees):
             numbers[:, index, image] = _numbers_of_windows(patch_map, rounded_map, degree, origin)
@@ -174,32 +180,35 @@ def _numbers_of_windows(
     norms = torch.linalg.vector_norm(sums if origin is None else sums + counts * origin, dim=-1)
     if bool((lengths > _CONDITION * norms).any()):
         raise CancellingWindowsError
-    scales = norms.clamp_min(_TINY_NORM * degree**2).reciprocal()
+    scales = norms.clamp_min(TINY_NORM * degree**2).reciprocal()
     exact, of_rounded = sums * scales[:, None], rounded_sums * scales[:, None]
     if origin is None:
-        half_norms, zeros = _half_norms(exact, of_rounded), torch.zeros_like(scales)
+        half_norms, zeros = _half_norms(exact, None if rounded is patches else of_rounded), torch.zeros_like(scales)
         return torch.stack([scales, half_norms, half_norms, zeros, zeros])
     length = torch.linalg.vector_norm(origin)
     alpha = scales * counts[:, 0] - 1 / length
     shift = alpha[:, None] * origin
-    half_norms = _half_norms(exact + shift, of_rounded + shift)
+    half_norms = _half_norms(exact + shift, None if rounded is patches else of_rounded + shift)
     sizes = (lengths * scales + alpha.abs() * length).square() / 2
     return torch.stack([scales, half_norms, sizes, of_rounded @ origin, alpha])
 
 
-def _half_norms(exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
     r"""Return half the squared norms of ``(L, C)``, as they have to be where products are those of rounded vectors.
 
     With the errors :math:`e = x - \tilde x`, which are as good as orthogonal to each other, it is
 
     .. math:: \lVert x - y \rVert^2 \approx \lVert \tilde x - \tilde y \rVert^2 - \lVert e_x \rVert^2
               - \lVert e_y \rVert^2, \qquad
-              \lVert \tilde x \rVert^2 - \lVert e_x \rVert^2 = 2 x \cdot \tilde x - \lVert x \rVert^2
+              e_x = x - \tilde x
 
-    Its error does not grow where the distance is small; with the true norms it would.
+    Its error does not grow where the distance is small; with the true norms it would. The rounded vectors are
+    overwritten.
     """
-    half_squared = torch.linalg.vector_norm(exact, dim=-1).square_() / 2
-    return half_squared if rounded is exact else (exact * rounded).sum(dim=-1) - half_squared
+    if rounded is None:
+        return torch.linalg.vector_norm(exact, dim=-1).square_() / 2
+    squared = torch.linalg.vector_norm(rounded, dim=-1).square_()
+    return (squared - torch.linalg.vector_norm(rounded.sub_(exact), dim=-1).square_()) / 2
 
 
 def _distinct(vectors: torch.Tensor, largest_half_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

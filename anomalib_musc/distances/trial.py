@@ -78,7 +78,8 @@ def _seconds_of_ways(
     patches = torch.randn(_IMAGES, *grid, channels, generator=generator).to(like)
     seconds = {}
     for number, kernel in enumerate(kernels):
-        vectors = kernel.rounding.prepare(patches.flatten(1, 2))
+        vectors = patches.flatten(1, 2).clone()
+        kernel.rounding.change_basis(vectors)
         storage = F.pad(vectors, (0, kernel.rounding.norm_channels))
         seconds[number, False] = len(degrees) * _seconds(kernel, tile_of_vectors(storage, channels, kernel.rounding))
         if len(degrees) > 1 and kernel.can_share:
@@ -134,7 +135,7 @@ def _seconds_by_place(
 def _seconds(kernel: Kernel, tile: Tile) -> float:
     """Return the shortest of a few times, for one pair of images."""
     count = max(1, min(_IMAGES - 1, kernel.block // tile.patches.shape[1] ** 2))
-    return shortest_seconds(partial(kernel, tile, 0, tile, slice(1, 1 + count)), tile.half_norms.device) / count
+    return shortest_seconds(partial(kernel.query(tile, 0), tile, slice(1, 1 + count)), tile.half_norms.device) / count
 
 
 def shortest_seconds(run: Callable[[], object], device: torch.device) -> float:

@@ -2,12 +2,42 @@
 """Sums over the square windows of maps, by shifted additions."""
 
 import torch
-from torch.nn import functional as F  # noqa: N812
+
+TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
 def unit_vectors(patches: torch.Tensor, degree: int) -> torch.Tensor:
     """Return the window sums of patches ``(..., H, W, C)``, scaled to unit length: ``(..., H * W, C)``."""
-    return F.normalize(window_sums(patches, degree) / degree**2, dim=-1)
+    sums = window_sums(patches, degree)
+    return sums * _reciprocal_norms(sums, degree)
+
+
+def write_unit_vectors(
+    patches: torch.Tensor, degree: int, origin: torch.Tensor | None, target: torch.Tensor, spare: torch.Tensor
+) -> None:
+    """Write the window sums of patches, scaled to unit length, less an origin.
+
+    Args:
+        patches: Shape ``(H, W, C)``.
+        degree: Side of the window.
+        origin: Shape ``(C,)``.
+        target: Where to write, ``(H * W, C)``.
+        spare: Memory of twice the patches' size, ``(2, H, W, C)``; the first half may hold the patches.
+    """
+    if degree > 1:
+        columns = window_sum(patches, 0, degree // 2, out=spare[1])
+        patches = window_sum(columns, 1, degree // 2, out=spare[0])
+    sums = patches.flatten(0, 1)
+    scales = _reciprocal_norms(sums, degree)
+    if origin is None:
+        torch.mul(sums, scales, out=target)
+    else:
+        torch.addcmul(-origin, sums, scales, out=target)
+
+
+def _reciprocal_norms(sums: torch.Tensor, degree: int) -> torch.Tensor:
+    norms = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
+    return norms.clamp_min_(TINY_NORM * degree**2).reciprocal_()
 
 
 def window_sums(patches: torch.Tensor, degree: int) -> torch.Tensor:

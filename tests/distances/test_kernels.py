@@ -9,6 +9,7 @@ from seeded import assert_close, randn, unit
 from anomalib_musc.distances.kernels import make_kernels
 from anomalib_musc.distances.kernels.int8 import EightBitProduct
 from anomalib_musc.distances.kernels.products import ConvolutionProduct, FloatProduct, SixteenBitProduct
+from anomalib_musc.distances.rounding import exchange_norms, smallest
 from anomalib_musc.distances.tiles import tile_of_maps, tile_of_vectors
 from anomalib_musc.distances.trial import fastest
 from anomalib_musc.distances.windows import unit_vectors
@@ -27,10 +28,11 @@ needs_integers = pytest.mark.skipif(not EightBitProduct.is_supported(CPU), reaso
 @pytest.mark.parametrize("channels", [7, 24, 256, 1000])
 def test_eight_bit_products(channels):
     product, images = EightBitProduct(), randn(5, 9, channels)
-    prepared = product.prepare(images)
+    prepared = images.clone()
+    product.change_basis(prepared)
     assert_close(prepared @ prepared.mT, images @ images.mT, 1e-3)  # the basis changes no product
     encoded = product.encode(prepared)
-    rounded = torch.stack([product.decode(encoded, image) for image in range(5)])
+    rounded = torch.stack([product.decode(encoded, image, torch.empty_like(images[0])) for image in range(5)])
     largest = prepared.abs().amax(dim=-1, keepdim=True)
     assert ((rounded - prepared).abs() <= largest / 254 * 1.001).all()
     expected = torch.stack([image @ rounded[0].T for image in rounded[1:4]])
@@ -48,14 +50,25 @@ def test_both_ways_to_multiply_are_exact(product):
 def test_sixteen_bit_products(dtype):
     product, images = SixteenBitProduct(dtype), unit(4, 50, 64)
     storage = torch.cat([images, torch.zeros(4, 50, product.norm_channels)], dim=2)
-    (operands,) = product.with_norms(storage, product.encode(images), torch.full((4, 50), 0.5))
+    (operands,) = encoded = product.encode(storage)
+    product.write_norms(encoded, torch.full((4, 50), 0.5))
     assert operands.dtype == dtype
-    facing = operands[1].clone()
-    facing[:, 64:] = -torch.cat([operands[1, :, 66:], operands[1, :, 64:66]], dim=1)  # exchanged and negated
-    found = product((facing,), (operands[1:4],))
-    assert found.dtype == torch.float32
+    found = product((exchange_norms(operands[1], product.norm_channels),), (operands[1:4],))
+    assert found.dtype == dtype
     expected = torch.cdist(images[1:4].double(), images[1].double()).square()
-    assert_close(-2 * found, expected, 2e-2 if dtype == torch.bfloat16 else 2e-3)
+    assert_close(2 * found.float(), expected, 2e-2 if dtype == torch.bfloat16 else 2e-3)
+    for dim in (1, 2):
+        assert_close(2 * smallest(found, dim).float().clamp_min(0), expected.amin(dim), 2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_the_smallest_of_numbers_of_any_size(dtype):
+    values = (randn(7, 33, 20).abs() * 10.0 ** torch.randint(-4, 4, (7, 33, 20))).to(dtype)
+    values[0, :, 3], values[2, 5] = 0, torch.inf
+    for dim in (0, 1, 2):
+        assert_close(smallest(values, dim), values.amin(dim), 0)
+    values[3, 4, 5] = -1e-3  # as rounding makes of a distance of 0
+    assert smallest(values, 2)[3, 4] < 0
 
 
 def test_convolutions_are_for_float32_on_several_threads():
@@ -80,6 +93,12 @@ def test_a_trial_chooses_once_a_process(precision, channels):
     assert only.name == "float32 (BLAS)"  # 64 bits are never rounded
 
 
+def in_basis(kernel, vectors):
+    turned = vectors.clone()
+    kernel.rounding.change_basis(turned)
+    return turned
+
+
 @pytest.mark.parametrize("spread", [1, 0.3, 0.1])
 def test_every_kernel_finds_the_same_distances(spread):
     """Whatever a trial chooses, with vectors and with windows that are still to be summed, far apart or close."""
@@ -87,14 +106,14 @@ def test_every_kernel_finds_the_same_distances(spread):
     vectors = unit_vectors(maps, 3)
     expected = torch.cdist(vectors[1:4].double(), vectors[0].double())
     for kernel in make_kernels("fast", torch.empty(0)):
-        storage = torch.cat([kernel.rounding.prepare(vectors), vectors[..., : kernel.rounding.norm_channels]], dim=-1)
+        storage = torch.cat([in_basis(kernel, vectors), vectors[..., : kernel.rounding.norm_channels]], dim=-1)
         tiles = [tile_of_vectors(storage, 96, kernel.rounding)]
         if kernel.can_share:
-            prepared = kernel.rounding.prepare(maps.flatten(1, 2)).view_as(maps)
+            prepared = in_basis(kernel, maps.flatten(1, 2)).view_as(maps)
             tiles.append(tile_of_maps(prepared, (3,), kernel.rounding))
         for tile in tiles:
             before = tile.operands[0].clone()
-            to_right, to_left = kernel(tile, 0, tile, slice(1, 4))
+            to_right, to_left = kernel.query(tile, 0)(tile, slice(1, 4))
             tolerance = 1e-5 if kernel.name.startswith("float32") else 0.005
             assert_close(to_right[0].sqrt(), expected.amin(dim=1), tolerance)
             assert_close(to_left[0].sqrt(), expected.amin(dim=2), tolerance)
@@ -102,13 +121,13 @@ def test_every_kernel_finds_the_same_distances(spread):
 
 
 def test_large_images_are_compared_some_rows_at_a_time():
-    vectors = unit(2, 1100, 16)  # whose products are more than a block
+    vectors = unit(2, 2100, 16)  # whose products are more than a block
     expected = torch.cdist(vectors[1].double(), vectors[0].double())
     for kernel in make_kernels("fast", torch.empty(0)):
-        assert kernel.block < 1100**2
-        storage = torch.cat([kernel.rounding.prepare(vectors), vectors[..., : kernel.rounding.norm_channels]], dim=-1)
+        assert kernel.block < 2100**2
+        storage = torch.cat([in_basis(kernel, vectors), vectors[..., : kernel.rounding.norm_channels]], dim=-1)
         tile = tile_of_vectors(storage, 16, kernel.rounding)
-        to_right, to_left = kernel(tile, 0, tile, slice(1, 2))
+        to_right, to_left = kernel.query(tile, 0)(tile, slice(1, 2))
         tolerance = 1e-4 if kernel.name.startswith("float32") else 0.02
         assert_close(to_right[0, 0].sqrt(), expected.amin(dim=0), tolerance)
         assert_close(to_left[0, 0].sqrt(), expected.amin(dim=1), tolerance)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to compare one image with several: plain torch with several products, one Triton kernel on a GPU."""
 
+from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -18,11 +19,14 @@ except ImportError:  # Triton comes with PyTorch for NVIDIA's GPUs
 else:
     HAS_TRITON = True
 
-# Products in a block: what stays in a processor's cache, and what fills a GPU.
-_CPU_BLOCK = 2**20
-_GPU_BLOCK = 2**27
+# Bytes of a block of products: what stays in a processor's cache, and what fills a GPU.
+_CPU_BLOCK = 2**23
+_GPU_BLOCK = 2**29
 
 Precision = Literal["exact", "fast"]
+# Compares an image with c images of a tile, and returns squared distances ``(D, c, L)``: of the image's patches to each
+# of the others, and of theirs to it.
+Query = Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Kernel(Protocol):
@@ -32,7 +36,7 @@ class Kernel(Protocol):
         name: What multiplies, in words.
         rounding: How patches are rounded before.
         can_share: Whether it compares at several degrees with one product.
-        block: Products that are best computed at once.
+        block: How many products are best computed at once.
     """
 
     name: str
@@ -43,12 +47,8 @@ class Kernel(Protocol):
     def pair_bytes(self, num_patches: int, *, is_shared: bool) -> int:
         """Return the working memory of comparing an image with one other, with one product for all degrees or not."""
 
-    def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compare the image of one tile with c images of another.
-
-        Returns:
-            Squared distances ``(D, c, L)``: of the image's patches to each of the others, and of theirs to it.
-        """
+    def query(self, left: Tile, image: int) -> Query:
+        """Return what compares an image of one tile with some of another."""
 
 
 def check_precision(precision: str) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from anomalib_musc.distances.kernels.plain import reuse_buffer
 from anomalib_musc.distances.kernels.products import has_onednn
-from anomalib_musc.distances.rounding import Encoded, NoRounding
+from anomalib_musc.distances.rounding import Encoded, NoRounding, rounded_numbers
 
 _LARGEST = 127
 _SPREAD = 64
@@ -21,6 +21,7 @@ class EightBitProduct(NoRounding):
     name = "8-bit integers"
     can_share = True
     number_bytes = 1
+    item_bytes = 4
     result_bytes = 8
 
     def __init__(self) -> None:
@@ -31,7 +32,7 @@ class EightBitProduct(NoRounding):
         """Whether the processor multiplies 8-bit integers fast and without saturation."""
         return device.type == "cpu" and has_onednn() and torch.cpu._is_vnni_supported()  # noqa: SLF001
 
-    def prepare(self, patches: torch.Tensor) -> torch.Tensor:
+    def change_basis(self, patches: torch.Tensor) -> None:
         """Multiply the channels, as far as a power of two divides C, with signs and a Hadamard matrix."""
         channels = patches.shape[-1]
         size = min(channels & -channels, _SPREAD)
@@ -39,15 +40,12 @@ class EightBitProduct(NoRounding):
         while len(hadamard) < size:
             hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)])
         signs = torch.randint(0, 2, (channels,), generator=torch.Generator().manual_seed(0)) * 2 - 1
-        mixed = torch.empty_like(patches)
-        for source, target in zip(patches, mixed, strict=True):
-            groups = (source * signs).reshape(-1, size, channels // size).transpose(1, 2)
-            target.copy_((groups @ hadamard / size**0.5).reshape(source.shape))
-        return mixed
+        groups = (patches * signs).reshape(-1, size, channels // size).transpose(1, 2)
+        patches.copy_((groups @ hadamard / size**0.5).reshape(patches.shape))
 
-    def encode(self, patches: torch.Tensor) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """Return the integers ``(b, L, C)`` and what they are multiplied by, ``(b, L)``."""
-        integers = torch.empty(patches.shape, dtype=torch.int8)
+        integers = rounded_numbers(patches, torch.int8, memory)
         scales = patches.new_empty(patches.shape[:2])
         for index, image in enumerate(patches):
             largest = image.abs().amax(dim=-1).clamp_min_(torch.finfo(image.dtype).tiny * _LARGEST)
@@ -55,10 +53,10 @@ class EightBitProduct(NoRounding):
             integers[index] = (image / scales[index, :, None]).round_()
         return integers, scales
 
-    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
+    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
         integers, scales = encoded
-        return integers[image] * scales[image, :, None]
+        return torch.mul(integers[image], scales[image, :, None], out=out)
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are compared in plain torch, on any device."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 
-from anomalib_musc.distances.rounding import Encoded, Rounding, exchange_norms
+from anomalib_musc.distances.rounding import Encoded, Rounding, exchange_norms, smallest
 from anomalib_musc.distances.tiles import Tile
 from anomalib_musc.distances.windows import window_sum
 
+_ROWS = 256  # of one image that are multiplied at least: fewer take the time of more
 _ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
 
 
@@ -17,11 +20,13 @@ class Product(Rounding, Protocol):
 
     Attributes:
         name: In words, such as "float32 (BLAS)".
-        result_bytes: Working memory of one product of two patches.
+        item_bytes: Size of one product of two patches.
+        result_bytes: Working memory of one, its size included.
         can_share: Whether products are precise enough to be summed over windows, whose terms may cancel.
     """
 
     name: str
+    item_bytes: int
     result_bytes: int
     can_share: bool
 
@@ -40,11 +45,11 @@ class PlainKernel:
 
     Args:
         product: Multiplies the patches.
-        block: Products that are computed at once.
+        block_bytes: Size of the products that are best computed at once.
     """
 
-    def __init__(self, product: Product, block: int) -> None:
-        self.block = block
+    def __init__(self, product: Product, block_bytes: int) -> None:
+        self.block = block_bytes // product.item_bytes
         self.can_share = product.can_share
         self.name = product.name
         self.rounding: Rounding = product
@@ -55,30 +60,32 @@ class PlainKernel:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
         if is_shared:
             return num_patches**2 * (self._product.result_bytes + 2 * 8)
-        numbers = min(num_patches**2, max(self.block, num_patches))
+        numbers = min(num_patches**2, max(self.block, _ROWS * num_patches))
         return numbers * (self._product.result_bytes + (0 if self._product.norm_channels else 8))
 
-    def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def query(self, left: Tile, image: int) -> Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
-        x, y = tuple(part[image] for part in left.operands), tuple(part[images] for part in right.operands)
-        if left.scales is None:
-            return self._compare_vectors(x, left.half_norms[0, image], y, right.half_norms[0, images])
-        return self._compare_windows(self._product(x, y), left, image, right, images)
+        operands = tuple(part[image] for part in left.operands)
+        if left.scales is not None:
+            return partial(self._compare_windows, operands, left, image)
+        if self._product.norm_channels:
+            operands = (exchange_norms(operands[0], self._product.norm_channels),)
+        return partial(self._compare_vectors, operands, left.half_norms[0, image])
 
     def _compare_vectors(
-        self, x: Encoded, half_norms: torch.Tensor, y: Encoded, right_half_norms: torch.Tensor
+        self, x: Encoded, half_norms: torch.Tensor, right: Tile, images: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compare vectors p of an image ``(L, C)`` with those q of c others, some rows of p at a time."""
-        rows = max(1, self.block // right_half_norms.numel())
+        y, right_half_norms = tuple(part[images] for part in right.operands), right.half_norms[0, images]
+        rows = max(_ROWS, self.block // right_half_norms.numel())
         to_right = torch.empty_like(right_half_norms)
         to_left = torch.full_like(right_half_norms, float("inf"))
         for first in range(0, len(half_norms), rows):
             some, norms = tuple(part[first : first + rows] for part in x), half_norms[first : first + rows]
             if self._product.norm_channels:
-                facing = exchange_norms(some[0], self._product.norm_channels)
-                products = self._product((facing,), y)  # (c, L, rows): -|x - y|² / 2
-                to_right[:, first : first + rows] = -products.amax(dim=1)
-                to_left = torch.minimum(to_left, -products.amax(dim=2))
+                halves = self._product(some, y)  # (c, L, rows): |x - y|² / 2
+                to_right[:, first : first + rows] = smallest(halves, dim=1)
+                to_left = torch.minimum(to_left, smallest(halves, dim=2))
                 continue
             products = self._product(some, y)
             spare = self._spare(products)[0]
@@ -87,9 +94,10 @@ class PlainKernel:
         return to_right.mul_(2).clamp_min_(0)[None], to_left.mul_(2).clamp_min_(0)[None]
 
     def _compare_windows(
-        self, products: torch.Tensor, left: Tile, image: int, right: Tile, images: slice
+        self, x: Encoded, left: Tile, image: int, right: Tile, images: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum products ``(c, L, L)`` over windows, for every degree."""
+        products = self._product(x, tuple(part[images] for part in right.operands))
         distances = products.new_empty(2, len(left.degrees), *products.shape[:2])
         spare = self._spare(products)
         for index, degree in enumerate(left.degrees):

@@ -13,22 +13,21 @@ from anomalib_musc.distances.rounding import Encoded, NoRounding, SixteenBitRoun
 class FloatProduct(NoRounding):
     """Products in the precision of the patches, by the BLAS of this torch.
 
-    Patches may have two more channels, half their squared norm and 1, so that a product gives -|x - y|² / 2 at once.
+    Patches may have two more channels, half their squared norm and 1, so that a product gives |x - y|² / 2 at once.
     """
 
     name = "float32 (BLAS)"
     can_share = True
+    item_bytes = 4
     result_bytes = 8
     norm_channels = 2
 
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
-    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
+    def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
-        del encoded
-        storage[..., -2], storage[..., -1] = half_norms, 1
-        return (storage,)
+        encoded[0][..., -2], encoded[0][..., -1] = half_norms, 1
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
@@ -62,20 +61,21 @@ class SixteenBitProduct(SixteenBitRounding):
     """Products of 16-bit numbers, which are added in float32 and rounded to 16 bits again.
 
     Norms are multiplied with the patches, in two numbers each, so that what is rounded in the end is the distance: the
-    product is larger, the more so the closer two patches are.
+    product is larger, the more so the closer two patches are. It is left in 16 bits, see
+    :func:`~anomalib_musc.distances.rounding.smallest`.
 
     Args:
         dtype: bfloat16, or float16.
     """
 
     can_share = False
-    result_bytes = 6
+    item_bytes = result_bytes = 2
     norm_channels = 4
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         self.name = str(dtype).removeprefix("torch.")
-        self._rounded, self._buffer = torch.empty(0, dtype=dtype), torch.empty(0)
+        self._buffer = torch.empty(0, dtype=dtype)
 
     @staticmethod
     def supported(like: torch.Tensor) -> list[torch.dtype]:
@@ -87,32 +87,22 @@ class SixteenBitProduct(SixteenBitRounding):
             return [torch.bfloat16] if has_bfloat16 else []
         return [torch.float16, torch.bfloat16]  # Arm, where a trial tells
 
-    def encode(self, patches: torch.Tensor) -> Encoded:
-        """Leave them, as they are rounded with their norms."""
-        return (patches,)
-
-    def decode(self, encoded: Encoded, image: int) -> torch.Tensor:
+    def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
-        return self._round(encoded[0][image]).float()
-
-    def with_norms(self, storage: torch.Tensor, encoded: Encoded, half_norms: torch.Tensor) -> Encoded:
-        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
-        del encoded
-        norms = storage[..., -self.norm_channels :]
-        norms[..., 0] = self._round(half_norms)
+        norms = encoded[0][..., -self.norm_channels :]
+        norms[..., 0] = half_norms
         norms[..., 1] = half_norms - norms[..., 0]
         norms[..., 2:] = 1
-        return (self._round(storage),)
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
         (left,), (right,) = x, y
         shape = len(right), right.shape[1], len(left)
         size = math.prod(shape)
-        self._rounded = reuse_buffer(self._rounded, size, self._rounded)
         self._buffer = reuse_buffer(self._buffer, size, self._buffer)
-        rounded = torch.mm(right.flatten(0, 1), left.T, out=self._rounded[:size].view(-1, len(left)))
-        return self._buffer[:size].view(shape).copy_(rounded.view(shape))
+        products = self._buffer[:size].view(shape)
+        torch.mm(right.flatten(0, 1), left.T, out=products.flatten(0, 1))
+        return products
 
 
 def has_onednn() -> bool:

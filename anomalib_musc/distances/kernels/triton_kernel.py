@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nearest patches of many pairs of images in one GPU kernel; imports only where Triton is installed."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -113,8 +116,11 @@ class TritonKernel:
         num_partials = triton.cdiv(num_patches, _BLOCK_M) * num_patches
         return 4 * (num_partials + 4 * num_patches)
 
-    def __call__(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    def query(self, left: Tile, image: int) -> Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
+        return partial(self._compare, left, image)
+
+    def _compare(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
         (x,), (y,) = left.operands, right.operands
         (left_half_norms,), (right_half_norms,) = left.half_norms, right.half_norms
         second = torch.arange(images.start, images.stop, device=x.device)
