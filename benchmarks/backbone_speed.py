@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second of small backbones: ``python benchmarks/backbone_speed.py [--json FILE]``."""
+"""What an image costs in each backbone, exact and fast: ``python benchmarks/backbone_speed.py [--json FILE]``.
+
+Networks have random weights, each in a process of its own; images are given one at a time. Memory is the peak of the
+process, weights and libraries included. The cosine is that between the patch features of both precisions.
+"""
 
 import argparse
 import json
+import multiprocessing
+import resource
 import time
 from pathlib import Path
 from statistics import median
@@ -12,41 +18,85 @@ import torch
 from mutual_scoring import processor
 
 from anomalib_musc.backbones import create_backbone
+from anomalib_musc.backbones.half_precision import HalfPrecision
 
-NAMES = ("musc-tiny", "vit_tiny_patch16_224", "vit_small_patch14_dinov2.lvd142m", "mobilenetv2_100")
-CASES = [*((name, 224) for name in NAMES), ("musc-tiny", 320)]
-REPEATS = 9
-BATCHES = (1, 16)
-
-
-def seconds(name: str, side: int, batch: int) -> float:
-    """Median time of one square image in batches of this size."""
-    backbone = create_backbone(name, pretrained=False, image_size=side)
-    images = torch.rand(batch, 3, side, side)
-    times = []
-    for _ in range(REPEATS + 2):
-        began = time.perf_counter()
-        backbone(images)
-        times.append((time.perf_counter() - began) / batch)
-    return median(times[2:])
+CASES: tuple[tuple[str, int | None], ...] = (
+    ("musc-tiny", None),
+    ("musc-tiny", 224),
+    ("efficientnet-lite2", None),
+    ("mobilenetv2_100", 224),
+    ("vit_tiny_patch16_224", None),
+    ("dinov2_vits14", 224),
+    ("dinov2_vits14", None),
+    ("dino_vitbase16", None),
+    ("ViT-B-16", None),
+    ("dinov2_vitb14", None),
+    ("dinov2_vitl14", None),
+    ("ViT-L-14-336", None),
+)
+REPEATS = 5
 
 
 @torch.no_grad()
+def measure(name: str, side: int | None, threads: int, result: "multiprocessing.Queue[dict[str, Any]]") -> None:
+    """Put the seconds of an image in both precisions, and the peak memory."""
+    torch.set_num_threads(threads)
+    backbone = create_backbone(name, pretrained=False, image_size=side)
+    images = torch.rand(1, 3, *backbone.image_size)
+    backbone(images)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    half_precision = HalfPrecision()
+    times: dict[str, list[float]] = {"exact": [], "fast": []}
+    features = {}
+    for _ in range(REPEATS + 1):
+        for precision, taken in times.items():
+            context = (
+                half_precision.autocast(backbone, images)
+                if precision == "fast"
+                else torch.autocast("cpu", enabled=False)
+            )
+            with context:
+                began = time.perf_counter()
+                features[precision] = backbone(images)[0]
+                taken.append(time.perf_counter() - began)
+    chosen = half_precision.trial(backbone, images).dtype
+    cosines = [
+        torch.cosine_similarity(one.float().flatten(2), other.float().flatten(2), dim=1).mean().item()
+        for one, other in zip(features["exact"], features["fast"], strict=True)
+    ]
+    row = {f"{precision}_s": median(taken[1:]) for precision, taken in times.items()}
+    result.put(row | {"size": backbone.image_size, "fast": str(chosen), "cosine": min(cosines), "peak_bytes": peak})
+
+
 def main() -> None:
     """Print a table and write the numbers as JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    report["images_per_second"] = rows = {
-        f"{name}, {side} x {side}": [1 / seconds(name, side, batch) for batch in BATCHES] for name, side in CASES
+    report: dict[str, Any] = {
+        "device": processor(),
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "rows": {},
     }
-    print(f"{report['device']}, {report['threads']} threads, torch {torch.__version__}\n")
-    print("| backbone | images per second, one at a time | in batches of 16 |\n|---|---|---|")
-    for name, rates in rows.items():
-        print(f"| {name} | {' | '.join(f'{rate:.0f}' for rate in rates)} |")
+    print(f"{report['device']}, {arguments.threads} threads, torch {torch.__version__}\n")
+    print("| backbone | image | exact | fast | numbers of fast | cosine | peak memory |\n|---|---|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    for name, side in CASES:
+        result = context.Queue()
+        process = context.Process(target=measure, args=(name, side, arguments.threads, result))
+        process.start()
+        row = result.get()
+        process.join()
+        size = " x ".join(map(str, row["size"]))
+        numbers = row["fast"].removeprefix("torch.") if row["fast"] != "None" else "float32"
+        times = f"{row['exact_s']:.3f} s | {row['fast_s']:.3f} s"
+        print(
+            f"| {name} | {size} | {times} | {numbers} | {row['cosine']:.5f} | {row['peak_bytes'] / 2**30:.1f} GiB |",
+            flush=True,
+        )
+        report["rows"][f"{name}, {size}"] = row
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -19,7 +19,7 @@ from anomalib.data.utils import read_image, read_mask
 from same_features import choose_backbone
 
 from anomalib_musc import MuSc, MuScModel, RsCINPostProcessor
-from anomalib_musc.functional import lnamd
+from anomalib_musc.functional import Precision, lnamd
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 DRAWS = 10
@@ -34,10 +34,12 @@ class Extracted(NamedTuple):
     masks: torch.Tensor
 
 
-def extract(root: str, category: str, backbone: Any, image_size: int | None) -> tuple[MuScModel, Extracted]:
+def extract(
+    root: str, category: str, backbone: Any, image_size: int | None, precision: Precision = "exact"
+) -> tuple[MuScModel, Extracted]:
     """Return the model, and what it extracts of the test images."""
     torch.manual_seed(0)
-    model = MuSc(backbone, image_size=image_size, visualizer=False)
+    model = MuSc(backbone, image_size=image_size, precision=precision, visualizer=False)
     paths = sorted(path for path in Path(root, category, "test").glob("*/*") if path.is_file())
     if not paths:
         msg = f"No image lies in {Path(root, category, 'test')}."

@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shrunk to {own}": {},
     "shrunk to {own}, radius 2": {"search_radius": 2},
     "tiles of {own}, radius 2": {"tile_size": "own", "search_radius": 2},
+    "tiles of {own}, whole search, fast": {"tile_size": "own", "precision": "fast"},
 }
 
 
@@ -61,6 +62,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="musc-tiny")
     parser.add_argument("--own", type=int, default=320, help="the network's own image size")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help="of the ways, those whose name holds this")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
@@ -70,9 +72,9 @@ def main() -> None:
         "| product | images | image AUROC | pixel AUROC | AP | AUPRO | time | memory |\n"
         "|---|---|---|---|---|---|---|---|"
     )
-    rows = {}
+    rows = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
     for category in arguments.categories:
-        for variant in VARIANTS:
+        for variant in (name for name in VARIANTS if (arguments.only or "") in name):
             command = [sys.executable, __file__, arguments.root, category, "--backbone", arguments.backbone]
             command += ["--own", str(arguments.own), "--variant", variant]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from anomalib_musc.distances.kernels.int8 import EightBitProduct
 from anomalib_musc.distances.trial import fastest
 from anomalib_musc.functional import layer_scores, mutual_scores
 
@@ -237,13 +236,15 @@ def main() -> None:
 
 
 def processor() -> str:
-    """Name the processor."""
+    """Name the processor, and its instructions for products of few bits."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {'with' if EightBitProduct.is_supported(torch.device('cpu')) else 'without'} fast 8-bit products"
+    found = {key.strip(): value.split() for key, _, value in (line.partition(":") for line in lines)}
+    name = " ".join(found.get("model name", [platform.machine()]))
+    units = [unit for unit in ("avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16") if unit in found.get("flags", ())]
+    return f"{name}, {' '.join(units) or 'without products of few bits'}"
 
 
 if __name__ == "__main__":

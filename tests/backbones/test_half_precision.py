@@ -75,6 +75,24 @@ def test_a_backbone_that_cannot_run_in_16_bits_runs_in_float32():
     torch.testing.assert_close(fast.extract(images)[0][0], exact.extract(images)[0][0])
 
 
+class Cancelling(OwnBackbone):
+    """Its features are small differences of large products, of which 16 bits keep little."""
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        maps, feature = super().forward(images)
+        channels = maps[0].shape[1]
+        weight = torch.eye(channels)[..., None, None]
+        large = torch.nn.functional.conv2d(maps[0] + 100, weight) - 100
+        return [large.to(maps[0].dtype), *maps[1:]], feature
+
+
+def test_a_backbone_whose_features_change_in_16_bits_runs_in_float32():
+    images = rand(2, 3, 64, 64)
+    exact, fast = (MuScModel(Cancelling(), precision=precision) for precision in ("exact", "fast"))
+    assert fast.gain_of_half_precision(images) == 1
+    torch.testing.assert_close(fast.extract(images)[0][0], exact.extract(images)[0][0])
+
+
 class SlowAtFirst(OwnBackbone):
     """Its first batch tells how long all of them will take."""
 
