@@ -28,6 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "both": BOTH,
     "both, in subsets": {**BOTH, "num_subsets": 2},
     "a small budget": {"memory_budget": 0.004},
+    "fast": {"precision": "fast"},  # where a trial in each process may choose another rounding
 }
 
 
@@ -107,19 +108,19 @@ def several(request, root, tmp_path_factory) -> list[dict[str, Found]]:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_process_knows_what_one_does(name, one, several):
-    expected = one[name]
+    expected, tolerance = one[name], 5e-3 if name == "fast" else 2e-5
     for process in several:
         found = process[name]
-        assert found.thresholds == pytest.approx(expected.thresholds, abs=1e-5)
+        assert found.thresholds == pytest.approx(expected.thresholds, abs=tolerance)
         assert found.groups == expected.groups
         for ours, theirs in zip(found.scores, expected.scores, strict=True):
-            assert ours == pytest.approx(theirs, abs=2e-5)
+            assert ours == pytest.approx(theirs, abs=tolerance)
         for our_maps, their_maps in zip(found.maps, expected.maps, strict=True):
             assert list(our_maps) == list(their_maps)
             for path, patch_scores in their_maps.items():
-                torch.testing.assert_close(our_maps[path], patch_scores, atol=2e-5, rtol=0)
+                torch.testing.assert_close(our_maps[path], patch_scores, atol=tolerance, rtol=0)
         for ours, theirs in zip(found.metrics, expected.metrics, strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-3)  # at a threshold, one pixel more or less
+            assert ours == pytest.approx(theirs, abs=max(tolerance, 1e-3))  # at a threshold, one pixel more or less
     every = [path for process in several for path in process[name].read]
     assert sorted(every) == sorted(expected.read)
 
@@ -153,7 +154,7 @@ def test_predictions_are_written_once(folders, number, tmp_path):
     for scores, left_out in results(predict, folders, tmp_path / "several", number, number=number, cwd=tmp_path):
         assert left_out == skipped == ["001_broken.png", "003_empty.png"]
         for ours, theirs in zip(scores, expected, strict=True):
-            assert ours == pytest.approx(theirs, abs=2e-5)
+            assert ours == pytest.approx(theirs, abs=tolerance)
     ours, theirs = (read_table(tmp_path / name) for name in ("several", "one"))
     assert ours.keys() == theirs.keys()
     for file, row in theirs.items():
