@@ -154,7 +154,7 @@ def test_predictions_are_written_once(folders, number, tmp_path):
     for scores, left_out in results(predict, folders, tmp_path / "several", number, number=number, cwd=tmp_path):
         assert left_out == skipped == ["001_broken.png", "003_empty.png"]
         for ours, theirs in zip(scores, expected, strict=True):
-            assert ours == pytest.approx(theirs, abs=tolerance)
+            assert ours == pytest.approx(theirs, abs=2e-5)
     ours, theirs = (read_table(tmp_path / name) for name in ("several", "one"))
     assert ours.keys() == theirs.keys()
     for file, row in theirs.items():
