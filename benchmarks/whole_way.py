@@ -41,14 +41,14 @@ sys.exit(status)
 """
 
 
-def run(checkout: Path, folder: Path, code: str = COMMAND) -> tuple[float, str]:
+def run(checkout: Path, folder: Path, options: list[str], code: str = COMMAND) -> tuple[float, str]:
     """Return the seconds of a run, and what it wrote to its standard error."""
     with tempfile.TemporaryDirectory() as output:
-        options = ["predict", str(folder.resolve()), "--backbone", "musc-tiny", "--output", output]
+        command = ["predict", str(folder.resolve()), "--backbone", "musc-tiny", "--output", output, *options]
         environment = {**os.environ, "PYTHONPATH": str(checkout.resolve())}
         start = time.perf_counter()
         done = subprocess.run(  # noqa: S603
-            [sys.executable, "-c", code, *options],
+            [sys.executable, "-c", code, *command],
             cwd=output,  # which Python looks into first
             env=environment,
             capture_output=True,
@@ -66,19 +66,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--before", type=Path, help="another checkout")
+    parser.add_argument("--fast", action="store_true", help="by --fast")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
+    options = ["--fast"] if arguments.fast else []
     checkouts = {"now": ROOT} | ({"before": arguments.before} if arguments.before else {})
     times: dict[str, list[float]] = {name: [] for name in checkouts}
     for _ in range(arguments.repeats):
         for name, checkout in checkouts.items():
-            times[name].append(run(checkout, arguments.folder)[0])
+            times[name].append(run(checkout, arguments.folder, options)[0])
     report: dict[str, Any] = {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     report["seconds"] = {name: statistics.median(found) for name, found in times.items()}
     for name, seconds in report["seconds"].items():
         print(f"{name}: {seconds:.1f} s", flush=True)
-    _, log = run(ROOT, arguments.folder, PROFILED)
+    _, log = run(ROOT, arguments.folder, options, PROFILED)
     parts: dict[str, float] = next(eval(line[6:]) for line in log.splitlines() if line.startswith("PARTS "))  # noqa: S307
     report["parts"] = dict(sorted(parts.items(), key=lambda part: -part[1])[:25])
     for name, seconds in report["parts"].items():

@@ -2,6 +2,7 @@
 """``anomalib-musc predict``: what a wrong call can be told before torch is imported, then anomalib's Engine."""
 
 import argparse
+import gc
 import glob
 import os
 import signal
@@ -72,7 +73,7 @@ def predict(arguments: argparse.Namespace) -> int:
     _check_paths(paths, arguments)
     if not arguments.verbose:
         warnings.simplefilter("ignore", FutureWarning)  # of packages about each other, while they are imported
-    with _ends_at_once():
+    with _ends_at_once(), _nothing_collected():
         from anomalib_musc.inference.engine import predict_files
 
     writer = predict_files(paths, arguments)
@@ -101,6 +102,19 @@ def _ends_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Import without a search for garbage, which takes a sixth of the time; nor is any sought in what was imported."""
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_enabled:
+            gc.enable()
+    gc.freeze()
 
 
 def _expanded(names: Iterable[str], stdin: Iterable[str]) -> Iterator[Path]:
