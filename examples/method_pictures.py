@@ -60,7 +60,7 @@ def read_pool(model: MuScModel, product: Path, kind: str) -> Pool:
     grid = maps[0].shape[-2:]
     mask = cv2.imread(str(product / "ground_truth" / kind / f"{files[image].stem}_mask.png"), cv2.IMREAD_GRAYSCALE)
     small = cv2.resize(np.asarray(mask), (grid[1], grid[0]), interpolation=cv2.INTER_AREA)
-    row, column = np.unravel_index(small.argmax(), grid)
+    row, column = np.unravel_index(np.argmax(small), grid)
     return Pool(np.stack(pictures), is_defective, maps, tokens, (image, int(row), int(column)))
 
 

@@ -191,7 +191,7 @@ class Defect:
         """The damaged picture."""
         alpha = self.region(rng, scene.body)
         if self.softness:
-            alpha = cv2.GaussianBlur(alpha.astype(np.float32), (0, 0), self.softness)
+            alpha = cv2.GaussianBlur(alpha.astype(np.float32), (0, 0), float(self.softness))
         alpha = (self.strength * alpha)[..., None]
         changed = self.effect(np.random.default_rng(self.seed), scene)
         return (scene.picture * (1 - alpha) + changed * alpha).astype(np.float32)

@@ -109,7 +109,7 @@ class Look:
         """What the camera stores, in this image's light and with fresh noise."""
         picture = self.develop(picture) * self.light(rng, len(picture))
         if self.blur:
-            picture = cv2.GaussianBlur(picture, (0, 0), self.blur)
+            picture = cv2.GaussianBlur(picture, (0, 0), float(self.blur))
         grain = rng.standard_normal(picture.shape[:2] if self.is_grey else picture.shape, dtype=np.float32)
         picture = picture + self.noise * (grain[..., None] if self.is_grey else grain)
         return np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)

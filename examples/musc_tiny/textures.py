@@ -79,7 +79,7 @@ def clouded(rng: Rng) -> Material:
     """Clouds of any roughness, from mist to sand; stretched, it is brushed metal or wood grain."""
     colours = palette(rng, int(rng.integers(2, 6)))
     exponent, angle = rng.uniform(0.0, 4.0), rng.uniform(0, np.pi)
-    stretch = rng.choice([1.0, 1.0, 3.0, 10.0, 40.0])
+    stretch = float(rng.choice([1.0, 1.0, 3.0, 10.0, 40.0]))
 
     def draw(rng: Rng, size: int) -> Picture:
         return colourise(spectral_noise(rng, size, exponent, stretch, angle), colours)
@@ -144,7 +144,7 @@ def celled(rng: Rng) -> Material:
         seeds = np.ones((size, size), np.uint8)
         seeds[inside[:, 0], inside[:, 1]] = 0
         distance, label = cv2.distanceTransformWithLabels(seeds, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
-        owners = rng.integers(0, len(colours), int(label.max()) + 1)
+        owners = rng.integers(0, len(colours), int(np.max(label)) + 1)
         cells = colours[0] * (1 - fill) + colours[owners[label]] * fill
         cells = cells * (1 - dome * np.clip(distance / pitch, 0, 1))[..., None]
         edge = cv2.morphologyEx(label.astype(np.float32), cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
@@ -226,15 +226,15 @@ def printed(rng: Rng) -> Material:
         canvas = np.empty((size, size, 3), np.float32)
         canvas[:] = colours[0]
         turn = rotation(slant)
-        reach = int(1.5 * size / pitch.min()) + 2
+        reach = int(1.5 * size / np.min(pitch)) + 2
         start = rng.uniform(0, 1, 2)
         for row in range(-2, reach):
             for column in range(-reach // 2, reach):
                 cell = np.array([column + brick * (row % 2), row]) + start + jitter * rng.standard_normal(2)
                 middle = (cell * pitch) @ turn
-                if np.all(np.abs(middle - size / 2) < size / 2 + pitch.max()):
+                if np.all(np.abs(middle - size / 2) < size / 2 + np.max(pitch)):
                     for index, (points, offset, radius, angle) in enumerate(motif[:parts]):
-                        where = placed(points, middle + offset * pitch @ turn, radius * pitch.min(), angle + slant)
+                        where = placed(points, middle + offset * pitch @ turn, radius * np.min(pitch), angle + slant)
                         cv2.fillPoly(canvas, [where], colours[1 + index].tolist(), cv2.LINE_AA, 4)
         return canvas
 
