@@ -22,6 +22,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shrunk to {own}, radius 2": {"search_radius": 2},
     "tiles of {own}, radius 2": {"tile_size": "own", "search_radius": 2},
     "tiles of {own}, whole search, fast": {"tile_size": "own", "precision": "fast"},
+    "tiles of {own}, whole search, fast, degree 1": {
+        "tile_size": "own",
+        "precision": "fast",
+        "aggregation_degrees": (1,),
+    },
+    "tiles of {own}, whole search, fast, first layer at degree 1": {
+        "tile_size": "own",
+        "precision": "fast",
+        "layers": (0,),
+        "aggregation_degrees": (1,),
+    },
 }
 
 

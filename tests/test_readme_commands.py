@@ -67,7 +67,8 @@ def place(tmp_path_factory, mvtec_root):
     write_products(folder / "path/to", range(30, 31))[0].rename(folder / "path/to/1.png")
     for name in ("references", "your/folder", "a/folder"):
         write_products(folder / "path/to" / name, range(6))
-    shutil.copytree(mvtec_root / "widget", folder / "datasets/large/gear")
+    for category in ("gear", "fabric"):
+        shutil.copytree(mvtec_root / "widget", folder / "datasets/large" / category)
     for path in write_products(folder / "path/to/photographs", range(4)):
         cv2.imwrite(str(path), cv2.resize(cv2.imread(str(path)), (480, 320)))
     return folder

@@ -27,6 +27,7 @@ class PoolLoader:
         origin: What is subtracted from all patches, ``(C,)``, see :func:`.densest_place`.
         memory: Bytes that a tile of all images takes, of one degree after the other: new memory costs more than most of
             what is computed in it.
+        names: The images' indices among the features that were given, where those here are held ones.
     """
 
     features: torch.Tensor
@@ -35,6 +36,7 @@ class PoolLoader:
     some: Mapping[int, int] = field(default_factory=dict)
     origin: torch.Tensor | None = None
     memory: torch.Tensor | None = None
+    names: Sequence[int] = ()
 
     def surveyed(self, processes: Processes | None = None) -> "PoolLoader":
         """Look at all features; a ValueError if one is not finite, or its square would overflow.
@@ -76,9 +78,9 @@ class PoolLoader:
         images = self.images[first:last]
         _, num_patches, channels = workload.shape
         width = channels + (0 if is_shared else rounding.norm_channels)
-        memory = self.memory if len(images) == len(self.images) else None
+        rest = self.memory if len(images) == len(self.images) else None
         if workload.places is None:
-            storage, memory = _take(memory, (last - first, num_patches, width), workload.like)
+            storage, rest = _split_off(rest, (last - first, num_patches, width), workload.like)
         else:  # the images lie beside each other at every place
             storage = workload.like.new_empty(num_patches, last - first, width).transpose(0, 1)
         patches, spare = storage[..., :channels], self._spare(workload)
@@ -86,43 +88,44 @@ class PoolLoader:
             self._write_patches(workload, image, target, spare)
             rounding.change_basis(target)
             release(self.features)
+        del spare
         if is_shared:
             origin = None if self.origin is None else self.origin.clone()
             if origin is not None:
                 rounding.change_basis(origin[None])
-            tile = tile_of_maps(
-                patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin, memory
-            )
+            tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin, rest)
         else:
-            tile = tile_of_vectors(storage, channels, rounding, memory)
+            tile = tile_of_vectors(storage, channels, rounding, rest)
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)
         if not is_finite.all():
-            bad = [images[index] for index in (~is_finite).nonzero().flatten().tolist()]
+            names = (self.names or self.images)[first:last]
+            bad = [names[index] for index in (~is_finite).nonzero().flatten().tolist()]
             msg = f"features must be finite once prepared, got NaN or infinity in images {bad[:10]}."
             raise ValueError(msg)
         return tile
 
-    def held(self, like: torch.Tensor, image_bytes: int) -> "PoolLoader":
+    def held(self, like: torch.Tensor, image_bytes: int | None) -> "PoolLoader":
         """Return a loader of images that are prepared and held, so that it is not done again for every degree.
 
         Args:
             like: A tensor of the device and type of the comparison.
-            image_bytes: Memory of an image in a tile.
+            image_bytes: Memory of an image in a tile, where that can be used again.
         """
         maps = like.new_empty(len(self.images), *self.features.shape[2:], self.features.shape[1])
         for target, image in zip(maps, self.images, strict=True):
             target.copy_(self._prepared(image, like).permute(1, 2, 0))
             release(self.features)
-        memory = torch.empty(len(maps) * image_bytes, dtype=torch.uint8, device=like.device)
+        memory = None
+        if image_bytes is not None:
+            memory = torch.empty(len(maps) * image_bytes, dtype=torch.uint8, device=like.device)
         places = {image: place for place, image in enumerate(self.images)}
         some = {position: places[image] for position, image in self.some.items()}
-        return replace(
-            self, features=maps.permute(0, 3, 1, 2), images=range(len(maps)), prepare=None, some=some, memory=memory
-        )
+        held = replace(self, features=maps.permute(0, 3, 1, 2), images=range(len(maps)), prepare=None, some=some)
+        return replace(held, memory=memory, names=tuple(self.images))
 
     def _prepared(self, image: int, like: torch.Tensor) -> torch.Tensor:
         features = self.features[image : image + 1].to(like)
-        return (features if self.prepare is None else self.prepare(features))[0]
+        return (features if self.prepare is None else self.prepare(features).detach())[0]
 
     def _spare(self, workload: Workload) -> torch.Tensor:
         """Return memory of two images, which is used for one after the other: new memory costs more than a sum."""
@@ -145,7 +148,7 @@ class PoolLoader:
         return target if self.origin is None else target.sub_(self.origin)
 
 
-def _take(
+def _split_off(
     memory: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return a tensor in the first bytes of some memory, and the rest; a new one where there is none."""

@@ -58,8 +58,9 @@ def nearest_distances(
         search_radius: For maps, within how many rows and columns of its own place a patch is sought in the other
             images. Defaults to the whole image.
         images: Indices of the images that are compared, which are then counted from 0. Defaults to all.
-        prepare: Changes the features of one image, shape ``(1, ...)``, each time that it is loaded to the device; it
-            keeps their shape. So a pool that fits no memory is prepared as it is compared.
+        prepare: Changes the features of one image, shape ``(1, ...)``, once, or each time that it is loaded to the
+            device where memory is short; it keeps their shape. So a pool that fits no memory is prepared while it is
+            compared.
         precision: ``"exact"``: within 1e-4 of float64 for unit vectors; for others within 1e-4 of the longest
             difference between a patch and the mean patch, whatever offset all patches share. ``"fast"``: products of
             8-bit integers or 16-bit numbers where a trial of a few milliseconds shows that the processor multiplies
@@ -123,7 +124,7 @@ def nearest_distances(
     workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like, places, num_images)
     if ring is not None and not all(ring.processes.gather(len(workloads) == 1)):
         workloads = [part for workload in workloads for part in _separate(workload)]
-    return _surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress, ring)
+    return surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress, ring)
 
 
 def least_memory(
@@ -196,22 +197,25 @@ def _separate(workload: Workload) -> list[Workload]:
     return [replace(workload, degrees=(degree,)) for degree in workload.degrees]
 
 
-def _surveyed_blocks(
+def surveyed_blocks(
     pool: PoolLoader,
     workloads: Sequence[Workload],
     memory_budget: float | None,
     progress: Progress | None,
-    ring: Ring | None,
+    ring: Ring | None = None,
 ) -> Iterator[Block]:
+    """Look at all images, prepare those that several workloads share where memory allows, and compare them."""
     if ring is not None:
         yield from compared(ring.surveyed(pool), workloads, memory_budget, progress, ring)
         return
-    pool = pool.surveyed()
-    like = workloads[0].like
+    pool, like = pool.surveyed(), workloads[0].like
+    budget = budget_in_bytes(memory_budget, like.device)
     image_bytes = max(workload.image_bytes for workload in workloads)
+    least_bytes = max(workload.least_bytes for workload in workloads)
     held_bytes = 2 * len(pool.images) * image_bytes
-    if len(workloads) > 1 and held_bytes <= _HELD_SHARE * budget_in_bytes(memory_budget, like.device):
-        pool = pool.held(like, image_bytes)
+    if len(workloads) > 1 and held_bytes <= min(_HELD_SHARE * budget, budget - least_bytes):
+        with torch.autocast(like.device.type, enabled=False):
+            pool = pool.held(like, image_bytes if workloads[0].places is None else None)
         memory_budget = None if memory_budget is None else memory_budget - held_bytes / GIB
     yield from compared(pool, workloads, memory_budget, progress)
 

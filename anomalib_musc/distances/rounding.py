@@ -34,7 +34,7 @@ class Rounding(Protocol):
         """Write the rounded patches of an image to ``out``, ``(L, C)``; return ``None`` where nothing was rounded."""
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
-        """Fill the channels for norms with half the squared norms, ``(b, L)``, then ones, in as many channels.
+        """Fill the channels for norms: the first half with half the squared norms, ``(b, L)``, the others with ones.
 
         A product of two gives |x - y|² / 2 at once, where one faces the other, see :func:`exchange_norms`.
         """
@@ -78,17 +78,21 @@ class SixteenBitRounding(NoRounding):
     def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """See :class:`Rounding`."""
         rounded = rounded_numbers(patches, self.dtype, memory).copy_(patches)
-        if self.dtype == torch.float16 and not rounded.isfinite().all():
-            msg = (
-                "features must be finite, and small enough for 16-bit numbers; scale them to unit length, or use "
-                "precision='exact'."
-            )
-            raise ValueError(msg)
+        self._check(rounded[..., : rounded.shape[-1] - self.norm_channels])
         return (rounded,)
 
     def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor:
         """See :class:`Rounding`."""
         return out.copy_(encoded[0][image, :, : out.shape[1]])
+
+    def _check(self, numbers: torch.Tensor) -> None:
+        """Raise a ValueError if a number was too large for float16; bfloat16 has the range of float32."""
+        if self.dtype == torch.float16 and not numbers.isfinite().all():
+            msg = (
+                "features must be finite, and small enough for 16-bit numbers; scale them to unit length, or use "
+                "precision='exact'."
+            )
+            raise ValueError(msg)
 
 
 def rounded_numbers(like: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor | None) -> torch.Tensor:
@@ -106,13 +110,13 @@ def exchange_norms(operand: torch.Tensor, norm_channels: int) -> torch.Tensor:
 
 
 def smallest(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Return the smallest values along a dimension, none of them NaN; of negative 16-bit numbers, any.
-
-    Positive 16-bit numbers are ordered as the integers of the same bits, which processors compare many at a time.
-    """
+    """Return the smallest values along a dimension, of none that is NaN, and of negative 16-bit numbers any."""
     return in_order(values).amin(dim=dim).view(values.dtype)
 
 
 def in_order(values: torch.Tensor) -> torch.Tensor:
-    """Return numbers, which share the memory, that are ordered like values that are not negative."""
+    """Return numbers in the same memory that are ordered like the values: of 16-bit ones the integers of the same bits.
+
+    Processors compare many of those at a time. NaN and negative numbers, which rounding makes of 0, have no order.
+    """
     return values.view(torch.int16) if values.element_size() == 2 and values.device.type == "cpu" else values

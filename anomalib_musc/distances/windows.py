@@ -37,6 +37,8 @@ def write_unit_vectors(
 
 def _reciprocal_norms(sums: torch.Tensor, degree: int) -> torch.Tensor:
     norms = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
+    if not norms.isfinite().all():  # squares of large sums overflow
+        norms = torch.linalg.vector_norm(sums / degree**2, dim=-1, keepdim=True) * degree**2
     return norms.clamp_min_(TINY_NORM * degree**2).reciprocal_()
 
 

@@ -10,6 +10,7 @@ from conftest import OwnBackbone, write_products
 from seeded import rand
 
 from anomalib_musc import MuSc, MuScModel
+from anomalib_musc.backbones.half_precision import _agrees
 
 VIT = {"backbone": "vit_small_patch16_224", "pretrained": False, "image_size": 160}
 
@@ -91,6 +92,29 @@ def test_a_backbone_whose_features_change_in_16_bits_runs_in_float32():
     exact, fast = (MuScModel(Cancelling(), precision=precision) for precision in ("exact", "fast"))
     assert fast.gain_of_half_precision(images) == 1
     torch.testing.assert_close(fast.extract(images)[0][0], exact.extract(images)[0][0])
+
+
+class WithoutImageFeature(OwnBackbone):
+    """Its image features are zeros, the same in any type."""
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        maps, feature = super().forward(images)
+        return maps, torch.zeros_like(feature)
+
+
+class OddFeature(OwnBackbone):
+    """Its image features have no second dimension."""
+
+    def forward(self, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        maps, feature = super().forward(images)
+        return maps, feature[:, 0]
+
+
+def test_features_that_are_zero_are_the_same_and_odd_ones_are_for_others_to_refuse():
+    images = rand(1, 3, 64, 64)
+    plain, zeros = (_agrees(backbone, images, torch.bfloat16) for backbone in (OwnBackbone(), WithoutImageFeature()))
+    assert plain == zeros
+    assert not _agrees(OddFeature(), images, torch.bfloat16)
 
 
 class SlowAtFirst(OwnBackbone):

@@ -25,7 +25,7 @@ needs_integers = pytest.mark.skipif(not EightBitProduct.is_supported(CPU), reaso
 
 
 @needs_integers
-@pytest.mark.parametrize("channels", [7, 24, 256, 1000])
+@pytest.mark.parametrize("channels", [1, 7, 24, 256, 1000])
 def test_eight_bit_products(channels):
     product, images = EightBitProduct(), randn(5, 9, channels)
     prepared = images.clone()
@@ -69,6 +69,17 @@ def test_the_smallest_of_numbers_of_any_size(dtype):
         assert_close(smallest(values, dim), values.amin(dim), 0)
     values[3, 4, 5] = -1e-3  # as rounding makes of a distance of 0
     assert smallest(values, 2)[3, 4] < 0
+
+
+def test_float16_refuses_what_it_cannot_hold_and_nothing_else():
+    product = SixteenBitProduct(torch.float16)
+    storage = torch.full((2, 5, 12), 1e30)  # whose channels for norms are not written yet
+    storage[..., :8] = unit(2, 5, 8)
+    tile_of_vectors(storage, 8, product)
+    for size in (1e5, 300):  # too large themselves, or their norms
+        storage[..., :8] = size * randn(2, 5, 8)
+        with pytest.raises(ValueError, match="small enough for 16-bit numbers"):
+            tile_of_vectors(storage, 8, product)
 
 
 def test_convolutions_are_for_float32_on_several_threads():

@@ -3,24 +3,26 @@
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from seeded import assert_close, randn, to_numpy, unit
+from seeded import assert_close, rand, randn, to_numpy, unit
 
 from anomalib_musc.distances import MemoryBudgetError, least_memory, nearest_distances
 from anomalib_musc.distances.loading import PoolLoader
-from anomalib_musc.distances.nearest import compared
+from anomalib_musc.distances.nearest import compared, surveyed_blocks
 from anomalib_musc.distances.plan import Workload, make_plan, make_workloads
 from anomalib_musc.distances.storage import GIB
 from anomalib_musc.distances.trial import fastest
+from anomalib_musc.distances.windows import unit_vectors
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[True, False], ids=["one product for all degrees", "one for each"])
+@pytest.fixture(params=["one product for all degrees", "one for each", "one for each, images held"])
 def search_maps(request):
     """nearest_distances of maps, as if a trial had chosen either way."""
 
@@ -29,13 +31,15 @@ def search_maps(request):
     ):
         num_images, channels, height, width = maps.shape
         kernel, _ = fastest(precision, height * width, channels, degrees, torch.empty(0))
-        together = [tuple(degrees)] if request.param else [(degree,) for degree in degrees]
+        together = [tuple(degrees)] if search_maps.is_shared else [(degree,) for degree in degrees]
         shape = (num_images, height * width, channels)
         workloads = [Workload(shape, some, torch.empty(0), kernel, shape[0]) for some in together]
         pool = PoolLoader(maps, range(num_images), None).surveyed()
+        if request.param.endswith("held"):
+            pool = pool.held(torch.empty(0), max(workload.image_bytes for workload in workloads))
         return compared(pool, workloads, budget, None)
 
-    search_maps.is_shared = request.param
+    search_maps.is_shared = request.param == "one product for all degrees"
     return search_maps
 
 
@@ -288,3 +292,56 @@ print(*sorted(sys.modules))
     of_package = {"anomalib_musc.compat", "anomalib_musc.compat.old_names", "anomalib_musc.startup"}
     assert others <= of_package  # which the package itself imports, and what watches imports
     assert not loaded & {"anomalib", "lightning", "timm", "open_clip", "torchvision", "cv2", "pandas", "sklearn"}
+
+
+def separately(
+    maps: torch.Tensor,
+    degrees: tuple[int, ...],
+    images: Sequence[int] | None = None,
+    prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    budget: float | None = None,
+) -> list[torch.Tensor]:
+    """Distances with a product for each degree, for which images are held."""
+    images = range(len(maps)) if images is None else images
+    _, channels, height, width = maps.shape
+    kernel, _ = fastest("exact", height * width, channels, degrees, torch.empty(0))
+    shape = len(images), height * width, channels
+    workloads = [Workload(shape, (degree,), torch.empty(0), kernel, len(images)) for degree in degrees]
+    budget = None if budget is None else budget * max(workload.least_bytes for workload in workloads) / GIB
+    blocks = surveyed_blocks(PoolLoader(maps, images, prepare), workloads, budget, None)
+    return [distances for _, distances in blocks]
+
+
+class TestHeldImages:
+    def test_the_least_memory_still_suffices(self):
+        maps = randn(2, 4, 32, 32)
+        found, expected = separately(maps, (1, 3), budget=1.0001), separately(maps, (1, 3))
+        assert_close(torch.cat([one.flatten() for one in found]), torch.cat([one.flatten() for one in expected]), 1e-6)
+
+    def test_autocast_is_off_while_they_are_prepared(self):
+        weight, maps = randn(16, 16), randn(3, 16, 4, 4)
+
+        def prepare(features: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("nchw,cd->ndhw", features, weight)
+
+        expected = separately(maps, (1, 3), prepare=prepare)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = separately(maps, (1, 3), prepare=prepare)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+
+    def test_an_error_names_the_images_that_were_given(self):
+        maps = randn(10, 4, 5, 6)
+
+        def prepare(features: torch.Tensor) -> torch.Tensor:
+            return features * (torch.nan if torch.equal(features, maps[7:8]) else 1)
+
+        with pytest.raises(ValueError, match=r"in images \[7\]"):
+            separately(maps, (1, 3), [5, 7, 9], prepare)
+
+    def test_sums_of_large_numbers(self):
+        maps = (1 + rand(2, 1024, 31, 31)) * 5e14
+        distances, _ = separately(maps, (31, 1))
+        vectors = unit_vectors(maps.permute(0, 2, 3, 1).double(), 31)
+        expected = torch.cdist(vectors[0], vectors[1]).amin(dim=1)
+        assert_close(distances[0, 0, 1].double(), expected, 1e-4)

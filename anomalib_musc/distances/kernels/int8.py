@@ -65,6 +65,9 @@ class EightBitProduct(NoRounding):
         size = count * num_patches * len(numbers_x)
         self._buffer = reuse_buffer(self._buffer, 2 * size, self._buffer)
         integers, products = self._buffer[: 2 * size].view(2, count, num_patches, len(numbers_x))
-        torch._int_mm(numbers_y.flatten(0, 1), numbers_x.T, out=integers.flatten(0, 1))  # noqa: SLF001
+        if numbers_x.shape[1] == 1:  # of which torch 2.14 makes something else
+            torch.mul(numbers_y.int(), numbers_x[:, 0], out=integers)
+        else:
+            torch._int_mm(numbers_y.flatten(0, 1), numbers_x.T, out=integers.flatten(0, 1))  # noqa: SLF001
         torch.mul(integers, scales_x, out=products.view(torch.float32))
         return products.view(torch.float32).mul_(scales_y[..., None])

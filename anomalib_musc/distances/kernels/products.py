@@ -88,11 +88,12 @@ class SixteenBitProduct(SixteenBitRounding):
         return [torch.float16, torch.bfloat16]  # Arm, where a trial tells
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
-        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        """Write the norms in two numbers each: rounded, and what that left."""
         norms = encoded[0][..., -self.norm_channels :]
         norms[..., 0] = half_norms
         norms[..., 1] = half_norms - norms[..., 0]
         norms[..., 2:] = 1
+        self._check(norms)
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""
