@@ -255,7 +255,8 @@ def _blocks(
             _compare_own(pool.centred(workload), workload, plan, distances, compare)
         else:
             agreed = ring.agree(pool, workload)
-            _compare_own(agreed, workload, plan, distances[:, :, ring.own_columns], compare)
+            own = distances[:, :, ring.own_columns]
+            ring.processes.together(partial(_compare_own, agreed, workload, plan, own, compare))
             ring.compare_visitors(agreed, workload, plan, distances, compare)
     for first in range(0, num_images, plan.block):
         images = slice(first, min(first + plan.block, num_images))

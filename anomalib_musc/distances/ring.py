@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -163,12 +164,11 @@ class _Step:
         for index in range(len(self._going)):
             visitors = travelling.wait()
             travelling = self._travel(index + 1)  # while these are compared
-            backward = None
-            if visitors is not None:
-                backward = self._compare_with(own_tiles or self._own_tiles(), visitors, self._coming[index])
+            compare = partial(self._compare_with, own_tiles or self._own_tiles(), visitors, self._coming[index])
+            backward = self._processes.together(compare)  # all wait for each other: what fails here is told there
             before, returning = returning, self._send_home(backward, index)
             self._write(before, index - 1)  # which has come meanwhile
-            del visitors, backward, before
+            del compare, visitors, backward, before
             trim()
         self._write(returning, len(self._going) - 1)
 
@@ -188,10 +188,12 @@ class _Step:
     def _compare_with(
         self,
         own_tiles: Iterable[tuple[range, Tile]],
-        visitors: torch.Tensor,
+        visitors: torch.Tensor | None,
         part: range,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | None:
         """Compare visitors with this process's images, and return the distances of their patches, ``(D, m, n, L)``."""
+        if visitors is None:
+            return None
         loader = replace(self._pool, features=visitors, images=range(len(visitors)))
         tile = loader.tile(self._workload, 0, len(visitors))
         num_degrees, num_patches = self._distances.shape[0], self._distances.shape[3]

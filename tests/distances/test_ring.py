@@ -110,19 +110,38 @@ def spoil_one(kind: str) -> str:
             prepare = torch.log  # of negative numbers
             maps = -maps.abs()
     budget = 1e-9 if kind == "budget" and processes.rank == 1 else None
+    compared = []
+
+    def progress(pairs: int) -> None:
+        compared.append(pairs)
+        if kind == f"compared {len(compared)}" and processes.rank == 1:
+            msg = "no room on the disk"
+            raise OSError(msg)
+
     try:
-        list(nearest_distances(maps, (1, 3), prepare=prepare, memory_budget=budget, processes=processes))
-    except (ValueError, ProcessFailedError) as error:
+        list(
+            nearest_distances(
+                maps, (1, 3), prepare=prepare, memory_budget=budget, processes=processes, progress=progress
+            )
+        )
+    except (ValueError, OSError, ProcessFailedError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
 @pytest.mark.parametrize(
-    ("kind", "words"), [("nan", "NaN"), ("prepare", "finite once prepared"), ("budget", "memory_budget must be")]
+    ("kind", "words"),
+    [
+        ("nan", "NaN"),
+        ("prepare", "finite once prepared"),
+        ("budget", "memory_budget must be"),
+        ("compared 1", "no room on the disk"),  # among its own images
+        ("compared 2", "no room on the disk"),  # with those that visit
+    ],
 )
 def test_an_error_in_one_process_is_raised_in_all(kind, words, tmp_path):
     first, second = results(spoil_one, kind, number=2, cwd=tmp_path)
-    assert second.startswith(("ValueError", "MemoryBudgetError"))
+    assert second.startswith(("ValueError", "MemoryBudgetError", "OSError"))
     assert first.startswith("ProcessFailedError: Process 1 of 2 failed: ")
     assert words in first
     assert words in second
