@@ -28,7 +28,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "both": BOTH,
     "both, in subsets": {**BOTH, "num_subsets": 2},
     "a small budget": {"memory_budget": 0.004},
-    "fast": {"precision": "fast"},  # where a trial in each process may choose another rounding
+    "fast": {"precision": "fast"},  # where a trial in one process may choose another rounding
 }
 
 

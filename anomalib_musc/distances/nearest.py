@@ -3,13 +3,12 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
 import torch
 
 from anomalib_musc.distances.comparison import compare_tiles
-from anomalib_musc.distances.kernels import Precision, check_precision
+from anomalib_musc.distances.kernels import Precision, check_precision, make_batched_kernels, make_kernels
 from anomalib_musc.distances.loading import PoolLoader
 from anomalib_musc.distances.plan import Plan, Workload, make_plan, make_workloads
 from anomalib_musc.distances.processes import Processes
@@ -122,8 +121,9 @@ def nearest_distances(
         raise ValueError(msg)
     places = None if degrees is None else make_places((features.shape[2], features.shape[3]), search_radius)
     workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like, places, num_images)
-    if ring is not None and not all(ring.processes.gather(len(workloads) == 1)):
-        workloads = [part for workload in workloads for part in _separate(workload)]
+    if ring is not None:
+        kernels = make_kernels(precision, like) if places is None else make_batched_kernels(precision, like)
+        workloads = ring.agreed_workloads(workloads, kernels)
     return surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress, ring)
 
 
@@ -193,10 +193,6 @@ def _like(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device)
 
 
-def _separate(workload: Workload) -> list[Workload]:
-    return [replace(workload, degrees=(degree,)) for degree in workload.degrees]
-
-
 def surveyed_blocks(
     pool: PoolLoader,
     workloads: Sequence[Workload],
@@ -232,7 +228,7 @@ def compared(
         try:
             yield from _blocks(pool, workload, memory_budget, progress, ring)
         except CancellingWindowsError:  # rare; before any block, and before any comparison where one tile holds all
-            yield from compared(pool, _separate(workload), memory_budget, progress, ring)
+            yield from compared(pool, workload.separate(), memory_budget, progress, ring)
 
 
 def _blocks(

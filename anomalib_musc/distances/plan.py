@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,6 +39,10 @@ class Workload:
     kernel: Kernel
     num_columns: int
     places: Places | None = None
+
+    def separate(self) -> "list[Workload]":
+        """Return a workload for each degree."""
+        return [replace(self, degrees=(degree,)) for degree in self.degrees]
 
     @property
     def image_bytes(self) -> int:

@@ -2,12 +2,13 @@
 """Images that several processes hold: each process's visit the others, and every pair is compared once."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
+from anomalib_musc.distances.kernels import Kernel
 from anomalib_musc.distances.loading import PoolLoader
 from anomalib_musc.distances.plan import Plan, Workload, make_plan
 from anomalib_musc.distances.processes import Processes, Transfer
@@ -95,6 +96,25 @@ class Ring:
     def surveyed(self, pool: PoolLoader) -> PoolLoader:
         """Look at all features, see :meth:`.PoolLoader.surveyed`; an error in one process is raised in all."""
         return self.processes.together(lambda: pool.surveyed(self.processes))
+
+    def agreed_workloads(self, workloads: Sequence[Workload], kernels: Sequence[Kernel]) -> list[Workload]:
+        """Return workloads with the first process's kernel, or the first that all have, shared where all share it.
+
+        Args:
+            workloads: As a trial in this process has chosen.
+            kernels: Those that this process has.
+        """
+        names = [kernel.name for kernel in kernels]
+        offers = self.processes.gather((workloads[0].kernel.name, names, len(workloads) == 1))
+        common = [name for name in offers[0][1] if all(name in others for _, others, _ in offers)]
+        chosen = offers[0][0] if offers[0][0] in common else common[0]
+        kernel = kernels[names.index(chosen)]
+        is_shared = all(shared for _, _, shared in offers)
+        return [
+            replace(part, kernel=kernel)
+            for workload in workloads
+            for part in ([workload] if is_shared and kernel.can_share else workload.separate())
+        ]
 
     def agree(self, pool: PoolLoader, workload: Workload) -> PoolLoader:
         """Return a loader that prepares images as those of the other processes do.
