@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import resource
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from mutual_scoring import processor
 
 from anomalib_musc.backbones import create_backbone
-from anomalib_musc.backbones.half_precision import HalfPrecision
+from anomalib_musc.backbones.half_precision import HalfPrecision, mean_cosine
 
 CASES: tuple[tuple[str, int | None], ...] = (
     ("musc-tiny", None),
@@ -50,19 +51,13 @@ def measure(name: str, side: int | None, threads: int, result: "multiprocessing.
     features = {}
     for _ in range(REPEATS + 1):
         for precision, taken in times.items():
-            context = (
-                half_precision.autocast(backbone, images)
-                if precision == "fast"
-                else torch.autocast("cpu", enabled=False)
-            )
-            with context:
+            with half_precision.autocast(backbone, images) if precision == "fast" else nullcontext():
                 began = time.perf_counter()
                 features[precision] = backbone(images)[0]
                 taken.append(time.perf_counter() - began)
     chosen = half_precision.trial(backbone, images).dtype
     cosines = [
-        torch.cosine_similarity(one.float().flatten(2), other.float().flatten(2), dim=1).mean().item()
-        for one, other in zip(features["exact"], features["fast"], strict=True)
+        mean_cosine(one.float(), other.float()) for one, other in zip(features["exact"], features["fast"], strict=True)
     ]
     row = {f"{precision}_s": median(taken[1:]) for precision, taken in times.items()}
     result.put(row | {"size": backbone.image_size, "fast": str(chosen), "cosine": min(cosines), "peak_bytes": peak})

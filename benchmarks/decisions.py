@@ -8,7 +8,6 @@ for the rule that is used, F1 of pixels over the best.
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import cv2
 import numpy as np
 import torch
 from anomalib.data.utils import read_image, read_mask
+from products import add_product_arguments, add_size_argument, add_to_json, case_name
 from same_features import choose_backbone
 
 from anomalib_musc import MuSc, MuScModel, RsCINPostProcessor
@@ -212,21 +212,15 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     """Print a table, and add it to a JSON file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("root")
-    parser.add_argument("category")
-    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
-    parser.add_argument("--weights", help="file that this class takes")
-    parser.add_argument("--image_size", type=int, help="in place of the network's own")
+    add_product_arguments(parser)
+    add_size_argument(parser)
     parser.add_argument("--draws", type=int, default=DRAWS, help="pools a share; 0 for the set as it is alone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     backbone = choose_backbone(arguments.backbone, arguments.weights)
     found = shares(*extract(arguments.root, arguments.category, backbone, arguments.image_size), arguments.draws)
     print_table(found)
-    if arguments.json:
-        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        name = f"{arguments.category}, {arguments.backbone.split(':')[-1]}, {arguments.image_size or 'own size'}"
-        arguments.json.write_text(json.dumps({**known, name: {"draws": arguments.draws, **found}}, indent=2) + "\n")
+    add_to_json(arguments.json, {case_name(arguments): {"draws": arguments.draws, **found}})
 
 
 if __name__ == "__main__":

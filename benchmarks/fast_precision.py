@@ -7,12 +7,12 @@ largest difference of a map as a share of the range of all. The numbers go to a 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from decisions import Extracted, extract
 from mutual_scoring import processor
+from products import add_product_arguments, add_size_argument, add_to_json, case_name
 from same_features import choose_backbone
 
 from anomalib_musc import MuScModel, functional
@@ -63,23 +63,17 @@ def compare(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Print a Markdown table; the command is in the file's own text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("root")
-    parser.add_argument("category")
-    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
-    parser.add_argument("--weights", help="file that this class takes")
-    parser.add_argument("--image_size", type=int, help="in place of the network's own")
+    add_product_arguments(parser)
+    add_size_argument(parser)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     found = compare(arguments)
-    name = f"{arguments.category}, {arguments.backbone.split(':')[-1]}, {arguments.image_size or 'own size'}"
+    name = case_name(arguments)
     for way in WAYS:
         numbers = " | ".join(f"{value:.4f}" for value in found[way].values())
         print(f"| {name} | {way} | {numbers} |", flush=True)
-    if arguments.json:
-        report = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        report |= {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        report[name] = found
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    machine = {"device": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    add_to_json(arguments.json, {**machine, name: found})
 
 
 if __name__ == "__main__":

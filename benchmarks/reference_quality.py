@@ -5,7 +5,6 @@ Image and pixel AUROC on the test images of a product in MVTec AD's layout.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from anomalib.data import MVTecAD
 from anomalib.engine import Engine
+from products import add_product_arguments, add_to_json
 from same_features import choose_backbone
 
 from anomalib_musc import MuSc
@@ -34,10 +34,7 @@ def measure(given: argparse.Namespace, **arguments: Any) -> tuple[float, float]:
 def main() -> None:
     """Print a table, and add it to a JSON file of several products."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("root")
-    parser.add_argument("category")
-    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
-    parser.add_argument("--weights", help="file that this class takes")
+    add_product_arguments(parser)
     parser.add_argument("--random", action="store_true", help="random weights for a named backbone")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -49,10 +46,7 @@ def main() -> None:
     for name, case in cases.items():
         rows[name] = measure(arguments, **case)
         print(f"| {name} | {rows[name][0]:.1f} | {rows[name][1]:.1f} |", flush=True)
-    if arguments.json:
-        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        known[arguments.category] = {"backbone": arguments.backbone, "rows": rows}
-        arguments.json.write_text(json.dumps(known, indent=2) + "\n")
+    add_to_json(arguments.json, {arguments.category: {"backbone": arguments.backbone, "rows": rows}})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import torch
 from pasted_defects import DEFECTS, paste
+from products import add_backbone_arguments, add_size_argument
 from same_features import choose_backbone
 
 from anomalib_musc import MuScModel
@@ -279,9 +280,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["pasted", "own", "cost"])
     parser.add_argument("products", nargs="*", type=Path)
-    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
-    parser.add_argument("--weights", help="file that this class takes")
-    parser.add_argument("--image_size", type=int, help="in place of the network's own")
+    add_backbone_arguments(parser)
+    add_size_argument(parser)
     parser.add_argument("--degrees", type=int, nargs="+", default=[3])
     parser.add_argument("--json", type=Path, help="file to which the numbers are added")
     arguments = parser.parse_args()

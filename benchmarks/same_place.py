@@ -7,7 +7,6 @@ scores, and pixel AP and AUROC, of the test images of a product in MVTec AD's la
 """
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from decisions import Extracted, extract
+from products import add_backbone_arguments, add_size_argument, add_to_json, case_name
 from same_features import choose_backbone
 
 from anomalib_musc import MuScModel
@@ -85,9 +85,8 @@ def main() -> None:
     parser.add_argument("what", choices=["time", "quality"])
     parser.add_argument("root", nargs="?")
     parser.add_argument("category", nargs="?")
-    parser.add_argument("--backbone", default="musc-tiny", help="a name, or module:class of a network of one's own")
-    parser.add_argument("--weights", help="file that this class takes")
-    parser.add_argument("--image_size", type=int, help="in place of the network's own")
+    add_backbone_arguments(parser)
+    add_size_argument(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to which the numbers are added")
     arguments = parser.parse_args()
@@ -104,14 +103,12 @@ def main() -> None:
     else:
         backbone = choose_backbone(arguments.backbone, arguments.weights)
         found = quality_of(*extract(arguments.root, arguments.category, backbone, arguments.image_size))
-        name = f"{arguments.category}, {arguments.backbone.split(':')[-1]}, {arguments.image_size or 'own size'}"
+        name = case_name(arguments)
         rows[name] = found
         for metric in ("image AUROC", "pixel AUROC", "pixel AP"):
             values = " | ".join(f"{100 * found[name_of(radius)][metric]:.1f}" for radius in RADII)
             print(f"| {name} | {metric} | {values} |", flush=True)
-    if arguments.json:
-        known = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        arguments.json.write_text(json.dumps({**known, **rows}, indent=1) + "\n")
+    add_to_json(arguments.json, rows, indent=1)
 
 
 if __name__ == "__main__":

@@ -61,9 +61,11 @@ def try_half_precision(backbone: nn.Module, image: torch.Tensor) -> Trial:
     cosine than ``LEAST_COSINE`` to those in float32.
     """
     dtype = _dtype_of(image)
-    if dtype is None or not _agrees(backbone, image, dtype):
+    if dtype is None or not agrees(backbone, image, dtype):
         return Trial(None, 1.0)
-    single, half = (shortest_seconds(partial(_run, backbone, image, some), image.device) for some in (None, dtype))
+    single, half = (
+        shortest_seconds(partial(_run, backbone, image, some), image.device, is_warm=True) for some in (None, dtype)
+    )
     return Trial(dtype, single / half) if half < single else Trial(None, 1.0)
 
 
@@ -74,19 +76,19 @@ def _dtype_of(like: torch.Tensor) -> torch.dtype | None:
     return torch.float16 if like.device.type in {"cuda", "mps"} else None
 
 
-def _agrees(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> bool:
+def agrees(backbone: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a backbone finds the same features in a type; one of a user's own may know no other than float32."""
     try:
         with torch.autocast(image.device.type, dtype=dtype):
             feature_maps, class_tokens = backbone(image)
         expected_maps, expected_tokens = backbone(image)
         pairs = zip((*feature_maps, class_tokens), (*expected_maps, expected_tokens), strict=True)
-        return all(_mean_cosine(some.float(), expected.float()) >= LEAST_COSINE for some, expected in pairs)
+        return all(mean_cosine(some.float(), expected.float()) >= LEAST_COSINE for some, expected in pairs)
     except Exception:  # what is not of the type, or of no backbone's form, is raised again in float32
         return False
 
 
-def _mean_cosine(some: torch.Tensor, expected: torch.Tensor) -> float:
+def mean_cosine(some: torch.Tensor, expected: torch.Tensor) -> float:
     """Return the mean cosine between vectors along the second dimension; 1 of equal ones, of zeros too."""
     are_equal = (some == expected).all(dim=1)
     return torch.where(are_equal, 1.0, F.cosine_similarity(some, expected, dim=1)).mean().item()

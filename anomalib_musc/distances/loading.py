@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images of a pool, from wherever they are to tiles on the compute device."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -9,7 +8,7 @@ import torch
 
 from anomalib_musc.distances.plan import Workload
 from anomalib_musc.distances.processes import Processes, gathered
-from anomalib_musc.distances.storage import release
+from anomalib_musc.distances.storage import first_bytes, release
 from anomalib_musc.distances.survey import check_values, densest_place, some_of, some_patches
 from anomalib_musc.distances.tiles import CANCELLATION, Tile, tile_of_maps, tile_of_vectors
 from anomalib_musc.distances.windows import write_unit_vectors
@@ -80,7 +79,12 @@ class PoolLoader:
         width = channels + (0 if is_shared else rounding.norm_channels)
         rest = self.memory if len(images) == len(self.images) else None
         if workload.places is None:
-            storage, rest = _split_off(rest, (last - first, num_patches, width), workload.like)
+            shape = last - first, num_patches, width
+            if rest is None:
+                storage = workload.like.new_empty(shape)
+            else:
+                storage = first_bytes(rest, shape, workload.like.dtype)
+                rest = rest[storage.nbytes :]
         else:  # the images lie beside each other at every place
             storage = workload.like.new_empty(num_patches, last - first, width).transpose(0, 1)
         patches, spare = storage[..., :channels], self._spare(workload)
@@ -104,20 +108,20 @@ class PoolLoader:
             raise ValueError(msg)
         return tile
 
-    def held(self, like: torch.Tensor, image_bytes: int | None) -> "PoolLoader":
+    def held(self, like: torch.Tensor, tile_bytes: int | None) -> "PoolLoader":
         """Return a loader of images that are prepared and held, so that it is not done again for every degree.
 
         Args:
             like: A tensor of the device and type of the comparison.
-            image_bytes: Memory of an image in a tile, where that can be used again.
+            tile_bytes: Memory of a tile of all images, where that can be used again.
         """
         maps = like.new_empty(len(self.images), *self.features.shape[2:], self.features.shape[1])
         for target, image in zip(maps, self.images, strict=True):
             target.copy_(self._prepared(image, like).permute(1, 2, 0))
             release(self.features)
         memory = None
-        if image_bytes is not None:
-            memory = torch.empty(len(maps) * image_bytes, dtype=torch.uint8, device=like.device)
+        if tile_bytes is not None:
+            memory = torch.empty(tile_bytes, dtype=torch.uint8, device=like.device)
         places = {image: place for place, image in enumerate(self.images)}
         some = {position: places[image] for position, image in self.some.items()}
         held = replace(self, features=maps.permute(0, 3, 1, 2), images=range(len(maps)), prepare=None, some=some)
@@ -146,13 +150,3 @@ class PoolLoader:
             write_unit_vectors(patches, workload.degrees[0], self.origin, target, spare)
             return target
         return target if self.origin is None else target.sub_(self.origin)
-
-
-def _split_off(
-    memory: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return a tensor in the first bytes of some memory, and the rest; a new one where there is none."""
-    if memory is None:
-        return like.new_empty(shape), None
-    size = math.prod(shape) * like.itemsize
-    return memory[:size].view(like.dtype).view(shape), memory[size:]

@@ -10,15 +10,14 @@ import torch
 from anomalib_musc.distances.comparison import compare_tiles
 from anomalib_musc.distances.kernels import Precision, check_precision, make_batched_kernels, make_kernels
 from anomalib_musc.distances.loading import PoolLoader
-from anomalib_musc.distances.plan import Plan, Workload, make_plan, make_workloads
+from anomalib_musc.distances.plan import Plan, Workload, bytes_to_hold, make_plan, make_workloads
 from anomalib_musc.distances.processes import Processes
 from anomalib_musc.distances.ring import Compare, Ring
 from anomalib_musc.distances.same_place import compare_places, make_places
-from anomalib_musc.distances.storage import GIB, budget_in_bytes, check_budget, file_tensor, release, trim, write_lines
+from anomalib_musc.distances.storage import GIB, check_budget, file_tensor, release, trim, write_lines
 from anomalib_musc.distances.tiles import CancellingWindowsError, Tile
 from anomalib_musc.distances.trial import seconds_of_pair
 
-_HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
 Block = tuple[slice, torch.Tensor]
 Progress = Callable[[int], object]
 
@@ -205,14 +204,11 @@ def surveyed_blocks(
         yield from compared(ring.surveyed(pool), workloads, memory_budget, progress, ring)
         return
     pool, like = pool.surveyed(), workloads[0].like
-    budget = budget_in_bytes(memory_budget, like.device)
-    image_bytes = max(workload.image_bytes for workload in workloads)
-    least_bytes = max(workload.least_bytes for workload in workloads)
-    held_bytes = 2 * len(pool.images) * image_bytes
-    if len(workloads) > 1 and held_bytes <= min(_HELD_SHARE * budget, budget - least_bytes):
+    tile_bytes = bytes_to_hold(workloads, memory_budget)
+    if tile_bytes is not None:
         with torch.autocast(like.device.type, enabled=False):
-            pool = pool.held(like, image_bytes if workloads[0].places is None else None)
-        memory_budget = None if memory_budget is None else memory_budget - held_bytes / GIB
+            pool = pool.held(like, tile_bytes if workloads[0].places is None else None)
+        memory_budget = None if memory_budget is None else memory_budget - 2 * tile_bytes / GIB
     yield from compared(pool, workloads, memory_budget, progress)
 
 

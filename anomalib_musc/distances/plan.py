@@ -16,6 +16,7 @@ from anomalib_musc.distances.trial import fastest, fastest_by_place
 _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
 _BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
+_HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
 # What the libraries of each thread pack their operands into; no more of a small budget than this share.
 _THREAD_BYTES, _THREAD_SHARE = 3 * 2**20, 1 / 8
 
@@ -124,6 +125,17 @@ def make_workloads(
     if is_shared:
         return [Workload(shape, tuple(degrees), like, kernel, columns)]
     return [Workload(shape, (degree,), like, kernel, columns) for degree in degrees]
+
+
+def bytes_to_hold(workloads: Sequence[Workload], memory_budget: float | None) -> int | None:
+    """Return what a tile of all images takes, if they can be held, prepared, for all workloads, and the tile as well.
+
+    ``None`` where there is a single workload, or no room for both.
+    """
+    budget = budget_in_bytes(memory_budget, workloads[0].like.device)
+    tile_bytes = workloads[0].shape[0] * max(workload.image_bytes for workload in workloads)
+    room = min(_HELD_SHARE * budget, budget - max(workload.least_bytes for workload in workloads))
+    return tile_bytes if len(workloads) > 1 and 2 * tile_bytes <= room else None
 
 
 @dataclass(frozen=True)

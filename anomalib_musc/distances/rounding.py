@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from anomalib_musc.distances.storage import first_bytes
+
 Encoded = tuple[torch.Tensor, ...]
 
 
@@ -99,7 +101,7 @@ def rounded_numbers(like: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor
     """Return a tensor of the same shape in another type, in the first bytes of some memory or a new one."""
     if memory is None:
         return torch.empty_like(like, dtype=dtype)
-    return memory[: like.numel() * dtype.itemsize].view(dtype).view(like.shape)
+    return first_bytes(memory, like.shape, dtype)
 
 
 def exchange_norms(operand: torch.Tensor, norm_channels: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -90,6 +91,11 @@ def file_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.frombuffer(memory, dtype=dtype).view(shape)  # holds the memory
     _FILES[tensor.data_ptr()] = memory
     return tensor
+
+
+def first_bytes(memory: torch.Tensor, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Return a tensor in the first bytes of some memory, which is given as bytes."""
+    return memory[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
 def release(tensor: torch.Tensor) -> None:

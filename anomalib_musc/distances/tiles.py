@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that are held at once, ready to be compared."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -130,6 +131,11 @@ def tile_of_vectors(
         half_norms[index] = _half_norms(vector, rounding.decode(operands, index, spare))
     rounding.write_norms(operands, half_norms)
     return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None], half_norms[None])
+
+
+# Compares an image with c images of a tile, and returns squared distances ``(D, c, L)``: of the image's patches to each
+# of the others, and of theirs to it.
+Query = Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
 class CancellingWindowsError(ArithmeticError):

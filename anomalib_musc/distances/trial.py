@@ -138,13 +138,19 @@ def _seconds(kernel: Kernel, tile: Tile) -> float:
     return shortest_seconds(partial(kernel.query(tile, 0), tile, slice(1, 1 + count)), tile.half_norms.device) / count
 
 
-def shortest_seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the shortest of a few times, each until a device has done it, after one that is not counted."""
+def shortest_seconds(run: Callable[[], object], device: torch.device, *, is_warm: bool = False) -> float:
+    """Return the shortest of a few times, each until a device has done it.
+
+    Args:
+        run: What is timed.
+        device: Where it runs.
+        is_warm: Whether it has run before; else the first time is not counted.
+    """
     times = []
-    for _ in range(1 + _TRIALS):
+    for _ in range(_TRIALS if is_warm else 1 + _TRIALS):
         start = time.perf_counter()
         run()
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+    return min(times[-_TRIALS:])

@@ -24,10 +24,7 @@ def write_unit_vectors(
         target: Where to write, ``(H * W, C)``.
         spare: Memory of twice the patches' size, ``(2, H, W, C)``; the first half may hold the patches.
     """
-    if degree > 1:
-        columns = window_sum(patches, 0, degree // 2, out=spare[1])
-        patches = window_sum(columns, 1, degree // 2, out=spare[0])
-    sums = patches.flatten(0, 1)
+    sums = window_sums(patches, degree, spare)
     scales = _reciprocal_norms(sums, degree)
     if origin is None:
         torch.mul(sums, scales, out=target)
@@ -42,10 +39,17 @@ def _reciprocal_norms(sums: torch.Tensor, degree: int) -> torch.Tensor:
     return norms.clamp_min_(TINY_NORM * degree**2).reciprocal_()
 
 
-def window_sums(patches: torch.Tensor, degree: int) -> torch.Tensor:
-    """Sum patches ``(..., H, W, C)`` over windows of side ``degree``; returns ``(..., H * W, C)``."""
-    for dim in (-3, -2):
-        patches = window_sum(patches, dim, degree // 2)
+def window_sums(patches: torch.Tensor, degree: int, spare: torch.Tensor | None = None) -> torch.Tensor:
+    """Sum patches ``(..., H, W, C)`` over windows of side ``degree``; returns ``(..., H * W, C)``.
+
+    Args:
+        patches: Any number of maps.
+        degree: Side of the window.
+        spare: Memory of twice their size, see :func:`write_unit_vectors`. Defaults to new memory.
+    """
+    for dim, half in ((-3, 1), (-2, 0)):
+        out = None if spare is None or degree == 1 else spare[half]
+        patches = window_sum(patches, dim, degree // 2, out=out)
     return patches.flatten(-3, -2)
 
 

@@ -10,7 +10,7 @@ from conftest import OwnBackbone, write_products
 from seeded import rand
 
 from anomalib_musc import MuSc, MuScModel
-from anomalib_musc.backbones.half_precision import _agrees
+from anomalib_musc.backbones.half_precision import agrees
 
 VIT = {"backbone": "vit_small_patch16_224", "pretrained": False, "image_size": 160}
 
@@ -112,9 +112,9 @@ class OddFeature(OwnBackbone):
 
 def test_features_that_are_zero_are_the_same_and_odd_ones_are_for_others_to_refuse():
     images = rand(1, 3, 64, 64)
-    plain, zeros = (_agrees(backbone, images, torch.bfloat16) for backbone in (OwnBackbone(), WithoutImageFeature()))
+    plain, zeros = (agrees(backbone, images, torch.bfloat16) for backbone in (OwnBackbone(), WithoutImageFeature()))
     assert plain == zeros
-    assert not _agrees(OddFeature(), images, torch.bfloat16)
+    assert not agrees(OddFeature(), images, torch.bfloat16)
 
 
 class SlowAtFirst(OwnBackbone):

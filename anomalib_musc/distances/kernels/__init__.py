@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ways to compare one image with several: plain torch with several products, one Triton kernel on a GPU."""
 
-from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -10,7 +9,7 @@ from anomalib_musc.distances.kernels.int8 import EightBitProduct
 from anomalib_musc.distances.kernels.plain import PlainKernel, Product
 from anomalib_musc.distances.kernels.products import ConvolutionProduct, FloatProduct, SixteenBitProduct
 from anomalib_musc.distances.rounding import Rounding
-from anomalib_musc.distances.tiles import Tile
+from anomalib_musc.distances.tiles import Query, Tile
 
 try:
     from anomalib_musc.distances.kernels import triton_kernel
@@ -24,9 +23,6 @@ _CPU_BLOCK = 2**23
 _GPU_BLOCK = 2**29
 
 Precision = Literal["exact", "fast"]
-# Compares an image with c images of a tile, and returns squared distances ``(D, c, L)``: of the image's patches to each
-# of the others, and of theirs to it.
-Query = Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
 class Kernel(Protocol):

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are compared in plain torch, on any device."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 import torch
 
 from anomalib_musc.distances.rounding import Encoded, Rounding, exchange_norms, smallest
-from anomalib_musc.distances.tiles import Tile
+from anomalib_musc.distances.tiles import Query, Tile
 from anomalib_musc.distances.windows import window_sum
 
 _ROWS = 256  # of one image that are multiplied at least: fewer take the time of more
@@ -63,7 +62,7 @@ class PlainKernel:
         numbers = min(num_patches**2, max(self.block, _ROWS * num_patches))
         return numbers * (self._product.result_bytes + (0 if self._product.norm_channels else 8))
 
-    def query(self, left: Tile, image: int) -> Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]:
+    def query(self, left: Tile, image: int) -> Query:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
         operands = tuple(part[image] for part in left.operands)
         if left.scales is not None:
@@ -82,12 +81,11 @@ class PlainKernel:
         to_left = torch.full_like(right_half_norms, float("inf"))
         for first in range(0, len(half_norms), rows):
             some, norms = tuple(part[first : first + rows] for part in x), half_norms[first : first + rows]
-            if self._product.norm_channels:
-                halves = self._product(some, y)  # (c, L, rows): |x - y|² / 2
-                to_right[:, first : first + rows] = smallest(halves, dim=1)
-                to_left = torch.minimum(to_left, smallest(halves, dim=2))
+            products = self._product(some, y)  # (c, L, rows)
+            if self._product.norm_channels:  # |x - y|² / 2
+                to_right[:, first : first + rows] = smallest(products, dim=1)
+                to_left = torch.minimum(to_left, smallest(products, dim=2))
                 continue
-            products = self._product(some, y)
             spare = self._spare(products)[0]
             to_right[:, first : first + rows] = norms - _largest(products, right_half_norms[..., None], 1, spare)
             to_left = torch.minimum(to_left, right_half_norms - _largest(products, norms, 2, spare))

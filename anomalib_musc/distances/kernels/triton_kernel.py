@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nearest patches of many pairs of images in one GPU kernel; imports only where Triton is installed."""
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -9,7 +8,7 @@ import triton
 import triton.language as tl
 
 from anomalib_musc.distances.rounding import NoRounding, Rounding, SixteenBitRounding
-from anomalib_musc.distances.tiles import Tile
+from anomalib_musc.distances.tiles import Query, Tile
 
 _INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test: TRITON_INTERPRET=1 before Triton is imported
 _BLOCK_M = 32 if _INTERPRETED else 128
@@ -116,7 +115,7 @@ class TritonKernel:
         num_partials = triton.cdiv(num_patches, _BLOCK_M) * num_patches
         return 4 * (num_partials + 4 * num_patches)
 
-    def query(self, left: Tile, image: int) -> Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]:
+    def query(self, left: Tile, image: int) -> Query:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
         return partial(self._compare, left, image)
 
