@@ -28,26 +28,43 @@ def compare_tiles(
             same where the tiles are.
         progress: Called with the number of image pairs just compared, each counted once a degree.
     """
-    if right is left:
+    is_same = right is left
+    if is_same:
         targets[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
-    left_resolution, right_resolution = left.resolution, right.resolution
+    at_once = kernel.block // left.patches.shape[1] ** 2  # to wait for a device seldom
+    done = pending = 0
     for image in range(len(left.patches)):
-        start, query = image + 1 if right is left else 0, kernel.query(left, image)
+        start, query = image + 1 if is_same else 0, kernel.query(left, image)
         for first in range(start, len(right.patches), chunk):
             images = slice(first, min(first + chunk, len(right.patches)))
-            to_right, to_left = query(right, images)
-            spoilt_right = to_right < left_resolution[:, image, None]
-            spoilt_left = to_left < right_resolution[:, images]
-            if spoilt_right.any() or spoilt_left.any():
-                for index in range(len(left.degrees)):
-                    for offset in range(images.stop - first):
-                        one, other = (left, image), (right, first + offset)
-                        _restore(to_right[index, offset], spoilt_right[index, offset], one, other, index)
-                        _restore(to_left[index, offset], spoilt_left[index, offset], other, one, index)
-            targets[0][:, image, images] = to_right.sqrt_()
-            targets[1][:, images, image] = to_left.sqrt_()
-            if progress is not None:
-                progress(to_right.shape[0] * to_right.shape[1])
+            targets[0][:, image, images], targets[1][:, images, image] = query(right, images)
+        pending += len(right.patches) - start
+        if pending < at_once and image < len(left.patches) - 1:
+            continue
+        rows = slice(done, image + 1)
+        first, second = (rows.start, rows.stop) if is_same else (0, 0)
+        _complete(targets[0][:, rows, first:], (left, rows.start), (right, first))
+        _complete(targets[1][:, second:, rows], (right, second), (left, rows.start))
+        if progress is not None:
+            progress(len(left.degrees) * pending)
+        done, pending = rows.stop, 0
+
+
+def _complete(squared: torch.Tensor, query: tuple[Tile, int], reference: tuple[Tile, int]) -> None:
+    """Turn squared distances ``(D, n, m, L)`` into distances, in place; what is too small for products is recomputed.
+
+    Args:
+        squared: Those of the patches of n images to m others.
+        query: A tile, and the position of the first of the n.
+        reference: Another tile, and the position of the first of the m.
+    """
+    (tile, first), (_, other) = query, reference
+    is_spoilt = squared < tile.resolution[:, first : first + squared.shape[1], None]
+    if is_spoilt.any():
+        for index, image, offset in is_spoilt.any(dim=-1).nonzero().tolist():
+            where = index, image, offset
+            _restore(squared[where], is_spoilt[where], (tile, first + image), (reference[0], other + offset), index)
+    squared.sqrt_()
 
 
 def _restore(
@@ -64,10 +81,8 @@ def _restore(
         reference: Another tile and position.
         index: That of the degree.
     """
-    patches = is_spoilt.nonzero().flatten()
-    if not len(patches):
-        return
     (tile, image), (other_tile, other) = query, reference
+    patches = is_spoilt.nonzero().flatten()
     positions, equals = tile.distinct(image, index)
     chosen, of_patches = equals[patches].unique(return_inverse=True)
     others = other_tile.distinct(other, index)[0]

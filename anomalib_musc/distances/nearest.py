@@ -281,15 +281,15 @@ def _compare_pair(
     targets: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Compare two tiles, and write the distances to two targets, parts of the buffer of all or not."""
-    blocks = targets
-    if plan.device is None:  # written in long runs: single lines would be slow on a disk
-        blocks = torch.empty_like(targets[0]), torch.empty_like(targets[1])
+    blocks, device = targets, workload.like.device
+    if plan.device != device:  # written in long runs: single lines would be slow on a disk
+        blocks = torch.empty_like(targets[0], device=device), torch.empty_like(targets[1], device=device)
     if right is left:
         blocks = blocks[0], blocks[0]
     if workload.places is None:
         compare_tiles(left, right, workload.kernel, plan.chunk, blocks, progress)
     else:
         compare_places(left, right, workload.places, workload.kernel.rounding.norm_channels, blocks, progress)
-    if plan.device is None:
+    if plan.device != device:
         for target, block in zip(targets, blocks, strict=True):
             write_lines(distances, target, block)

@@ -182,7 +182,8 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     sortable = 1 + (rest - workload.tile_bytes) // workload.sorting_bytes
     block = max(1, min(block_bytes // workload.row_bytes, sortable, num_images))
     rest -= block * workload.row_bytes  # the last block of a degree is still held while the next degree is compared
-    of_pairs = (2 * workload.distances_bytes if device is None else 0) + (0 if workload.places is None else pair_bytes)
+    is_elsewhere = device != workload.like.device
+    of_pairs = (2 * workload.distances_bytes if is_elsewhere else 0) + (0 if workload.places is None else pair_bytes)
     if num_images * image_bytes + num_images**2 * of_pairs <= rest:
         tile = num_images
     elif of_pairs:  # tile² * of_pairs + tile * 2 * image_bytes = rest
