@@ -21,7 +21,7 @@ class PoolLoader:
     Attributes:
         features: Patches ``(N, L, C)`` or maps ``(N, C, H, W)``, on any device.
         images: Indices of those that are compared.
-        prepare: Changes the features of one image, ``(1, ...)``.
+        prepare: Changes the features of some images, ``(n, ...)``, each by itself.
         some: A few of all images, at which one may look: of those here, the index, by the position among them.
         origin: What is subtracted from all patches, ``(C,)``, see :func:`.densest_place`.
         memory: Bytes that a tile of all images takes, of one degree after the other: new memory costs more than most of
@@ -62,11 +62,10 @@ class PoolLoader:
         return replace(self, origin=place if place.any() else None)
 
     def _densest_place(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, float]:
-        spare = self._spare(workload)
-        own = {
-            position: some_patches(self._write_patches(workload, image, torch.empty_like(spare[0]), spare), position)
-            for position, image in self.some.items()
-        }
+        spare, own = self._spare(workload, 1), {}
+        for position, image in self.some.items():
+            patches = self._write_patches(workload, [image], torch.empty_like(spare[0]), spare)
+            own[position] = some_patches(patches[0], position)
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
         every = {position: patches for share in shares for position, patches in share.items()}
         return densest_place(torch.cat([every[position] for position in sorted(every)]).to(workload.like))
@@ -87,9 +86,11 @@ class PoolLoader:
                 rest = rest[storage.nbytes :]
         else:  # the images lie beside each other at every place
             storage = workload.like.new_empty(num_patches, last - first, width).transpose(0, 1)
-        patches, spare = storage[..., :channels], self._spare(workload)
-        for target, image in zip(patches, images, strict=True):
-            self._write_patches(workload, image, target, spare)
+        patches, at_once = storage[..., :channels], min(workload.loaded_at_once, len(images))
+        spare = self._spare(workload, at_once)
+        for index in range(0, len(images), at_once):
+            target = patches[index : index + at_once]
+            self._write_patches(workload, images[index : index + at_once], target, spare[:, : len(target)])
             rounding.change_basis(target)
             release(self.features)
         del spare
@@ -99,7 +100,7 @@ class PoolLoader:
                 rounding.change_basis(origin[None])
             tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin, rest)
         else:
-            tile = tile_of_vectors(storage, channels, rounding, rest)
+            tile = tile_of_vectors(storage, channels, rounding, rest, at_once)
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)
         if not is_finite.all():
             names = (self.names or self.images)[first:last]
@@ -108,16 +109,18 @@ class PoolLoader:
             raise ValueError(msg)
         return tile
 
-    def held(self, like: torch.Tensor, tile_bytes: int | None) -> "PoolLoader":
+    def held(self, workload: Workload, tile_bytes: int | None) -> "PoolLoader":
         """Return a loader of images that are prepared and held, so that it is not done again for every degree.
 
         Args:
-            like: A tensor of the device and type of the comparison.
+            workload: One of those that they are held for.
             tile_bytes: Memory of a tile of all images, where that can be used again.
         """
+        like, at_once = workload.like, workload.loaded_at_once
         maps = like.new_empty(len(self.images), *self.features.shape[2:], self.features.shape[1])
-        for target, image in zip(maps, self.images, strict=True):
-            target.copy_(self._prepared(image, like).permute(1, 2, 0))
+        for index in range(0, len(self.images), at_once):
+            images = self.images[index : index + at_once]
+            maps[index : index + at_once] = self._prepared(images, like).permute(0, 2, 3, 1)
             release(self.features)
         memory = None
         if tile_bytes is not None:
@@ -127,24 +130,27 @@ class PoolLoader:
         held = replace(self, features=maps.permute(0, 3, 1, 2), images=range(len(maps)), prepare=None, some=some)
         return replace(held, memory=memory, names=tuple(self.images))
 
-    def _prepared(self, image: int, like: torch.Tensor) -> torch.Tensor:
-        features = self.features[image : image + 1].to(like)
-        return (features if self.prepare is None else self.prepare(features).detach())[0]
+    def _prepared(self, images: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        features = self.features[images[0] : images[0] + 1] if len(images) == 1 else self.features[list(images)]
+        features = features.to(like)
+        return features if self.prepare is None else self.prepare(features).detach()
 
-    def _spare(self, workload: Workload) -> torch.Tensor:
-        """Return memory of two images, which is used for one after the other: new memory costs more than a sum."""
-        return workload.like.new_empty(2, *workload.shape[1:])
+    def _spare(self, workload: Workload, at_once: int) -> torch.Tensor:
+        """Return memory of twice some images, which is used for others after them: new memory costs more than a sum."""
+        return workload.like.new_empty(2, at_once, *workload.shape[1:])
 
-    def _write_patches(self, workload: Workload, image: int, target: torch.Tensor, spare: torch.Tensor) -> torch.Tensor:
-        """Load one image's patches ``(L, C)`` to a target, less the origin, their windows summed where D is 1."""
-        features = self._prepared(image, workload.like)
-        if features.ndim == 2:
+    def _write_patches(
+        self, workload: Workload, images: Sequence[int], target: torch.Tensor, spare: torch.Tensor
+    ) -> torch.Tensor:
+        """Load the patches of n images to ``(n, L, C)``, less the origin, their windows summed where D is 1."""
+        features = self._prepared(images, workload.like)
+        if features.ndim == 3:
             target.copy_(features)
         elif len(workload.degrees) > 1:
-            target.unflatten(0, features.shape[1:]).copy_(features.permute(1, 2, 0))
+            target.unflatten(1, features.shape[2:]).copy_(features.permute(0, 2, 3, 1))
         else:
-            patches = features.permute(1, 2, 0)
-            spare = spare.view(2, *patches.shape)
+            patches = features.permute(0, 2, 3, 1)
+            spare = spare.unflatten(2, features.shape[2:])
             if not patches.is_contiguous():
                 patches = spare[0].copy_(patches)
             write_unit_vectors(patches, workload.degrees[0], self.origin, target, spare)

@@ -56,9 +56,9 @@ def nearest_distances(
         search_radius: For maps, within how many rows and columns of its own place a patch is sought in the other
             images. Defaults to the whole image.
         images: Indices of the images that are compared, which are then counted from 0. Defaults to all.
-        prepare: Changes the features of one image, shape ``(1, ...)``, once, or each time that it is loaded to the
-            device where memory is short; it keeps their shape. So a pool that fits no memory is prepared while it is
-            compared.
+        prepare: Changes the features of some images, shape ``(n, ...)``, each by itself, once, or each time that they
+            are loaded to the device where memory is short; it keeps their shape. So a pool that fits no memory is
+            prepared while it is compared.
         precision: ``"exact"``: within 1e-4 of float64 for unit vectors; for others within 1e-4 of the longest
             difference between a patch and the mean patch, whatever offset all patches share. ``"fast"``: products of
             8-bit integers or 16-bit numbers where a trial of a few milliseconds shows that the processor multiplies
@@ -207,7 +207,7 @@ def surveyed_blocks(
     tile_bytes = bytes_to_hold(workloads, memory_budget)
     if tile_bytes is not None:
         with torch.autocast(like.device.type, enabled=False):
-            pool = pool.held(like, tile_bytes if workloads[0].places is None else None)
+            pool = pool.held(workloads[0], tile_bytes if workloads[0].places is None else None)
         memory_budget = None if memory_budget is None else memory_budget - 2 * tile_bytes / GIB
     yield from compared(pool, workloads, memory_budget, progress)
 

@@ -17,6 +17,7 @@ _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
 _BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
 _HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
+_LOADED = 2**24  # numbers that a GPU loads at once
 # What the libraries of each thread pack their operands into; no more of a small budget than this share.
 _THREAD_BYTES, _THREAD_SHARE = 3 * 2**20, 1 / 8
 
@@ -54,8 +55,14 @@ class Workload:
 
     @property
     def loading_bytes(self) -> int:
-        """Working memory of loading an image."""
-        return 4 * self.shape[1] * self.shape[2] * self.like.itemsize
+        """Working memory of loading images."""
+        return 4 * self.loaded_at_once * self.shape[1] * self.shape[2] * self.like.itemsize
+
+    @property
+    def loaded_at_once(self) -> int:
+        """Images that are loaded together: enough to keep a GPU busy."""
+        _, num_patches, channels = self.shape
+        return 1 if self.like.device.type == "cpu" else max(1, _LOADED // (num_patches * channels))
 
     @property
     def pair_bytes(self) -> int:

@@ -32,8 +32,8 @@ class Rounding(Protocol):
             memory: Bytes where the rounded numbers may be. Defaults to new ones.
         """
 
-    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor | None:
-        """Write the rounded patches of an image to ``out``, ``(L, C)``; return ``None`` where nothing was rounded."""
+    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
+        """Write the rounded patches of n images to ``out``, ``(n, L, C)``; ``None`` where nothing was rounded."""
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
         """Fill the channels for norms: the first half with half the squared norms, ``(b, L)``, the others with ones.
@@ -56,9 +56,9 @@ class NoRounding:
         del memory
         return (patches,)
 
-    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor | None:
+    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Rounding`."""
-        del encoded, image, out
+        del encoded, images, out
         return None
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
@@ -83,9 +83,9 @@ class SixteenBitRounding(NoRounding):
         self._check(rounded[..., : rounded.shape[-1] - self.norm_channels])
         return (rounded,)
 
-    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor:
+    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor:
         """See :class:`Rounding`."""
-        return out.copy_(encoded[0][image, :, : out.shape[1]])
+        return out.copy_(encoded[0][images, :, : out.shape[-1]])
 
     def _check(self, numbers: torch.Tensor) -> None:
         """Raise a ValueError if a number was too large for float16; bfloat16 has the range of float32."""

@@ -30,11 +30,12 @@ def check_values(
     Raises:
         ValueError: If there are others; it names their images.
     """
-    most, found = largest_value(features.dtype), {}
+    most, bounds = largest_value(features.dtype), []
     for image in images:
-        low, high = features[image].aminmax()
-        found[image] = low.item(), high.item()
+        bounds.append(torch.stack(features[image].aminmax()))
         release(features)
+    # a device is waited for once
+    found = dict(zip(images, map(tuple, torch.stack(bounds).tolist()), strict=True)) if bounds else {}
     bad = [image for image, (low, high) in found.items() if not (-low <= most and high <= most)]  # NaN is neither
     if bad:
         msg = (

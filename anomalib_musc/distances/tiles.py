@@ -113,7 +113,7 @@ class Tile:
 
 
 def tile_of_vectors(
-    storage: torch.Tensor, channels: int, rounding: Rounding, memory: torch.Tensor | None = None
+    storage: torch.Tensor, channels: int, rounding: Rounding, memory: torch.Tensor | None = None, at_once: int = 1
 ) -> Tile:
     """Make a tile of prepared vectors that are compared as they are.
 
@@ -122,13 +122,18 @@ def tile_of_vectors(
         channels: C.
         rounding: How they are rounded.
         memory: Bytes for the rounded vectors. Defaults to new ones.
+        at_once: Images that are looked at together.
     """
     vectors = storage[..., :channels]
     operands = rounding.encode(storage, memory)
     half_norms = vectors.new_empty(vectors.shape[:2])
-    spare = torch.empty_like(vectors[0], memory_format=torch.contiguous_format) if rounding.number_bytes else vectors[0]
-    for index, vector in enumerate(vectors):
-        half_norms[index] = _half_norms(vector, rounding.decode(operands, index, spare))
+    spare = vectors[:at_once]
+    if rounding.number_bytes:
+        spare = torch.empty_like(spare, memory_format=torch.contiguous_format)
+    for first in range(0, len(vectors), at_once):
+        images = slice(first, min(first + at_once, len(vectors)))
+        rounded = rounding.decode(operands, images, spare[: images.stop - first])
+        half_norms[images] = _half_norms(vectors[images], rounded)
     rounding.write_norms(operands, half_norms)
     return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None], half_norms[None])
 
@@ -164,9 +169,9 @@ def tile_of_maps(
     vectors = patches.flatten(1, 2)
     operands = rounding.encode(vectors, memory)
     numbers = patches.new_empty(5, len(degrees), *vectors.shape[:2])
-    spare = torch.empty_like(vectors[0]) if rounding.number_bytes else vectors[0]
+    spare = torch.empty_like(vectors[:1]) if rounding.number_bytes else vectors[:1]
     for image, patch_map in enumerate(patches):
-        rounded = rounding.decode(operands, image, spare)
+        rounded = rounding.decode(operands, slice(image, image + 1), spare)
         rounded_map = patch_map if rounded is None else rounded.view_as(patch_map)
         for index, degree in enumerate(degrees):
             numbers[:, index, image] = _numbers_of_windows(patch_map, rounded_map, degree, origin)
@@ -200,7 +205,7 @@ def _numbers_of_windows(
 
 
 def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
-    r"""Return half the squared norms of ``(L, C)``, as they have to be where products are those of rounded vectors.
+    r"""Return half the squared norms of ``(..., C)``, as they have to be where products are those of rounded vectors.
 
     With the errors :math:`e = x - \tilde x`, which are as good as orthogonal to each other, it is
 

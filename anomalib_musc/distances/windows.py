@@ -18,11 +18,11 @@ def write_unit_vectors(
     """Write the window sums of patches, scaled to unit length, less an origin.
 
     Args:
-        patches: Shape ``(H, W, C)``.
+        patches: Maps ``(n, H, W, C)``.
         degree: Side of the window.
         origin: Shape ``(C,)``.
-        target: Where to write, ``(H * W, C)``.
-        spare: Memory of twice the patches' size, ``(2, H, W, C)``; the first half may hold the patches.
+        target: Where to write, ``(n, H * W, C)``.
+        spare: Memory of twice the patches' size, ``(2, n, H, W, C)``; the first half may hold the patches.
     """
     sums = window_sums(patches, degree, spare)
     scales = _reciprocal_norms(sums, degree)

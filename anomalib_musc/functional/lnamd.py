@@ -7,6 +7,8 @@ from torch.nn import functional as F  # noqa: N812
 from anomalib_musc.distances.survey import check_values
 from anomalib_musc.functional.arguments import check_maps
 
+_EPS = 1e-5  # as in F.layer_norm
+
 
 def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
     r"""Aggregate every patch with its :math:`r \times r` neighbourhood (arXiv 2401.16753, section 3.1).
@@ -52,4 +54,7 @@ def lnamd(feature_map: torch.Tensor, degree: int) -> torch.Tensor:
 def layer_norm(feature_map: torch.Tensor) -> torch.Tensor:
     """Normalise each image's whole map ``(N, C, H, W)`` to mean 0 and variance 1, in float32 or float64."""
     feature_map = feature_map.to(torch.promote_types(feature_map.dtype, torch.float32))
-    return F.layer_norm(feature_map, feature_map.shape[1:])
+    if not feature_map.is_cuda:
+        return F.layer_norm(feature_map, feature_map.shape[1:])
+    variances, means = torch.var_mean(feature_map, dim=(1, 2, 3), correction=0, keepdim=True)
+    return (feature_map - means) * torch.rsqrt(variances + _EPS)  # F.layer_norm would leave each map to one processor

@@ -36,7 +36,7 @@ def search_maps(request):
         workloads = [Workload(shape, some, torch.empty(0), kernel, shape[0]) for some in together]
         pool = PoolLoader(maps, range(num_images), None).surveyed()
         if request.param.endswith("held"):
-            pool = pool.held(torch.empty(0), num_images * max(workload.image_bytes for workload in workloads))
+            pool = pool.held(workloads[0], num_images * max(workload.image_bytes for workload in workloads))
         return compared(pool, workloads, budget, None)
 
     search_maps.is_shared = request.param == "one product for all degrees"

@@ -63,6 +63,15 @@ def check_interpreted() -> None:
     check_slices(first, second)
     check_errors()
     check_scores()
+    check_descriptors(first, second)
+
+
+def check_descriptors(first: torch.Tensor, second: torch.Tensor) -> None:
+    """Read blocks by descriptors, as since Hopper."""
+    triton_kernel.reads_blocks = lambda _: True
+    for dtype in DTYPES:
+        for shape in [(37, 50), (130, 96), (64, 32), (1, 1)]:
+            assert_nearest(images(4, *shape, dtype), first, second)
 
 
 def check_slices(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -124,9 +133,13 @@ def test_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
 
 
 @needs_gpu
+@pytest.mark.parametrize("by_blocks", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_configurations(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_configurations(dtype: torch.dtype, by_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every configuration gives the same result, also those that are not the fastest on this GPU."""
+    if by_blocks and not triton_kernel.reads_blocks(torch.device("cuda")):
+        pytest.skip("this GPU reads no blocks")
+    monkeypatch.setattr(triton_kernel, "reads_blocks", lambda _: by_blocks)
     tuner = triton_kernel._SINGLE if dtype == torch.float32 else triton_kernel._HALF
     ran = 0
     for configuration in list(tuner.configs):

@@ -53,10 +53,10 @@ class EightBitProduct(NoRounding):
             integers[index] = (image / scales[index, :, None]).round_()
         return integers, scales
 
-    def decode(self, encoded: Encoded, image: int, out: torch.Tensor) -> torch.Tensor:
+    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
         integers, scales = encoded
-        return torch.mul(integers[image], scales[image, :, None], out=out)
+        return torch.mul(integers[images], scales[images, :, None], out=out)
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""

@@ -2,10 +2,13 @@
 """The nearest patches of many pairs of images in one GPU kernel; imports only where Triton is installed."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F  # noqa: N812
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from anomalib_musc.distances.rounding import NoRounding, Rounding, SixteenBitRounding
 from anomalib_musc.distances.tiles import Query, Tile
@@ -16,27 +19,22 @@ _BLOCK_M = 32 if _INTERPRETED else 128
 _PARTIAL_NUMBERS = 2**24
 _DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 _INDEX_DTYPES = {torch.int32, torch.int64}
+_CHANNELS = 16  # that are read at once
 
 
-@triton.jit
-def _load(pointers: tl.tensor, channels: tl.tensor, num_channels: tl.constexpr, block_k: tl.constexpr) -> tl.tensor:
-    if num_channels % block_k == 0:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=channels < num_channels, other=0.0)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_patches"])  # so that it is compiled once for every size
 def _kernel(
-    left: tl.tensor,  # (N, L, C)
+    left: tl.tensor_descriptor | tl.tensor,  # (N * L, C)
     left_half_norms: tl.tensor,  # (N, L)
-    right: tl.tensor,  # (M, L, C)
+    right: tl.tensor_descriptor | tl.tensor,  # (M * L, C)
     right_half_norms: tl.tensor,  # (M, L)
     first: tl.tensor,  # (P,)
     second: tl.tensor,  # (P,)
     rows: tl.tensor,  # (P, L)
     partials: tl.tensor,  # (P, row blocks, L)
-    num_patches: tl.constexpr,
-    num_channels: tl.constexpr,
+    num_patches: int,
+    num_channels: int,
+    is_described: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
@@ -50,21 +48,28 @@ def _kernel(
     i = tl.load(first + pair).to(tl.int64)
     j = tl.load(second + pair).to(tl.int64)
 
-    # Blocks that pass the last patch repeat it, so that reading needs no mask; its infinite norm makes it lose there.
-    k = tl.arange(0, block_k)
-    p = (program % row_blocks).to(tl.int32) * block_m + tl.arange(0, block_m)
-    x = left + i * num_patches * num_channels + tl.minimum(p, num_patches - 1)[:, None] * num_channels + k[None, :]
+    # A block that passes an image's last patch reads the next image, or the last patch again; an infinite norm makes
+    # what it read lose.
+    block_start, k = (program % row_blocks).to(tl.int32) * block_m, tl.arange(0, block_k)
+    p = block_start + tl.arange(0, block_m)
     norms_i = tl.load(left_half_norms + i * num_patches + p, mask=p < num_patches, other=float("inf"))
     nearest = tl.full((block_m,), float("-inf"), tl.float32)
+    if is_described:
+        x, y = (i * num_patches).to(tl.int32) + block_start, (j * num_patches).to(tl.int32)
+    else:
+        x = left + i * num_patches * num_channels + tl.minimum(p, num_patches - 1)[:, None] * num_channels + k[None, :]
+        y = right + j * num_patches * num_channels + k[:, None]
     for start in tl.range(0, num_patches, block_n, flatten=flatten):
         q = start + tl.arange(0, block_n)
-        y = right + j * num_patches * num_channels
-        y += tl.minimum(q, num_patches - 1)[None, :] * num_channels + k[:, None]
+        near = tl.minimum(q, num_patches - 1)[None, :] * num_channels
         product = tl.zeros((block_m, block_n), tl.float32)
         for c in range(0, num_channels, block_k):
-            part_i = _load(x + c, c + k[None, :], num_channels, block_k)
-            part_j = _load(y + c, c + k[:, None], num_channels, block_k)
-            product = tl.dot(part_i, part_j, product, input_precision="tf32x3")  # as exact as float32, on tensor cores
+            if is_described:
+                part_i, part_j = left.load([x, c]), right.load([y + start, c]).T
+            else:
+                part_i = tl.load(x + c, mask=c + k[None, :] < num_channels, other=0.0)
+                part_j = tl.load(y + near + c, mask=c + k[:, None] < num_channels, other=0.0)
+            product = tl.dot(part_i, part_j, product, input_precision="tf32x3")  # exact as float32, on tensor cores
         norms_j = tl.load(right_half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
         nearest = tl.maximum(nearest, tl.max(product - norms_j[None, :], axis=1))
         column = tl.max(product - norms_i[:, None], axis=0)
@@ -72,27 +77,30 @@ def _kernel(
     tl.store(rows + pair * num_patches + p, nearest, mask=p < num_patches)
 
 
+def _set_blocks(arguments: dict[str, Any]) -> None:
+    """Let descriptors read the blocks of a configuration."""
+    if arguments["is_described"]:
+        for name, block in (("left", "block_m"), ("right", "block_n")):
+            arguments[name].block_shape = [arguments[block], arguments["block_k"]]
+
+
 def _tuned(*shapes: tuple[int, int, bool, int, int]) -> triton.runtime.Autotuner:
     """Let the kernel try the given (block_n, block_k, flatten, warps, stages) for each (L, C, dtype) that it meets."""
     configurations = [
-        triton.Config({"block_n": n, "block_k": k, "flatten": flatten}, num_warps=warps, num_stages=stages)
+        triton.Config(
+            {"block_n": n, "block_k": k, "flatten": flatten}, num_warps=warps, num_stages=stages, pre_hook=_set_blocks
+        )
         for n, k, flatten, warps, stages in (((32, 32, False, 1, 1),) if _INTERPRETED else shapes)
     ]
-    return triton.autotune(configurations, key=["num_patches", "num_channels"])(_kernel)
+    bench = partial(triton.testing.do_bench, warmup=5, rep=20)  # milliseconds
+    return triton.autotune(configurations, key=["num_patches", "num_channels"], do_bench=bench)(_kernel)
 
 
-# Large blocks read the least per product. A flattened loop loads the next patches while it reduces these; without it,
-# smaller blocks leave room for two programs per multiprocessor, which do the same. Every GPU has its own best one, and
-# passes over those that need more shared memory than it has.
-_HALF = _tuned(
-    (256, 64, True, 8, 4),
-    (256, 64, True, 8, 3),
-    (256, 32, True, 8, 4),
-    (128, 64, False, 8, 3),
-    (128, 64, False, 4, 3),
-    (128, 32, False, 8, 4),
-)
-_SINGLE = _tuned((128, 16, False, 8, 3), (64, 32, True, 8, 3), (64, 16, False, 4, 3))
+# Small blocks leave room for two programs per multiprocessor: one multiplies while the other reduces. Large ones read
+# the least per product, and a flattened loop loads the next patches while it reduces these. Every GPU has its own best
+# one, and passes over those that need more shared memory than it has.
+_HALF = _tuned((128, 64, False, 4, 3), (128, 64, True, 4, 4), (256, 64, True, 8, 4), (128, 32, False, 8, 4))
+_SINGLE = _tuned((64, 32, False, 4, 3), (128, 32, False, 8, 3), (64, 16, False, 4, 3))
 
 
 class TritonKernel:
@@ -136,6 +144,11 @@ def is_usable(device: torch.device) -> bool:
     return _INTERPRETED and device.type == "cpu"
 
 
+def reads_blocks(device: torch.device) -> bool:
+    """Whether a GPU reads blocks that a descriptor tells, as since Hopper; others would wait for each of them."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def nearest_pairs(
     left: torch.Tensor,
     left_half_norms: torch.Tensor,
@@ -174,15 +187,19 @@ def nearest_pairs(
     _check_patches(left, left_half_norms, "left")
     _check_patches(right, right_half_norms, "right")
     _check_pairs(left, right, first, second)
-    num_patches, num_channels = left.shape[1:]
+    num_patches = left.shape[1]
     row_blocks = triton.cdiv(num_patches, _BLOCK_M)
     if _INTERPRETED and left.dtype == torch.bfloat16:
         left, right = left.float(), right.float()  # the interpreter would multiply bit patterns
+    num_channels = left.shape[2] + -left.shape[2] % _CHANNELS
+    is_described = reads_blocks(left.device)
+    x, y = (_rows(patches, num_channels, is_described) for patches in (left, right))
     # Slices begin at multiples of 16, so that their addresses are aligned like the first and need no new compilation.
     step = max(1, _PARTIAL_NUMBERS // (row_blocks * num_patches) // 16) * 16
     first, second = first.contiguous(), second.contiguous()
     kernel = _SINGLE if left.dtype == torch.float32 else _HALF
 
+    sizes = num_patches, num_channels, is_described, _BLOCK_M
     rows = left_half_norms.new_empty(len(first), num_patches)
     columns = torch.empty_like(rows)
     partials = rows.new_empty(min(step, len(first)), row_blocks, num_patches)
@@ -190,10 +207,18 @@ def nearest_pairs(
         for start in range(0, len(first), step):
             pairs = slice(start, start + step)
             part = partials[: len(first[pairs])]
-            operands = (left, left_half_norms, right, right_half_norms, first[pairs], second[pairs])
-            kernel[(len(part) * row_blocks,)](*operands, rows[pairs], part, num_patches, num_channels, _BLOCK_M)
+            operands = (x, left_half_norms, y, right_half_norms, first[pairs], second[pairs])
+            kernel[(len(part) * row_blocks,)](*operands, rows[pairs], part, *sizes)
             torch.amax(part, dim=1, out=columns[pairs])
     return rows, columns
+
+
+def _rows(patches: torch.Tensor, num_channels: int, is_described: bool) -> TensorDescriptor | torch.Tensor:
+    """Return patches ``(N, L, C)`` as the kernel reads them; copied where rows would begin at uneven addresses."""
+    rows = patches.flatten(0, 1)
+    if num_channels > rows.shape[1]:
+        rows = F.pad(rows, (0, num_channels - rows.shape[1]))
+    return TensorDescriptor.from_tensor(rows, [_BLOCK_M, _CHANNELS]) if is_described else rows
 
 
 def _check_patches(patches: torch.Tensor, half_norms: torch.Tensor, name: str) -> None:
