@@ -2,7 +2,7 @@
 """What an image costs in each backbone, exact and fast: ``python benchmarks/backbone_speed.py [--json FILE]``.
 
 Networks have random weights, each in a process of its own; images are given one at a time. Memory is the peak of the
-process, weights and libraries included. The cosine is that between the patch features of both precisions.
+process, weights and libraries included, or of the GPU. The cosine is that between the features of both precisions.
 """
 
 import argparse
@@ -39,13 +39,16 @@ REPEATS = 5
 
 
 @torch.no_grad()
-def measure(name: str, side: int | None, threads: int, result: "multiprocessing.Queue[dict[str, Any]]") -> None:
+def measure(
+    name: str, side: int | None, threads: int, device: str, result: "multiprocessing.Queue[dict[str, Any]]"
+) -> None:
     """Put the seconds of an image in both precisions, and the peak memory."""
     torch.set_num_threads(threads)
-    backbone = create_backbone(name, pretrained=False, image_size=side)
-    images = torch.rand(1, 3, *backbone.image_size)
+    backbone = create_backbone(name, pretrained=False, image_size=side).to(device)
+    images = torch.rand(1, 3, *backbone.image_size, device=device)
     backbone(images)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    is_cuda = device == "cuda"
+    peak = torch.cuda.max_memory_allocated() if is_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     half_precision = HalfPrecision()
     times: dict[str, list[float]] = {"exact": [], "fast": []}
     features = {}
@@ -54,6 +57,8 @@ def measure(name: str, side: int | None, threads: int, result: "multiprocessing.
             with half_precision.autocast(backbone, images) if precision == "fast" else nullcontext():
                 began = time.perf_counter()
                 features[precision] = backbone(images)[0]
+                if is_cuda:
+                    torch.cuda.synchronize()
                 taken.append(time.perf_counter() - began)
     chosen = half_precision.trial(backbone, images).dtype
     cosines = [
@@ -68,9 +73,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     report: dict[str, Any] = {
-        "device": processor(),
+        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
         "threads": arguments.threads,
         "torch": torch.__version__,
         "rows": {},
@@ -80,13 +86,13 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     for name, side in CASES:
         result = context.Queue()
-        process = context.Process(target=measure, args=(name, side, arguments.threads, result))
+        process = context.Process(target=measure, args=(name, side, arguments.threads, arguments.device, result))
         process.start()
         row = result.get()
         process.join()
         size = " x ".join(map(str, row["size"]))
         numbers = row["fast"].removeprefix("torch.") if row["fast"] != "None" else "float32"
-        times = f"{row['exact_s']:.3f} s | {row['fast_s']:.3f} s"
+        times = f"{row['exact_s']:.4f} s | {row['fast_s']:.4f} s"
         print(
             f"| {name} | {size} | {times} | {numbers} | {row['cosine']:.5f} | {row['peak_bytes'] / 2**30:.1f} GiB |",
             flush=True,

@@ -3,9 +3,9 @@
 
 The official shape, written from the paper's equations: every window unfolded and averaged, then one image at a time
 against all others, ``torch.cdist``, the minimum, a sort, the average. All are timed in turn and the medians compared,
-beside the time of the bare products, ``torch.mm`` of each unordered pair of images once. Peak memory is what each adds
-to a process of its own, features not counted. Beside it stand the rates of the processor's products, and which of
-them a trial chose.
+beside the time of the bare products, ``torch.mm`` of each unordered pair of images once. Peak memory is what each adds,
+features not counted; on a processor to a process of its own. Beside it stand the rates of the processor's products, and
+which of them a trial chose. ``--large`` adds a pool for a GPU: four layers of 200 images, each way once.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from anomalib_musc.distances.trial import fastest
 from anomalib_musc.functional import layer_scores, mutual_scores
 
 SIZES = ((16, 1369, 1024), (64, 256, 768), (32, 1024, 384), (24, 400, 192))  # images, patches, channels
+LARGE = (200, 1369, 1024)
 DEGREES = (1, 3, 5)
 COLUMNS = (
     "images x patches x channels",
@@ -98,7 +99,13 @@ def one_layer(size: tuple[int, int, int], device: str) -> dict[str, Work]:
     }
 
 
-SETTINGS = {"one degree": one_layer_one_degree, "three degrees": one_layer}
+def four_layers(size: tuple[int, int, int], device: str) -> dict[str, Work]:
+    """Return the ways to score random maps of four layers at three degrees."""
+    layers = [one_layer(size, device) for _ in range(4)]
+    return {name: lambda name=name: torch.stack([layer[name]() for layer in layers]).mean(dim=0) for name in layers[0]}
+
+
+SETTINGS = {"one degree": one_layer_one_degree, "three degrees": one_layer, "four layers, three degrees": four_layers}
 
 
 def rates(device: str) -> dict[str, float]:
@@ -123,7 +130,7 @@ def rates(device: str) -> dict[str, float]:
 
 def chosen(setting: str, size: tuple[int, int, int], device: str) -> dict[str, str]:
     """Return which product a trial chose for exact and for fast."""
-    degrees = DEGREES if setting == "three degrees" else (1,)
+    degrees = (1,) if setting == "one degree" else DEGREES
     found = {}
     for precision in ("exact", "fast"):
         kernel, is_shared = fastest(precision, *size[1:], degrees, torch.empty(0, device=device))
@@ -142,16 +149,9 @@ def timed(work: Work, device: str) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def measure_peak(
-    setting: str, name: str, size: tuple[int, int, int], device: str, result: "multiprocessing.Queue"
-) -> None:
+def measure_peak(setting: str, name: str, size: tuple[int, int, int], result: "multiprocessing.Queue") -> None:
     """Put the memory that one way adds at its peak, in bytes."""
-    work = SETTINGS[setting](size, device)[name]
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        work()
-        result.put(torch.cuda.max_memory_allocated() - before)
-        return
+    work = SETTINGS[setting](size, "cpu")[name]
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     work()
@@ -164,13 +164,13 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def peak(setting: str, name: str, size: tuple[int, int, int], device: str) -> int | None:
+def peak(setting: str, name: str, size: tuple[int, int, int]) -> int | None:
     """Run one way in a process of its own; ``None`` where the peak cannot be read."""
-    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+    if not Path("/proc/self/clear_refs").exists():
         return None
     context = multiprocessing.get_context("spawn")
     result = context.Queue()
-    process = context.Process(target=measure_peak, args=(setting, name, size, device, result))
+    process = context.Process(target=measure_peak, args=(setting, name, size, result))
     process.start()
     value = result.get()
     process.join()
@@ -181,17 +181,23 @@ def compare(setting: str, size: tuple[int, int, int], repeats: int, device: str)
     """Time every way in turn, and read its peak."""
     works = SETTINGS[setting](size, device)
     times: dict[str, list[float]] = {name: [] for name in works}
-    results = {}
-    works["exact"]()  # warms up
+    results, peaks = {}, {}
+    for name in ("exact", "fast"):  # each chooses what multiplies
+        works[name]()
     for _ in range(repeats):
         for name, work in works.items():
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             duration, results[name] = timed(work, device)
             times[name].append(duration)
+            if device == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated() - before
     row: dict[str, Any] = {"setting": setting, "images": size[0], "patches": size[1], "channels": size[2]}
     for name in works:
         row[f"{name}_s"] = statistics.median(times[name])
         if name != "products":
-            row[f"{name}_peak_bytes"] = peak(setting, name, size, device)
+            row[f"{name}_peak_bytes"] = peaks[name] if device == "cuda" else peak(setting, name, size)
             row[f"{name}_largest_difference"] = float((results[name] - results["official"]).abs().max())
     return row | chosen(setting, size, device)
 
@@ -215,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="add four layers of 200 images")
     parser.add_argument("--json", type=Path, help="where to write the numbers")
     arguments = parser.parse_args()
     report: dict[str, Any] = {
@@ -227,12 +234,14 @@ def main() -> None:
     print(f"{report['device']}, {report['threads']} threads, torch {report['torch']}")
     print(", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in report["operations_per_second"].items()))
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
-    for setting in SETTINGS:
-        for size in SIZES:
-            report["rows"].append(compare(setting, size, arguments.repeats, arguments.device))
-            show(report["rows"][-1])
-            if arguments.json:
-                arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    cases = [(setting, size, arguments.repeats) for setting in ("one degree", "three degrees") for size in SIZES]
+    if arguments.large:
+        cases.append(("four layers, three degrees", LARGE, 1))
+    for case in cases:
+        report["rows"].append(compare(*case, arguments.device))
+        show(report["rows"][-1])
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def processor() -> str:
