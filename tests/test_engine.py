@@ -44,7 +44,7 @@ def test_engine_gives_the_numbers_of_the_equations(mvtec_root, own_backbone, mak
     lowest, spread = expected.raw_scores.min(), np.ptp(expected.raw_scores)
     for index, path in enumerate(data.test_data.samples.image_path):
         assert seen[path][0] == pytest.approx(lowest + expected.rscin_scores[index] * spread, abs=1e-4)
-        np.testing.assert_allclose(seen[path][1].numpy(), expected.anomaly_maps[index], atol=1e-4)
+        np.testing.assert_allclose(seen[path][1].cpu().numpy(), expected.anomaly_maps[index], atol=1e-4)
 
 
 def test_defects_are_found(mvtec_root, own_backbone, make_engine):

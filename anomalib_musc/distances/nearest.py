@@ -14,7 +14,7 @@ from anomalib_musc.distances.plan import Plan, Workload, bytes_to_hold, make_pla
 from anomalib_musc.distances.processes import Processes
 from anomalib_musc.distances.ring import Compare, Ring
 from anomalib_musc.distances.same_place import compare_places, make_places
-from anomalib_musc.distances.storage import GIB, check_budget, file_tensor, release, trim, write_lines
+from anomalib_musc.distances.storage import GIB, budget_in_bytes, check_budget, file_tensor, release, trim, write_lines
 from anomalib_musc.distances.tiles import CancellingWindowsError, Tile
 from anomalib_musc.distances.trial import seconds_of_pair
 
@@ -123,6 +123,7 @@ def nearest_distances(
     if ring is not None:
         kernels = make_kernels(precision, like) if places is None else make_batched_kernels(precision, like)
         workloads = ring.agreed_workloads(workloads, kernels)
+    workloads = [workload.on_budget(budget_in_bytes(memory_budget, like.device)) for workload in workloads]
     return surveyed_blocks(PoolLoader(features.detach(), pool, prepare), workloads, memory_budget, progress, ring)
 
 

@@ -9,15 +9,15 @@ import torch
 
 from anomalib_musc.distances.kernels import Kernel, Precision
 from anomalib_musc.distances.same_place import Places
-from anomalib_musc.distances.storage import MemoryBudgetError, budget_in_bytes
+from anomalib_musc.distances.storage import AT_ONCE, MemoryBudgetError, budget_in_bytes
 from anomalib_musc.distances.trial import fastest, fastest_by_place
 
 # Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices.
 _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
 _BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
+_LOADING = 16  # that part of the memory may be spared for images that a GPU loads together
 _HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
-_LOADED = 2**24  # numbers that a GPU loads at once
 # What the libraries of each thread pack their operands into; no more of a small budget than this share.
 _THREAD_BYTES, _THREAD_SHARE = 3 * 2**20, 1 / 8
 
@@ -33,6 +33,7 @@ class Workload:
         kernel: Compares an image with several.
         num_columns: Images that each is compared with, itself included: N, or more where other processes hold some.
         places: Where a patch is sought; ``None`` for the whole image.
+        loaded_at_once: Images that are loaded together: on a GPU several, where memory allows.
     """
 
     shape: tuple[int, int, int]
@@ -41,6 +42,15 @@ class Workload:
     kernel: Kernel
     num_columns: int
     places: Places | None = None
+    loaded_at_once: int = 1
+
+    def on_budget(self, budget: int) -> "Workload":
+        """Load as many images together as keep a GPU busy and leave most of a budget of bytes."""
+        if self.like.device.type == "cpu":
+            return self
+        num_images, num_patches, channels = self.shape
+        spared = min(budget // _LOADING, budget - self.least_bytes) // self.loading_bytes
+        return replace(self, loaded_at_once=max(1, min(1 + spared, num_images, AT_ONCE // (num_patches * channels))))
 
     def separate(self) -> "list[Workload]":
         """Return a workload for each degree."""
@@ -50,19 +60,15 @@ class Workload:
     def image_bytes(self) -> int:
         """Memory of an image in a tile."""
         _, num_patches, channels = self.shape
-        numbers = num_patches * (channels + self.kernel.rounding.norm_channels + 5 * len(self.degrees))
-        return numbers * self.like.itemsize + num_patches * channels * self.kernel.rounding.number_bytes
+        rounding = self.kernel.rounding
+        numbers = num_patches * (channels + rounding.norm_channels + 5 * len(self.degrees))
+        rounded = num_patches * (channels + -channels % rounding.channel_multiple)
+        return numbers * self.like.itemsize + rounded * rounding.number_bytes
 
     @property
     def loading_bytes(self) -> int:
         """Working memory of loading images."""
         return 4 * self.loaded_at_once * self.shape[1] * self.shape[2] * self.like.itemsize
-
-    @property
-    def loaded_at_once(self) -> int:
-        """Images that are loaded together: enough to keep a GPU busy."""
-        _, num_patches, channels = self.shape
-        return 1 if self.like.device.type == "cpu" else max(1, _LOADED // (num_patches * channels))
 
     @property
     def pair_bytes(self) -> int:

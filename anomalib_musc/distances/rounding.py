@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from anomalib_musc.distances.storage import first_bytes
+from anomalib_musc.distances.storage import AT_ONCE, first_bytes
 
 Encoded = tuple[torch.Tensor, ...]
 
@@ -16,10 +16,12 @@ class Rounding(Protocol):
     Attributes:
         number_bytes: Memory of a rounded number, beside the number itself.
         norm_channels: How many channels hold norms beside those of a patch.
+        channel_multiple: Zeros are added to the channels of rounded patches up to a multiple of this.
     """
 
     number_bytes: int
     norm_channels: int
+    channel_multiple: int
 
     def change_basis(self, patches: torch.Tensor) -> None:
         """Turn patches ``(..., L, C)`` to another orthonormal basis of the channels, in place, or leave them."""
@@ -47,6 +49,7 @@ class NoRounding:
 
     number_bytes = 0
     norm_channels = 0
+    channel_multiple = 1
 
     def change_basis(self, patches: torch.Tensor) -> None:
         """See :class:`Rounding`."""
@@ -95,6 +98,51 @@ class SixteenBitRounding(NoRounding):
                 "precision='exact'."
             )
             raise ValueError(msg)
+
+
+class ScaledParts(NoRounding):
+    """Patches are rounded to float16, or split into the sum of two such numbers, scaled by a power of two an image.
+
+    Two keep 22 bits of each number, as many as matter beside the sums of a GPU.
+
+    Args:
+        count: 1 or 2.
+    """
+
+    channel_multiple = 64
+    _EXPONENT = 15  # of the largest number of an image, just below the largest of float16
+
+    def __init__(self, count: int) -> None:
+        self.number_bytes = 2 * count
+        self._count = count
+
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+        """Return the parts, ``(b, L, count, C)`` with C as a multiple, and what they are multiplied by, ``(b,)``."""
+        num_images, num_patches, channels = patches.shape
+        shape = num_images, num_patches, self._count, channels + -channels % self.channel_multiple
+        if memory is None:
+            parts = patches.new_empty(shape, dtype=torch.float16)
+        else:
+            parts = first_bytes(memory, shape, torch.float16)
+        parts[..., channels:] = 0
+        scales = patches.new_empty(num_images)
+        at_once = max(1, AT_ONCE // (num_patches * channels))
+        for some, halves, scale in zip(*(of_all.split(at_once) for of_all in (patches, parts, scales)), strict=True):
+            low, high = some.flatten(1).aminmax(dim=1)
+            exponents = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-100)  # of zeros, too
+            torch.ldexp(torch.ones_like(scale), exponents - self._EXPONENT, out=scale)
+            rest = some / scale[:, None, None]
+            for part in halves[..., :channels].unbind(dim=2):
+                part.copy_(rest)
+                rest -= part
+        return parts, scales
+
+    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`Rounding`."""
+        parts, scales = encoded
+        if self._count > 1:
+            return None
+        return torch.mul(parts[images, :, 0, : out.shape[-1]], scales[images, None, None], out=out)
 
 
 def rounded_numbers(like: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor | None) -> torch.Tensor:

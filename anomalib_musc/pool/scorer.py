@@ -89,9 +89,10 @@ class PoolScorer:
         findings = Findings.joined(gathered(self._images.processes, reader.findings))
         skipped = findings.skipped | (folder.passed_over() if folder else {})
         references = median_features(self._images.model.bank.feature_maps) if self._images.num_references else None
-        groups = find_groups(found.names, found.median_features.cpu(), found.peaks, self._images.reach)
+        features = found.median_features.cpu()
+        groups = find_groups(found.names, features, found.peaks, self._images.reach)
         warnings = [group.text for group in groups]
-        warnings += warn_of_pool(findings.looks, found.median_features, references, raw_scores)
+        warnings += warn_of_pool(findings.looks, features, references, raw_scores)
         warnings += other_sizes(self._images.model, findings.sizes)
         for sentence in [*say_skipped(skipped), *say_notes(findings.notes), *warnings]:
             rank_zero_warn(sentence)

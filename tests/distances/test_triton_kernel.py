@@ -15,33 +15,44 @@ pytest.importorskip("triton", reason="Triton is not installed; it belongs to PyT
 
 from anomalib_musc.distances.kernels import triton_kernel
 from anomalib_musc.distances.kernels.triton_kernel import nearest_pairs
-from anomalib_musc.functional import layer_scores, mutual_scores
+from anomalib_musc.distances.rounding import ScaledParts
+from anomalib_musc.functional import Precision, layer_scores, mutual_scores
 
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 PAIRS = [(0, 1), (2, 0), (3, 1), (1, 1), (0, 1)]  # repeated images and pairs, both orders, itself
 GPU_RTOL = 5e-5  # tensor cores truncate their float32 sums, at each of up to 1024 / 16 steps
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def images(num: int, patches: int, channels: int, dtype: torch.dtype, opposite: bool = False) -> torch.Tensor:
+def images(num: int, patches: int, channels: int, opposite: bool = False) -> torch.Tensor:
     """Patches of unequal norms; with ``opposite``, every product of an even image with an odd one is negative."""
     generator = torch.Generator().manual_seed(patches * channels)
     features = torch.randn(num, patches, channels, generator=generator) * channels**-0.5
     if opposite:
         features = features.abs() + 0.1
         features[1::2] *= -1
-    return (features * torch.linspace(0.5, 1.5, patches)[:, None]).to(dtype)  # (N, L, C)
+    return features * torch.linspace(0.5, 1.5, patches)[:, None]  # (N, L, C)
 
 
-def assert_nearest(features: torch.Tensor, first: torch.Tensor, second: torch.Tensor, rtol: float = 1e-5) -> None:
+def operands_of(features: torch.Tensor, num_parts: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return what the kernel takes, and what its parts add up to in float64."""
+    parts, scales = ScaledParts(num_parts).encode(features)
+    values = (parts.double().sum(dim=2) * scales.double()[:, None, None])[..., : features.shape[2]]
+    return (parts, scales, (values.square().sum(dim=-1) / 2).float()), values
+
+
+def assert_nearest(
+    features: torch.Tensor, num_parts: int, first: torch.Tensor, second: torch.Tensor, rtol: float = 1e-5
+) -> None:
     """Compare with float64; the error of a float32 sum is relative to its terms, here to the largest squared norm."""
-    half_norms = features.double().square().sum(dim=-1) / 2  # (N, L)
-    left, right = features.clone(), features
-    rows, columns = nearest_pairs(left, half_norms.float(), right, half_norms.float(), first, second)
+    operands, values = operands_of(features, num_parts)
+    if num_parts == 2:
+        torch.testing.assert_close(values, features.double(), rtol=2**-22, atol=1e-9)
+    half_norms = values.square().sum(dim=-1) / 2  # (N, L)
+    rows, columns = nearest_pairs(*operands, *(part.clone() for part in operands), first, second)
     assert rows.dtype == columns.dtype == torch.float32
-    atol = rtol * max(1.0, 2 * half_norms.max().item())
+    atol = rtol * 2 * half_norms.max().item()
     for k, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-        product = features[i].double() @ features[j].double().T  # (L, L)
+        product = values[i] @ values[j].T  # (L, L)
         expected_rows = (product - half_norms[j]).amax(dim=1)
         expected_columns = (product - half_norms[i][:, None]).amax(dim=0)
         torch.testing.assert_close(rows[k].double(), expected_rows, rtol=0, atol=atol)
@@ -50,57 +61,57 @@ def assert_nearest(features: torch.Tensor, first: torch.Tensor, second: torch.Te
 
 def check_interpreted() -> None:
     first, second = torch.tensor(PAIRS).T  # not contiguous
-    for dtype in DTYPES:
-        for shape in [(37, 50), (130, 96), (64, 32), (1, 1)]:
-            assert_nearest(images(4, *shape, dtype), first, second)
-        negative = images(4, 37, 50, dtype, opposite=True)
-        assert (negative[::2].flatten(0, 1).float() @ negative[1::2].flatten(0, 1).float().T < 0).all()
-        assert_nearest(negative, torch.tensor([0, 2, 1]), torch.tensor([1, 3, 2]))
-        assert_nearest(images(4, 37, 50, dtype), first.int(), second.int())
-    few, norms = images(2, 5, 4, torch.float32), torch.ones(2, 5)
-    empty = nearest_pairs(few, norms, few, norms, *torch.empty(2, 0, dtype=torch.int64))
+    for by_blocks in (False, True):
+        triton_kernel.reads_blocks = lambda _, by_blocks=by_blocks: by_blocks
+        for num_parts in (1, 2):
+            for shape in [(37, 50), (130, 96), (64, 128), (1, 1)]:
+                assert_nearest(images(4, *shape), num_parts, first, second)
+    for num_parts in (1, 2):
+        negative = images(4, 37, 50, opposite=True)
+        assert (negative[::2].flatten(0, 1) @ negative[1::2].flatten(0, 1).T < 0).all()
+        assert_nearest(negative, num_parts, torch.tensor([0, 2, 1]), torch.tensor([1, 3, 2]))
+        sizes = torch.tensor([1e-9, 1e5, 1.0, 1e9])[:, None, None]  # far beyond float16
+        assert_nearest(images(4, 37, 50) * sizes, num_parts, torch.arange(4), torch.arange(4))
+        assert_nearest(images(4, 37, 50), num_parts, first.int(), second.int())
+    few, _ = operands_of(images(2, 5, 4), 1)
+    empty = nearest_pairs(*few, *few, *torch.empty(2, 0, dtype=torch.int64))
     assert [tuple(output.shape) for output in empty] == [(0, 5), (0, 5)]
     check_slices(first, second)
     check_errors()
     check_scores()
-    check_descriptors(first, second)
-
-
-def check_descriptors(first: torch.Tensor, second: torch.Tensor) -> None:
-    """Read blocks by descriptors, as since Hopper."""
-    triton_kernel.reads_blocks = lambda _: True
-    for dtype in DTYPES:
-        for shape in [(37, 50), (130, 96), (64, 32), (1, 1)]:
-            assert_nearest(images(4, *shape, dtype), first, second)
 
 
 def check_slices(first: torch.Tensor, second: torch.Tensor) -> None:
     """Force several slices, the last one shorter, by a bound that no slice of 16 pairs meets."""
     triton_kernel._PARTIAL_NUMBERS = 1
-    assert_nearest(images(4, 37, 50, torch.float16), first.repeat(5), second.repeat(5))
+    assert_nearest(images(4, 37, 50), 1, first.repeat(5), second.repeat(5))
 
 
 def check_errors() -> None:
-    features, norms, index = torch.ones(2, 5, 4), torch.ones(2, 5), torch.zeros(3, dtype=torch.int64)
-    right = (features, norms)
+    parts, scales, norms = torch.ones(2, 5, 1, 64).half(), torch.ones(2), torch.ones(2, 5)
+    index = torch.zeros(3, dtype=torch.int64)
+    left = right = (parts, scales, norms)
     wrong = [
-        ("left must be", (features.double(), norms, *right, index, index)),
-        ("left must be", (features.mT.contiguous().mT, norms, *right, index, index)),
-        ("left must be", (features[:, :0], norms[:, :0], *right, index, index)),
-        ("left_half_norms must be", (features, norms.double(), *right, index, index)),
-        ("right_half_norms must be", (*right, features, norms[:1], index, index)),
-        ("left and right must be", (features.half(), norms, *right, index, index)),
-        ("first and second must be", (*right, *right, index.float(), index)),
-        ("first and second must be", (*right, *right, index, index[:2])),
+        ("left must be", ((parts.float(), scales, norms), right, index, index)),
+        ("left must be", ((parts.transpose(0, 1), scales, norms), right, index, index)),
+        ("left must be", ((parts[..., :50].contiguous(), scales, norms), right, index, index)),
+        ("left must be", ((parts[:, :0], scales, norms[:, :0]), right, index, index)),
+        ("left must be", ((parts.repeat(1, 1, 3, 1), scales, norms), right, index, index)),
+        ("left_scales must be", ((parts, norms, norms), right, index, index)),
+        ("left_half_norms must be", ((parts, scales, norms.double()), right, index, index)),
+        ("right_half_norms must be", (left, (parts, scales, norms[:1]), index, index)),
+        ("left and right must be", ((parts.repeat(1, 1, 2, 1), scales, norms), right, index, index)),
+        ("first and second must be", (left, right, index.float(), index)),
+        ("first and second must be", (left, right, index, index[:2])),
     ]
-    for message, arguments in wrong:
+    for message, (one, other, first, second) in wrong:
         with pytest.raises(ValueError, match=message):
-            nearest_pairs(*arguments)
+            nearest_pairs(*one, *other, first, second)
 
 
 def check_scores() -> None:
     """The interpreter takes the place of a GPU: the scores are those of the plain path."""
-    pool = torch.nn.functional.normalize(images(5, 30, 20, torch.float32), dim=-1)
+    pool = torch.nn.functional.normalize(images(5, 30, 20), dim=-1)
     pool[3] = pool[1]
     plain = mutual_scores(pool.double()).float()
     for budget in (None, 2**-11):  # several tiles, and a file
@@ -108,9 +119,9 @@ def check_scores() -> None:
         torch.testing.assert_close(
             mutual_scores(pool, precision="fast", memory_budget=budget), plain, rtol=0, atol=5e-4
         )
-    with pytest.raises(ValueError, match="16-bit"):
-        mutual_scores(pool * 1e5, precision="fast")
-    maps = images(5, 30, 300, torch.float32).mT.reshape(5, 300, 5, 6)
+    for size in (1e-5, 1e5):
+        torch.testing.assert_close(mutual_scores(pool * size, precision="fast"), plain * size, rtol=0, atol=5e-4 * size)
+    maps = images(5, 30, 300).mT.reshape(5, 300, 5, 6)
     expected = layer_scores(maps.double()).float()
     torch.testing.assert_close(layer_scores(maps), expected, rtol=0, atol=1e-5)
 
@@ -126,27 +137,26 @@ def on_gpu(*pairs: tuple[int, int]) -> list[torch.Tensor]:
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_parts", [1, 2])
 @pytest.mark.parametrize("shape", [(1369, 1024), (257, 768), (130, 96), (37, 50), (1, 1)])
-def test_gpu(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    assert_nearest(images(4, *shape, dtype).cuda(), *on_gpu(*PAIRS), rtol=GPU_RTOL)
+def test_gpu(shape: tuple[int, int], num_parts: int) -> None:
+    assert_nearest(images(4, *shape).cuda(), num_parts, *on_gpu(*PAIRS), rtol=GPU_RTOL)
 
 
 @needs_gpu
 @pytest.mark.parametrize("by_blocks", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_configurations(dtype: torch.dtype, by_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_gpu_configurations(num_parts: int, by_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every configuration gives the same result, also those that are not the fastest on this GPU."""
     if by_blocks and not triton_kernel.reads_blocks(torch.device("cuda")):
         pytest.skip("this GPU reads no blocks")
     monkeypatch.setattr(triton_kernel, "reads_blocks", lambda _: by_blocks)
-    tuner = triton_kernel._SINGLE if dtype == torch.float32 else triton_kernel._HALF
     ran = 0
-    for configuration in list(tuner.configs):
-        monkeypatch.setattr(tuner, "configs", [configuration])
+    for configuration in list(triton_kernel._TUNED.configs):
+        monkeypatch.setattr(triton_kernel._TUNED, "configs", [configuration])
         for shape in [(600, 384), (300, 50)]:
             try:
-                assert_nearest(images(4, *shape, dtype).cuda(), *on_gpu(*PAIRS), rtol=GPU_RTOL)
+                assert_nearest(images(4, *shape).cuda(), num_parts, *on_gpu(*PAIRS), rtol=GPU_RTOL)
             except triton_kernel.triton.runtime.errors.OutOfResources:  # of this GPU
                 continue
             ran += 1
@@ -154,17 +164,37 @@ def test_gpu_configurations(dtype: torch.dtype, by_blocks: bool, monkeypatch: py
 
 
 @needs_gpu
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_gpu_scores(precision: Precision) -> None:
+    """Pools on a GPU and on the host, equal patches, an offset, little memory: as float64 on the host."""
+    maps = images(9, 300, 100).mT.reshape(9, 100, 15, 20)
+    maps[:, :, :8] = maps[0, :, :1, :1]  # a plain background
+    maps += 5
+    expected = layer_scores(maps.double()).float()
+    atol = 1e-4 if precision == "exact" else 5e-3
+    for features in (maps, maps.cuda()):
+        for budget in (None, 0.01):
+            for search_radius in (None, 20):
+                scores = layer_scores(
+                    features, precision=precision, memory_budget=budget, device="cuda", search_radius=search_radius
+                )
+                torch.testing.assert_close(scores.cpu(), expected, rtol=0, atol=atol)
+
+
+@needs_gpu
 def test_gpu_offsets_beyond_32_bits() -> None:
     if torch.cuda.mem_get_info()[0] < 6 * 2**30:
         pytest.skip("needs 6 GB of free GPU memory")
-    features = torch.zeros(2**31 // (1024 * 1024) + 2, 1024, 1024, dtype=torch.float16, device="cuda")
-    features[[0, -2, -1]] = images(3, 1024, 1024, torch.float16).cuda()
-    last = len(features) - 1
-    half_norms = torch.stack([image.float().square().sum(dim=-1) / 2 for image in features])
-    pairs = [(0, last), (last - 1, last), (last, 0)]
-    rows, columns = nearest_pairs(features, half_norms, features, half_norms, *on_gpu(*pairs))
-    used = [0, last - 1, last]
-    few = (features[used], half_norms[used])
+    (some, _, _), _ = operands_of(images(3, 1024, 1024), 1)
+    parts = torch.zeros(2**31 // (1024 * 1024) + 2, 1024, 1, 1024, dtype=torch.float16, device="cuda")
+    used = [0, len(parts) - 2, len(parts) - 1]
+    parts[used] = some.cuda()
+    scales = torch.full((len(parts),), 2.0**-15, device="cuda")
+    half_norms = torch.stack([image.float().square().sum(dim=-1)[:, 0] * 2.0**-31 for image in parts])
+    pairs = [(0, used[2]), (used[1], used[2]), (used[2], 0)]
+    all_of_them = parts, scales, half_norms
+    rows, columns = nearest_pairs(*all_of_them, *all_of_them, *on_gpu(*pairs))
+    few = tuple(part[used] for part in all_of_them)
     same = nearest_pairs(*few, *few, *on_gpu(*[(used.index(i), used.index(j)) for i, j in pairs]))
     torch.testing.assert_close((rows, columns), same, rtol=0, atol=0)
 

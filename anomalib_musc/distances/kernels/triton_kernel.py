@@ -7,26 +7,26 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.nn import functional as F  # noqa: N812
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from anomalib_musc.distances.rounding import NoRounding, Rounding, SixteenBitRounding
+from anomalib_musc.distances.rounding import Rounding, ScaledParts
 from anomalib_musc.distances.tiles import Query, Tile
 
 _INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test: TRITON_INTERPRET=1 before Triton is imported
 _BLOCK_M = 32 if _INTERPRETED else 128
 # Numbers that a slice of pairs writes as the column maxima of its row blocks before they are reduced: 64 MB.
 _PARTIAL_NUMBERS = 2**24
-_DTYPES = {torch.float16, torch.bfloat16, torch.float32}
 _INDEX_DTYPES = {torch.int32, torch.int64}
-_CHANNELS = 16  # that are read at once
+_CHANNELS = ScaledParts.channel_multiple
 
 
 @triton.jit(do_not_specialize=["num_patches"])  # so that it is compiled once for every size
 def _kernel(
-    left: tl.tensor_descriptor | tl.tensor,  # (N * L, C)
+    left: tl.tensor_descriptor | tl.tensor,  # (N * L, parts * C)
+    left_scales: tl.tensor,  # (N,)
     left_half_norms: tl.tensor,  # (N, L)
-    right: tl.tensor_descriptor | tl.tensor,  # (M * L, C)
+    right: tl.tensor_descriptor | tl.tensor,  # (M * L, parts * C)
+    right_scales: tl.tensor,  # (M,)
     right_half_norms: tl.tensor,  # (M, L)
     first: tl.tensor,  # (P,)
     second: tl.tensor,  # (P,)
@@ -34,6 +34,7 @@ def _kernel(
     partials: tl.tensor,  # (P, row blocks, L)
     num_patches: int,
     num_channels: int,
+    num_parts: tl.constexpr,
     is_described: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
@@ -54,22 +55,27 @@ def _kernel(
     p = block_start + tl.arange(0, block_m)
     norms_i = tl.load(left_half_norms + i * num_patches + p, mask=p < num_patches, other=float("inf"))
     nearest = tl.full((block_m,), float("-inf"), tl.float32)
+    scale = tl.load(left_scales + i) * tl.load(right_scales + j)
+    width = num_parts * num_channels
     if is_described:
         x, y = (i * num_patches).to(tl.int32) + block_start, (j * num_patches).to(tl.int32)
     else:
-        x = left + i * num_patches * num_channels + tl.minimum(p, num_patches - 1)[:, None] * num_channels + k[None, :]
-        y = right + j * num_patches * num_channels + k[:, None]
+        x = left + i * num_patches * width + tl.minimum(p, num_patches - 1)[:, None] * width + k[None, :]
+        y = right + j * num_patches * width + k[:, None]
     for start in tl.range(0, num_patches, block_n, flatten=flatten):
         q = start + tl.arange(0, block_n)
-        near = tl.minimum(q, num_patches - 1)[None, :] * num_channels
+        near = tl.minimum(q, num_patches - 1)[None, :] * width
         product = tl.zeros((block_m, block_n), tl.float32)
-        for c in range(0, num_channels, block_k):
+        # Of two parts each, the large with the large, the large with the small and the small with the large.
+        for c in range(0, num_channels if num_parts == 1 else 3 * num_channels, block_k):
+            c_i = tl.where(c < num_channels, c, c - num_channels)
+            c_j = tl.where(c < 2 * num_channels, c, c - 2 * num_channels)
             if is_described:
-                part_i, part_j = left.load([x, c]), right.load([y + start, c]).T
+                part_i, part_j = left.load([x, c_i]), right.load([y + start, c_j]).T
             else:
-                part_i = tl.load(x + c, mask=c + k[None, :] < num_channels, other=0.0)
-                part_j = tl.load(y + near + c, mask=c + k[:, None] < num_channels, other=0.0)
-            product = tl.dot(part_i, part_j, product, input_precision="tf32x3")  # exact as float32, on tensor cores
+                part_i, part_j = tl.load(x + c_i), tl.load(y + near + c_j)
+            product = tl.dot(part_i, part_j, product)
+        product *= scale
         norms_j = tl.load(right_half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
         nearest = tl.maximum(nearest, tl.max(product - norms_j[None, :], axis=1))
         column = tl.max(product - norms_i[:, None], axis=0)
@@ -85,7 +91,7 @@ def _set_blocks(arguments: dict[str, Any]) -> None:
 
 
 def _tuned(*shapes: tuple[int, int, bool, int, int]) -> triton.runtime.Autotuner:
-    """Let the kernel try the given (block_n, block_k, flatten, warps, stages) for each (L, C, dtype) that it meets."""
+    """Let the kernel try the given (block_n, block_k, flatten, warps, stages) for each (L, C) that it meets."""
     configurations = [
         triton.Config(
             {"block_n": n, "block_k": k, "flatten": flatten}, num_warps=warps, num_stages=stages, pre_hook=_set_blocks
@@ -93,29 +99,29 @@ def _tuned(*shapes: tuple[int, int, bool, int, int]) -> triton.runtime.Autotuner
         for n, k, flatten, warps, stages in (((32, 32, False, 1, 1),) if _INTERPRETED else shapes)
     ]
     bench = partial(triton.testing.do_bench, warmup=5, rep=20)  # milliseconds
-    return triton.autotune(configurations, key=["num_patches", "num_channels"], do_bench=bench)(_kernel)
+    return triton.autotune(configurations, key=["num_patches", "num_channels", "num_parts"], do_bench=bench)(_kernel)
 
 
 # Small blocks leave room for two programs per multiprocessor: one multiplies while the other reduces. Large ones read
 # the least per product, and a flattened loop loads the next patches while it reduces these. Every GPU has its own best
 # one, and passes over those that need more shared memory than it has.
-_HALF = _tuned((128, 64, False, 4, 3), (128, 64, True, 4, 4), (256, 64, True, 8, 4), (128, 32, False, 8, 4))
-_SINGLE = _tuned((64, 32, False, 4, 3), (128, 32, False, 8, 3), (64, 16, False, 4, 3))
+_TUNED = _tuned((128, 64, False, 4, 3), (128, 64, True, 4, 4), (256, 64, True, 8, 4), (128, 32, False, 8, 4))
 
 
 class TritonKernel:
     """Compares images in one GPU kernel, which never writes the products to memory.
 
     Args:
-        is_half: Whether 16-bit numbers are multiplied; their products are added in float32.
+        is_half: Whether patches are rounded to float16, or split into the sum of two such numbers, which three products
+            take the place of one for; all are added in float32.
     """
 
     can_share = False
     block = 2**31
 
     def __init__(self, is_half: bool) -> None:
-        self.name = "Triton, 16 bits" if is_half else "Triton"
-        self.rounding: Rounding = SixteenBitRounding() if is_half else NoRounding()
+        self.name = "Triton, float16" if is_half else "Triton, float16 in two parts"
+        self.rounding: Rounding = ScaledParts(1 if is_half else 2)
 
     def pair_bytes(self, num_patches: int, *, is_shared: bool) -> int:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
@@ -128,11 +134,11 @@ class TritonKernel:
         return partial(self._compare, left, image)
 
     def _compare(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        (x,), (y,) = left.operands, right.operands
         (left_half_norms,), (right_half_norms,) = left.half_norms, right.half_norms
-        second = torch.arange(images.start, images.stop, device=x.device)
+        second = torch.arange(images.start, images.stop, device=left_half_norms.device)
         first = torch.full_like(second, image)
-        rows, columns = nearest_pairs(x, left_half_norms, y, right_half_norms, first, second)
+        (x, x_scales), (y, y_scales) = left.operands, right.operands
+        rows, columns = nearest_pairs(x, x_scales, left_half_norms, y, y_scales, right_half_norms, first, second)
         to_right, to_left = left_half_norms[image] - rows, right_half_norms[images] - columns
         return to_right.mul_(2).clamp_min_(0)[None], to_left.mul_(2).clamp_min_(0)[None]
 
@@ -151,8 +157,10 @@ def reads_blocks(device: torch.device) -> bool:
 
 def nearest_pairs(
     left: torch.Tensor,
+    left_scales: torch.Tensor,
     left_half_norms: torch.Tensor,
     right: torch.Tensor,
+    right_scales: torch.Tensor,
     right_half_norms: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
@@ -169,37 +177,37 @@ def nearest_pairs(
     direction's. Products are accumulated in float32 and never reach the memory of the GPU.
 
     Args:
-        left: Patches x, shape ``(N, L, C)``, contiguous, finite, on a GPU; float16, bfloat16 or float32.
+        left: Patches x in one or two parts, which add up to them, shape ``(N, L, parts, C)``, contiguous, finite, on
+            a GPU, float16; C is a multiple of 64. See :class:`~anomalib_musc.distances.rounding.ScaledParts`.
+        left_scales: What the parts of every image are multiplied by, shape ``(N,)``, float32.
         left_half_norms: Half the squared norm of every patch, shape ``(N, L)``, contiguous, float32.
-        right: Patches y, shape ``(M, L, C)``, of the same type.
+        right: Patches y, shape ``(M, L, parts, C)``.
+        right_scales: Likewise, shape ``(M,)``.
         right_half_norms: Likewise, shape ``(M, L)``.
         first: Image i of every pair, shape ``(P,)``, int64 or int32, within ``[0, N)``, which is not checked. Pairs
             run in this order: those next to each other should share images, which then stay in the cache.
         second: Image j of every pair, within ``[0, M)``.
 
     Returns:
-        ``rows`` and ``columns``, each of shape ``(P, L)``, float32. The first call with an (L, C, dtype) times the
+        ``rows`` and ``columns``, each of shape ``(P, L)``, float32. The first call with an (L, parts, C) times the
         configurations on its pairs; it should hold enough of them to fill the GPU.
 
     Raises:
         ValueError: If a shape, dtype or memory layout is not as described.
     """
-    _check_patches(left, left_half_norms, "left")
-    _check_patches(right, right_half_norms, "right")
+    _check_patches(left, left_scales, left_half_norms, "left")
+    _check_patches(right, right_scales, right_half_norms, "right")
     _check_pairs(left, right, first, second)
-    num_patches = left.shape[1]
+    num_patches, num_parts, num_channels = left.shape[1:]
     row_blocks = triton.cdiv(num_patches, _BLOCK_M)
-    if _INTERPRETED and left.dtype == torch.bfloat16:
-        left, right = left.float(), right.float()  # the interpreter would multiply bit patterns
-    num_channels = left.shape[2] + -left.shape[2] % _CHANNELS
+    x, y = left.view(-1, num_parts * num_channels), right.view(-1, num_parts * num_channels)
     is_described = reads_blocks(left.device)
-    x, y = (_rows(patches, num_channels, is_described) for patches in (left, right))
+    if is_described:
+        x, y = (TensorDescriptor.from_tensor(part, [_BLOCK_M, _CHANNELS]) for part in (x, y))  # see _set_blocks
     # Slices begin at multiples of 16, so that their addresses are aligned like the first and need no new compilation.
     step = max(1, _PARTIAL_NUMBERS // (row_blocks * num_patches) // 16) * 16
     first, second = first.contiguous(), second.contiguous()
-    kernel = _SINGLE if left.dtype == torch.float32 else _HALF
-
-    sizes = num_patches, num_channels, is_described, _BLOCK_M
+    sizes = num_patches, num_channels, num_parts, is_described, _BLOCK_M
     rows = left_half_norms.new_empty(len(first), num_patches)
     columns = torch.empty_like(rows)
     partials = rows.new_empty(min(step, len(first)), row_blocks, num_patches)
@@ -207,37 +215,32 @@ def nearest_pairs(
         for start in range(0, len(first), step):
             pairs = slice(start, start + step)
             part = partials[: len(first[pairs])]
-            operands = (x, left_half_norms, y, right_half_norms, first[pairs], second[pairs])
-            kernel[(len(part) * row_blocks,)](*operands, rows[pairs], part, *sizes)
+            images = (x, left_scales, left_half_norms, y, right_scales, right_half_norms)
+            _TUNED[(len(part) * row_blocks,)](*images, first[pairs], second[pairs], rows[pairs], part, *sizes)
             torch.amax(part, dim=1, out=columns[pairs])
     return rows, columns
 
 
-def _rows(patches: torch.Tensor, num_channels: int, is_described: bool) -> TensorDescriptor | torch.Tensor:
-    """Return patches ``(N, L, C)`` as the kernel reads them; copied where rows would begin at uneven addresses."""
-    rows = patches.flatten(0, 1)
-    if num_channels > rows.shape[1]:
-        rows = F.pad(rows, (0, num_channels - rows.shape[1]))
-    return TensorDescriptor.from_tensor(rows, [_BLOCK_M, _CHANNELS]) if is_described else rows
-
-
-def _check_patches(patches: torch.Tensor, half_norms: torch.Tensor, name: str) -> None:
-    is_batch = patches.ndim == 3 and 0 not in patches.shape and patches.is_contiguous()
-    is_norms = half_norms.shape == patches.shape[:2] and half_norms.is_contiguous()
-    got = f"got {patches.dtype} of shape {tuple(patches.shape)}"
-    if not is_batch or patches.dtype not in _DTYPES:
-        msg = f"{name} must be float16, bfloat16 or float32, contiguous, of shape (N, L, C), none of them 0; {got}."
+def _check_patches(patches: torch.Tensor, scales: torch.Tensor, half_norms: torch.Tensor, name: str) -> None:
+    is_batch = patches.ndim == 4 and 0 not in patches.shape and patches.is_contiguous()
+    if not is_batch or patches.dtype != torch.float16 or patches.shape[2] > 2 or patches.shape[3] % _CHANNELS:
+        msg = (
+            f"{name} must be float16, contiguous, of shape (N, L, parts, C), none of them 0, with 1 or 2 parts and C a "
+            f"multiple of {_CHANNELS}; got {patches.dtype} of shape {tuple(patches.shape)}."
+        )
         raise ValueError(msg)
-    if not is_norms or half_norms.dtype != torch.float32:
-        got += f", half norms {half_norms.dtype} of shape {tuple(half_norms.shape)}"
-        msg = f"{name}_half_norms must be float32, contiguous, of shape (N, L) as the patches; {got}."
-        raise ValueError(msg)
+    for values, what, shape in ((scales, "scales", patches.shape[:1]), (half_norms, "half_norms", patches.shape[:2])):
+        if values.shape != shape or values.dtype != torch.float32 or not values.is_contiguous():
+            msg = (
+                f"{name}_{what} must be float32, contiguous, of shape {tuple(shape)} as the patches; got "
+                f"{values.dtype} of shape {tuple(values.shape)}."
+            )
+            raise ValueError(msg)
 
 
 def _check_pairs(left: torch.Tensor, right: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> None:
-    if left.dtype != right.dtype or left.shape[1:] != right.shape[1:]:
-        got = (f"{patches.dtype} of shape {tuple(patches.shape)}" for patches in (left, right))
-        msg = "left and right must be of one dtype, L and C; got {} and {}.".format(*got)
+    if left.shape[1:] != right.shape[1:]:
+        msg = f"left and right must be of one L, parts and C; got {tuple(left.shape)} and {tuple(right.shape)}."
         raise ValueError(msg)
     if first.ndim != 1 or first.shape != second.shape or not {first.dtype, second.dtype} <= _INDEX_DTYPES:
         got = (f"{index.dtype} of shape {tuple(index.shape)}" for index in (first, second))
