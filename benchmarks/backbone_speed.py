@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="+", help="backbones, in place of all")
     arguments = parser.parse_args()
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else processor(),
@@ -84,7 +85,7 @@ def main() -> None:
     print(f"{report['device']}, {arguments.threads} threads, torch {torch.__version__}\n")
     print("| backbone | image | exact | fast | numbers of fast | cosine | peak memory |\n|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
-    for name, side in CASES:
+    for name, side in (case for case in CASES if not arguments.only or case[0] in arguments.only):
         result = context.Queue()
         process = context.Process(target=measure, args=(name, side, arguments.threads, arguments.device, result))
         process.start()
