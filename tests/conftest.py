@@ -13,6 +13,7 @@ from review_fixtures import browser, downloads, page, review  # noqa: F401  # fi
 from torch import nn
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may need a network, nor wait for one
+torch.backends.cudnn.allow_tf32 = False  # a GPU's numbers are compared with those of float64, too
 
 SIDE = 64
 LONGEST = ("test_benchmark", "test_readme_commands", "test_real_data", "test_zoo", "test_musc_tiny")  # a minute each

@@ -130,11 +130,12 @@ class ScaledParts(NoRounding):
         for some, halves, scale in zip(*(of_all.split(at_once) for of_all in (patches, parts, scales)), strict=True):
             low, high = some.flatten(1).aminmax(dim=1)
             exponents = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-100)  # of zeros, too
-            torch.ldexp(torch.ones_like(scale), exponents - self._EXPONENT, out=scale)
+            bits = (exponents - self._EXPONENT + 127) << 23  # of a power of two: torch.ldexp rounds on a GPU
+            scale.copy_(bits.view(torch.float32))
             rest = some / scale[:, None, None]
             for part in halves[..., :channels].unbind(dim=2):
                 part.copy_(rest)
-                rest -= part
+                rest = rest - part if self._count > 1 else rest
         return parts, scales
 
     def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
