@@ -90,9 +90,15 @@ class Tile:
 
     @property
     def resolution(self) -> torch.Tensor:
-        """Squared distances below which the products are too coarse, ``(D, b, L)``."""
-        is_double = self.half_norms.dtype == torch.float64
-        return self.sizes * (0.0 if is_double else 2 * CANCELLATION)
+        """Squared distances below which the products are too coarse, ``(D, b, L)``.
+
+        Between patches that are this much closer to what was subtracted than the farthest one, the root of their error
+        is small enough.
+        """
+        if self.half_norms.dtype == torch.float64:
+            return torch.zeros_like(self.sizes)
+        is_far = self.sizes > CANCELLATION * self.half_norms.amax(dim=(1, 2), keepdim=True)
+        return torch.where(is_far, 2 * CANCELLATION * self.sizes, 0.0)
 
     def vectors(self, image: int, index: int) -> torch.Tensor:
         """Return what is compared at the degree of that index, ``(L, C)``."""
@@ -185,23 +191,26 @@ def _numbers_of_windows(
     patches: torch.Tensor, rounded: torch.Tensor, degree: int, origin: torch.Tensor | None
 ) -> torch.Tensor:
     """Return scales, half norms, sizes, and what :class:`Origin` has, ``(5, L)``, of the windows of ``(H, W, C)``."""
-    sums, rounded_sums = window_sums(patches, degree), window_sums(rounded, degree)
+    sums = window_sums(patches, degree)
+    rounded_sums = sums if rounded is patches else window_sums(rounded, degree)
     counts = window_sums(torch.ones_like(patches[..., :1]), degree)  # (L, 1)
     lengths = window_sums(torch.linalg.vector_norm(patches, dim=-1, keepdim=True), degree)[:, 0]
-    norms = torch.linalg.vector_norm(sums if origin is None else sums + counts * origin, dim=-1)
+    norms = torch.linalg.vector_norm(sums if origin is None else torch.addcmul(sums, counts, origin), dim=-1)
     if bool((lengths > _CONDITION * norms).any()):
         raise CancellingWindowsError
     scales = norms.clamp_min(TINY_NORM * degree**2).reciprocal()
-    exact, of_rounded = sums * scales[:, None], rounded_sums * scales[:, None]
+    is_whole = origin is None and rounded is patches
+    squared = ((norms if is_whole else torch.linalg.vector_norm(rounded_sums, dim=-1)) * scales).square()
+    if rounded is not patches:  # see _half_norms
+        squared -= (torch.linalg.vector_norm(rounded_sums - sums, dim=-1) * scales).square()
     if origin is None:
-        half_norms, zeros = _half_norms(exact, None if rounded is patches else of_rounded), torch.zeros_like(scales)
-        return torch.stack([scales, half_norms, half_norms, zeros, zeros])
-    length = torch.linalg.vector_norm(origin)
+        zeros = torch.zeros_like(scales)
+        return torch.stack([scales, squared / 2, squared / 2, zeros, zeros])
+    length, along = torch.linalg.vector_norm(origin), (rounded_sums @ origin) * scales
     alpha = scales * counts[:, 0] - 1 / length
-    shift = alpha[:, None] * origin
-    half_norms = _half_norms(exact + shift, None if rounded is patches else of_rounded + shift)
+    squared += 2 * alpha * along + (alpha * length).square()  # of the sum of a window and alpha times the origin
     sizes = (lengths * scales + alpha.abs() * length).square() / 2
-    return torch.stack([scales, half_norms, sizes, of_rounded @ origin, alpha])
+    return torch.stack([scales, squared / 2, sizes, along, alpha])
 
 
 def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tensor:
