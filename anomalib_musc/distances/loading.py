@@ -9,7 +9,7 @@ import torch
 from anomalib_musc.distances.plan import Workload
 from anomalib_musc.distances.processes import Processes, gathered
 from anomalib_musc.distances.storage import first_bytes, release
-from anomalib_musc.distances.survey import check_values, densest_place, some_of, some_patches
+from anomalib_musc.distances.survey import check_values, densest_place, is_static, same_patches, some_of, some_patches
 from anomalib_musc.distances.tiles import CANCELLATION, Tile, tile_of_maps, tile_of_vectors
 from anomalib_musc.distances.windows import write_unit_vectors
 
@@ -24,6 +24,7 @@ class PoolLoader:
         prepare: Changes the features of some images, ``(n, ...)``, each by itself.
         some: A few of all images, at which one may look: of those here, the index, by the position among them.
         origin: What is subtracted from all patches, ``(C,)``, see :func:`.densest_place`.
+        is_static: Whether images are all but equal at some places, see :func:`.is_static`.
         memory: Bytes that a tile of all images takes, of one degree after the other: new memory costs more than most of
             what is computed in it.
         names: The images' indices among the features that were given, where those here are held ones.
@@ -34,6 +35,7 @@ class PoolLoader:
     prepare: Callable[[torch.Tensor], torch.Tensor] | None
     some: Mapping[int, int] = field(default_factory=dict)
     origin: torch.Tensor | None = None
+    is_static: bool = False
     memory: torch.Tensor | None = None
     names: Sequence[int] = ()
 
@@ -49,26 +51,31 @@ class PoolLoader:
         return replace(self, some={position: image for position, (owner, image) in some if owner == rank})
 
     def centred(self, workload: Workload, processes: Processes | None = None) -> "PoolLoader":
-        """Return a loader that subtracts the densest place, the same one in all processes.
+        """Return a loader that subtracts the densest place, the same one in all processes, and knows static pools.
 
         Of patches whose windows are still to be summed only where a twentieth of them is all but equal: elsewhere
         products are precise enough.
         """
+        one = replace(workload, degrees=workload.degrees[:1])
+        place, distance, is_static = self._look(one, processes)
+        pool = replace(self, is_static=is_static)
         if len(workload.degrees) > 1:
-            one = replace(workload, degrees=workload.degrees[:1])
-            if self._densest_place(one, processes)[1] ** 2 >= CANCELLATION:
-                return self
-        place, _ = self._densest_place(workload, processes)
-        return replace(self, origin=place if place.any() else None)
+            if distance**2 >= CANCELLATION:
+                return pool
+            place, _, _ = self._look(workload, processes)
+        return replace(pool, origin=place if place.any() else None)
 
-    def _densest_place(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, float]:
+    def _look(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, float, bool]:
+        """Return the densest place, how close patches lie there, and whether images are equal elsewhere."""
         spare, own = self._spare(workload, 1), {}
         for position, image in self.some.items():
-            patches = self._write_patches(workload, [image], torch.empty_like(spare[0]), spare)
-            own[position] = some_patches(patches[0], position)
+            patches = self._write_patches(workload, [image], torch.empty_like(spare[0]), spare)[0]
+            own[position] = torch.stack([some_patches(patches, position), same_patches(patches)])
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
         every = {position: patches for share in shares for position, patches in share.items()}
-        return densest_place(torch.cat([every[position] for position in sorted(every)]).to(workload.like))
+        some = torch.stack([every[position] for position in sorted(every)]).to(workload.like)  # (I, 2, n, C)
+        place, distance = densest_place(some[:, 0].flatten(0, 1))
+        return place, distance, is_static(some[:, 1] - place, CANCELLATION)
 
     def tile(self, workload: Workload, first: int, last: int) -> Tile:
         """Load the images from the first up to, not including, the last."""
@@ -101,6 +108,7 @@ class PoolLoader:
             tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin, rest)
         else:
             tile = tile_of_vectors(storage, channels, rounding, rest, at_once)
+        tile.is_static = self.is_static
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)
         if not is_finite.all():
             names = (self.names or self.images)[first:last]

@@ -288,7 +288,7 @@ def _compare_pair(
     if right is left:
         blocks = blocks[0], blocks[0]
     if workload.places is None:
-        compare_tiles(left, right, workload.kernel, plan.chunk, blocks, progress)
+        compare_tiles(left, right, workload.kernel, plan.chunk, plan.apart, blocks, progress)
     else:
         compare_places(left, right, workload.places, workload.kernel.rounding.norm_channels, blocks, progress)
     if plan.device != device:

@@ -16,6 +16,7 @@ from anomalib_musc.distances.trial import fastest, fastest_by_place
 _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
 _BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
+_APART = 64  # that part of the memory may be spared for same places, beside that of loading images
 _LOADING = 16  # that part of the memory may be spared for images that a GPU loads together
 _HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
 # What the libraries of each thread pack their operands into; no more of a small budget than this share.
@@ -158,12 +159,14 @@ class Plan:
     Attributes:
         tile: Images that are held at once on each side.
         chunk: Images that are compared with an image at once; of several processes, those that travel at once, too.
+        apart: Bytes for what is compared apart from the products.
         block: Images whose distances are yielded at once.
         device: Where the buffer of all distances is; ``None`` for a file.
     """
 
     tile: int
     chunk: int
+    apart: int
     block: int
     device: torch.device | None
 
@@ -188,6 +191,8 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     num_images = max(1, num_images)  # a process may hold none of them, and still takes part
     chunk = max(1, min(best_chunk, spared // at_once, num_images))
     rest = budget - chunk * at_once - workload.loading_bytes
+    apart = max(0, min(budget // _APART, rest - workload.tile_bytes))
+    rest -= apart
     device = _buffer_device(workload, rest, memory_budget)
     if device == workload.like.device:
         rest -= num_images * workload.row_bytes
@@ -203,7 +208,7 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
         tile = int((math.sqrt(image_bytes**2 + of_pairs * rest) - image_bytes) / of_pairs)
     else:
         tile = rest // (2 * image_bytes)
-    return Plan(min(max(1, tile), num_images), chunk, block, device)
+    return Plan(min(max(1, tile), num_images), chunk, workload.loading_bytes + apart, block, device)
 
 
 def _buffer_device(workload: Workload, rest: int, memory_budget: float | None) -> torch.device | None:

@@ -68,6 +68,27 @@ def some_patches(patches: torch.Tensor, position: int) -> torch.Tensor:
     return patches[order[:_PATCHES]]
 
 
+def same_patches(patches: torch.Tensor) -> torch.Tensor:
+    """Return a few patches ``(n, C)`` of an image's ``(L, C)``, at the same places of every image."""
+    order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
+    return patches[order[:_PATCHES]]
+
+
+def is_static(patches: torch.Tensor, least_share: float) -> bool:
+    """Whether two images are all but equal at some place, as where neither camera nor background moves.
+
+    Args:
+        patches: Patches of a few images at the same places, less the densest place, ``(I, n, C)``.
+        least_share: Of their squared norm, below which their squared distance is too small for products.
+    """
+    vectors = patches.transpose(0, 1)  # (n, I, C)
+    squared = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
+    squared.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    sizes = vectors.square().sum(dim=-1)
+    is_far = sizes > least_share * sizes.max()
+    return bool((is_far[..., None] & (squared < least_share * sizes[..., None])).any())
+
+
 def densest_place(points: torch.Tensor) -> tuple[torch.Tensor, float]:
     r"""Return the mean ``(C,)`` of the twentieth of patches that lie closest together, as those of a background do.
 

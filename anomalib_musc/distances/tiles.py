@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that are held at once, ready to be compared."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from anomalib_musc.distances.rounding import Encoded, Rounding
-from anomalib_musc.distances.windows import TINY_NORM, unit_vectors, window_sums
+from anomalib_musc.distances.windows import TINY_NORM, unit_vectors, window_sum, window_sums
 
 # Below this squared distance (relative to the squared norm) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
@@ -76,6 +77,8 @@ class Tile:
         half_norms: Half the squared norms of what is compared, ``(D, b, L)``, see :func:`_half_norms`.
         sizes: Half the squared lengths of what is added up in products, ``(D, b, L)``, which decide their error.
         origin: What was subtracted from patches whose windows are still to be summed; ``None`` for nothing.
+        is_static: Whether the patches at the same place of two images are compared apart from the products, as they may
+            be too close for them.
     """
 
     patches: torch.Tensor
@@ -86,6 +89,7 @@ class Tile:
     half_norms: torch.Tensor
     sizes: torch.Tensor
     origin: Origin | None = None
+    is_static: bool = False
     _distinct: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     @property
@@ -99,6 +103,29 @@ class Tile:
             return torch.zeros_like(self.sizes)
         is_far = self.sizes > CANCELLATION * self.half_norms.amax(dim=(1, 2), keepdim=True)
         return torch.where(is_far, 2 * CANCELLATION * self.sizes, 0.0)
+
+    @property
+    def negligible(self) -> torch.Tensor:
+        """Squared distances that are as good as none, ``(D,)``."""
+        return 2 * _EQUAL**2 * self.half_norms.amax(dim=(1, 2))
+
+    @property
+    def places(self) -> list[slice]:
+        """Return all places, a few at a time: a row of the map, where windows are still to be summed."""
+        num_patches = self.patches.shape[1]
+        width = math.isqrt(num_patches) if self.scales is None else self.grid[1]
+        return [slice(start, min(start + width, num_patches)) for start in range(0, num_patches, width)]
+
+    def vectors_at(self, places: slice, images: slice, index: int) -> torch.Tensor:
+        """Return what is compared at some :attr:`places` at the degree of that index, ``(n, places, C)``."""
+        if self.scales is None:
+            return self.patches[images, places]
+        row, radius = places.start // self.grid[1], self.degrees[index] // 2
+        rows = self.patches[images].unflatten(1, self.grid)[:, max(0, row - radius) : row + radius + 1]
+        sums = rows.sum(dim=1)  # (n, W, C)
+        if self.origin is not None:
+            sums += rows.shape[1] * self.origin.point
+        return window_sum(sums, 1, radius).mul_(self.scales[index, images, places, None])
 
     def vectors(self, image: int, index: int) -> torch.Tensor:
         """Return what is compared at the degree of that index, ``(L, C)``."""

@@ -12,6 +12,8 @@ import torch
 from seeded import assert_close, rand, randn, to_numpy, unit
 
 from anomalib_musc.distances import MemoryBudgetError, least_memory, nearest_distances
+from anomalib_musc.distances.comparison import compare_tiles
+from anomalib_musc.distances.kernels import make_kernels
 from anomalib_musc.distances.loading import PoolLoader
 from anomalib_musc.distances.nearest import compared, surveyed_blocks
 from anomalib_musc.distances.plan import Workload, make_plan, make_workloads
@@ -31,6 +33,8 @@ def search_maps(request):
     ):
         num_images, channels, height, width = maps.shape
         kernel, _ = fastest(precision, height * width, channels, degrees, torch.empty(0))
+        if search_maps.is_shared and not kernel.can_share:
+            kernel = next(kernel for kernel in make_kernels(precision, torch.empty(0)) if kernel.can_share)
         together = [tuple(degrees)] if search_maps.is_shared else [(degree,) for degree in degrees]
         shape = (num_images, height * width, channels)
         workloads = [Workload(shape, some, torch.empty(0), kernel, shape[0]) for some in together]
@@ -149,6 +153,71 @@ def test_patches_that_are_all_but_equal(search_maps, share, noise, precision):
     _, distances = collect(search_maps(maps, (1, 3), precision), 5)
     expected = np.stack([search(window_vectors(to_numpy(maps), degree)) for degree in (1, 3)])
     assert_close(distances, expected, 1e-4 if precision == "exact" else 2e-2)
+
+
+def static_maps(noise: float, kind: str) -> torch.Tensor:
+    """Maps (6, 96, 5, 6) of a camera that does not move: the background has structure, the same in all images."""
+    maps = randn(6, 96, 5, 6)
+    if kind == "a repeated texture":  # a place is like others of the same image, too
+        maps[:] = randn(1, 96, 1, 2, seed=1).repeat(1, 1, 5, 3)
+    elif kind == "two lots":
+        maps[:3], maps[3:] = randn(1, 96, 5, 6, seed=1), randn(1, 96, 5, 6, seed=2)
+    elif kind == "the background moved by a column":
+        maps[:] = randn(1, 96, 5, 6, seed=1)
+        maps[3:] = maps[3:].roll(1, dims=3)
+    else:
+        maps[:, :, :, :4] = randn(1, 96, 5, 4, seed=1)
+    maps += noise * randn(6, 96, 5, 6, seed=3)
+    return maps
+
+
+STATIC = ["something in front", "a repeated texture", "two lots", "the background moved by a column"]
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("noise", [0, 1e-5, 1e-3, 1e-2])
+@pytest.mark.parametrize("kind", STATIC)
+def test_a_background_that_does_not_move(search_maps, kind, noise, precision):
+    maps = static_maps(noise, kind)
+    _, distances = collect(search_maps(maps, (1, 3), precision), 6)
+    expected = np.stack([search(window_vectors(to_numpy(maps), degree)) for degree in (1, 3)])
+    assert_close(distances, expected, 1e-4 if precision == "exact" else 2e-2)
+
+
+@pytest.mark.parametrize("kind", STATIC)
+def test_a_background_that_does_not_move_within_a_small_budget(kind):
+    maps, degrees = static_maps(1e-3, kind), (1, 3)
+    expected = np.stack([search(window_vectors(to_numpy(maps), degree)) for degree in degrees])
+    least = least_memory(maps.shape, degrees, "exact", CPU)
+    for budget in (least / GIB, 2 * least / GIB):
+        _, distances = collect(nearest_distances(maps, degrees, memory_budget=budget), 6)
+        assert_close(distances, expected, 1e-4)
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_images_of_one_patch_that_is_always_the_same(precision):
+    for features in (unit(1, 1, 64).repeat(5, 1, 1), unit(1, 1, 64).repeat(5, 1, 1) + 1e-3 * unit(5, 1, 64, seed=1)):
+        _, distances = collect(nearest_distances(features, precision=precision), 5)
+        assert_close(distances[0], search(to_numpy(features)), 1e-4)
+
+
+def test_same_places_are_compared_few_images_at_a_time():
+    """Memory for one image after the other changes no distance, in a tile's comparison with itself and with another."""
+    maps = static_maps(1e-3, "something in front")
+    (workload, *_) = make_workloads((6, 30, 96), (3,), "exact", torch.empty(0))
+    pool = PoolLoader(maps, range(6), None).surveyed().centred(workload)
+    assert pool.is_static
+    assert not PoolLoader(randn(6, 96, 5, 6), range(6), None).surveyed().centred(workload).is_static
+    whole, first, last = pool.tile(workload, 0, 6), pool.tile(workload, 0, 4), pool.tile(workload, 4, 6)
+    expected = search(window_vectors(to_numpy(maps), 3))
+    for memory in (1, 2**30):
+        distances = torch.empty(1, 6, 6, 30)
+        compare_tiles(whole, whole, workload.kernel, 2, memory, (distances, distances), None)
+        assert_close(distances[0], expected, 1e-4)
+        forward, backward = torch.empty(1, 4, 2, 30), torch.empty(1, 2, 4, 30)
+        compare_tiles(first, last, workload.kernel, 2, memory, (forward, backward), None)
+        assert_close(forward[0], expected[:4, 4:], 1e-4)
+        assert_close(backward[0], expected[4:, :4], 1e-4)
 
 
 def test_two_backgrounds():

@@ -76,9 +76,23 @@ def check_interpreted() -> None:
     few, _ = operands_of(images(2, 5, 4), 1)
     empty = nearest_pairs(*few, *few, *torch.empty(2, 0, dtype=torch.int64))
     assert [tuple(output.shape) for output in empty] == [(0, 5), (0, 5)]
+    check_same_places(first, second)
     check_slices(first, second)
     check_errors()
     check_scores()
+
+
+def check_same_places(first: torch.Tensor, second: torch.Tensor) -> None:
+    """The patches at the same place are left out."""
+    operands, values = operands_of(images(4, 37, 50), 2)
+    half_norms = values.square().sum(dim=-1) / 2
+    rows, columns = nearest_pairs(*operands, *operands, first, second, skips_same=True)
+    for k, (i, j) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+        product = values[i] @ values[j].T
+        product.diagonal().fill_(float("-inf"))
+        torch.testing.assert_close(rows[k].double(), (product - half_norms[j]).amax(dim=1), rtol=0, atol=1e-5)
+        expected = (product - half_norms[i][:, None]).amax(dim=0)
+        torch.testing.assert_close(columns[k].double(), expected, rtol=0, atol=1e-5)
 
 
 def check_slices(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -122,8 +136,9 @@ def check_scores() -> None:
     for size in (1e-5, 1e5):
         torch.testing.assert_close(mutual_scores(pool * size, precision="fast"), plain * size, rtol=0, atol=5e-4 * size)
     maps = images(5, 30, 300).mT.reshape(5, 300, 5, 6)
-    expected = layer_scores(maps.double()).float()
-    torch.testing.assert_close(layer_scores(maps), expected, rtol=0, atol=1e-5)
+    for features in (maps, torch.cat([maps[:1].expand_as(maps)[:, :, :3], maps[:, :, 3:]], dim=2)):  # and a static one
+        expected = layer_scores(features.double()).float()
+        torch.testing.assert_close(layer_scores(features), expected, rtol=0, atol=2e-5)
 
 
 def test_interpreted() -> None:
@@ -168,7 +183,8 @@ def test_gpu_configurations(num_parts: int, by_blocks: bool, monkeypatch: pytest
 def test_gpu_scores(precision: Precision) -> None:
     """Pools on a GPU and on the host, equal patches, an offset, little memory: as float64 on the host."""
     maps = images(9, 300, 100).mT.reshape(9, 100, 15, 20)
-    maps[:, :, :8] = maps[0, :, :1, :1]  # a plain background
+    maps[:, :, :4] = maps[0, :, :1, :1]  # a plain background
+    maps[:, :, 4:8] = maps[0, :, 4:8]  # one that does not move
     maps += 5
     expected = layer_scores(maps.double()).float()
     atol = 1e-4 if precision == "exact" else 5e-3

@@ -82,6 +82,9 @@ class PlainKernel:
         for first in range(0, len(half_norms), rows):
             some, norms = tuple(part[first : first + rows] for part in x), half_norms[first : first + rows]
             products = self._product(some, y)  # (c, L, rows)
+            if right.is_static:
+                worst = float("inf") if self._product.norm_channels else float("-inf")
+                products.diagonal(-first, dim1=1, dim2=2).fill_(worst)
             if self._product.norm_channels:  # |x - y|² / 2
                 to_right[:, first : first + rows] = smallest(products, dim=1)
                 to_left = torch.minimum(to_left, smallest(products, dim=2))
@@ -103,6 +106,8 @@ class PlainKernel:
             if left.scales is not None and right.scales is not None:
                 similarities = torch.mul(similarities, left.scales[index, image], out=spare[0])
                 similarities *= right.scales[index, images, :, None]
+            if right.is_static:
+                similarities.diagonal(dim1=1, dim2=2).fill_(float("-inf"))
             if left.origin is not None and right.origin is not None:
                 similarities = left.origin.complete(index, image, right.origin, images, similarities)
                 distances[0, index], distances[1, index] = -similarities.amax(dim=1), -similarities.amax(dim=2)

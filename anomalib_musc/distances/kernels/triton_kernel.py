@@ -35,6 +35,7 @@ def _kernel(
     num_patches: int,
     num_channels: int,
     num_parts: tl.constexpr,
+    skips_same: tl.constexpr,
     is_described: tl.constexpr,
     block_m: tl.constexpr,
     block_n: tl.constexpr,
@@ -76,6 +77,8 @@ def _kernel(
                 part_i, part_j = tl.load(x + c_i), tl.load(y + near + c_j)
             product = tl.dot(part_i, part_j, product)
         product *= scale
+        if skips_same:
+            product = tl.where(p[:, None] == q[None, :], float("-inf"), product)
         norms_j = tl.load(right_half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
         nearest = tl.maximum(nearest, tl.max(product - norms_j[None, :], axis=1))
         column = tl.max(product - norms_i[:, None], axis=0)
@@ -138,7 +141,8 @@ class TritonKernel:
         second = torch.arange(images.start, images.stop, device=left_half_norms.device)
         first = torch.full_like(second, image)
         (x, x_scales), (y, y_scales) = left.operands, right.operands
-        rows, columns = nearest_pairs(x, x_scales, left_half_norms, y, y_scales, right_half_norms, first, second)
+        operands = x, x_scales, left_half_norms, y, y_scales, right_half_norms
+        rows, columns = nearest_pairs(*operands, first, second, skips_same=right.is_static)
         to_right, to_left = left_half_norms[image] - rows, right_half_norms[images] - columns
         return to_right.mul_(2).clamp_min_(0)[None], to_left.mul_(2).clamp_min_(0)[None]
 
@@ -164,6 +168,8 @@ def nearest_pairs(
     right_half_norms: torch.Tensor,
     first: torch.Tensor,
     second: torch.Tensor,
+    *,
+    skips_same: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""Find the nearest patches of pairs of images, in both directions (arXiv 2401.16753, section 3.2).
 
@@ -187,6 +193,7 @@ def nearest_pairs(
         first: Image i of every pair, shape ``(P,)``, int64 or int32, within ``[0, N)``, which is not checked. Pairs
             run in this order: those next to each other should share images, which then stay in the cache.
         second: Image j of every pair, within ``[0, M)``.
+        skips_same: Whether patches at the same place, p = q, are left out.
 
     Returns:
         ``rows`` and ``columns``, each of shape ``(P, L)``, float32. The first call with an (L, parts, C) times the
@@ -207,7 +214,7 @@ def nearest_pairs(
     # Slices begin at multiples of 16, so that their addresses are aligned like the first and need no new compilation.
     step = max(1, _PARTIAL_NUMBERS // (row_blocks * num_patches) // 16) * 16
     first, second = first.contiguous(), second.contiguous()
-    sizes = num_patches, num_channels, num_parts, is_described, _BLOCK_M
+    sizes = num_patches, num_channels, num_parts, skips_same, is_described, _BLOCK_M
     rows = left_half_norms.new_empty(len(first), num_patches)
     columns = torch.empty_like(rows)
     partials = rows.new_empty(min(step, len(first)), row_blocks, num_patches)
