@@ -118,7 +118,8 @@ def _complete(
 def _nearest(patches: torch.Tensor, query: tuple[Tile, int], reference: tuple[Tile, int], index: int) -> torch.Tensor:
     """Return the squared distances of some patches to the nearest ones, in float64.
 
-    Of equal patches, as those of a plain background, one is compared.
+    Of equal patches, as those of a plain background, one is compared. The nearest one is nominated by products, and the
+    distance to it computed as a difference; to all others in float64 only where a second one is as near.
 
     Args:
         patches: Places of patches of the query.
@@ -129,12 +130,18 @@ def _nearest(patches: torch.Tensor, query: tuple[Tile, int], reference: tuple[Ti
     (tile, image), (other_tile, other) = query, reference
     positions, equals = tile.distinct(image, index)
     chosen, of_patches = equals[patches].unique(return_inverse=True)
-    others = other_tile.distinct(other, index)[0]
-    nearest = torch.cdist(
-        in_float64(tile.vectors(image, index)[positions[chosen]]),
-        in_float64(other_tile.vectors(other, index)[others]),
-    ).amin(dim=1)
-    return nearest.square()[of_patches]
+    x = tile.vectors(image, index)[positions[chosen]]
+    y = other_tile.vectors(other, index)[other_tile.distinct(other, index)[0]]
+    norms_x, norms_y = (torch.linalg.vector_norm(vectors, dim=-1).square_() for vectors in (x, y))
+    products = torch.addmm(norms_y, x, y.T, alpha=-2)
+    nominated = products.topk(min(2, len(y)), largest=False)
+    squared = (in_float64(x) - in_float64(y[nominated.indices[:, 0]])).square_().sum(dim=1)
+    if len(y) > 1:
+        second = nominated.values[:, 1] + norms_x - tile.resolution[index, image, positions[chosen]] / _SURE
+        is_unsure = second < squared
+        if is_unsure.any():
+            squared[is_unsure] = torch.cdist(in_float64(x[is_unsure]), in_float64(y)).amin(dim=1).square_()
+    return squared[of_patches]
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
