@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The images of one tile against those of another; small distances are computed again in float64."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,8 +9,10 @@ import torch
 from anomalib_musc.distances.kernels import Kernel
 from anomalib_musc.distances.tiles import Tile
 
-_IMAGE_BYTES = 32  # of a number of an image whose places are compared apart: twice in float32, in float64, both sides
-_SURE = 20  # by which part of the distance that is too small for products they may err
+# Bytes of a number of an image that is compared apart, and of a pair of images at a place: copies in both precisions.
+_IMAGE_BYTES, _PAIR_BYTES = 32, 32
+_DOUBT = 1 / 20  # of the distance that is too small for products: by so much they may err
+_SPOILT = -1.0  # in place of a squared distance that is to be recomputed
 
 
 def compare_tiles(
@@ -44,16 +47,23 @@ def compare_tiles(
             if progress is not None:
                 progress(len(left.degrees) * (images.stop - first))
     for index in range(len(left.degrees)):
-        for places in left.places:
-            exact = _same_places(left, right, index, places, memory) if left.is_static else None  # (n, m, places)
-            _complete(targets[0][index, ..., places], left, right, index, places.start, exact)
-            if not is_same:
-                backward = None if exact is None else exact.transpose(0, 1)
-                _complete(targets[1][index, ..., places], right, left, index, places.start, backward)
+        if left.is_static:
+            for places in left.places:
+                _merge_same_places(left, right, index, places, memory, targets)
+        _complete(targets[0][index], left, right, index)
+        if not is_same:
+            _complete(targets[1][index], right, left, index)
 
 
-def _same_places(left: Tile, right: Tile, index: int, places: slice, memory: int) -> torch.Tensor:
-    """Return squared distances of the patches at the same place of two images, by products in float64.
+def _merge_same_places(
+    left: Tile,
+    right: Tile,
+    index: int,
+    places: slice,
+    memory: int,
+    targets: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Add the distances of the patches at the same place, which the products have left out, by products in float64.
 
     Where neither camera nor background moves, these are too close for products in less; they are few beside those of
     all places.
@@ -63,66 +73,74 @@ def _same_places(left: Tile, right: Tile, index: int, places: slice, memory: int
         right: m others, or the same.
         index: That of the degree.
         places: Some of their places.
-        memory: Bytes for a few images' vectors.
-
-    Returns:
-        Shape ``(n, m, places)``; infinite where an image meets itself.
+        memory: Bytes for a few images at a time.
+        targets: Squared distances, see :func:`compare_tiles`; those that are still too small for products become
+            ``_SPOILT``.
     """
-    num_numbers = (places.stop - places.start) * left.patches.shape[2]
-    at_once = max(1, memory // (_IMAGE_BYTES * num_numbers))
-    exact = left.half_norms.new_empty(len(left.patches), len(right.patches), places.stop - places.start)
-    for first in range(0, len(exact), at_once):
+    width = places.stop - places.start
+    of_images = memory // (2 * _IMAGE_BYTES * width * left.patches.shape[2])
+    at_once = max(1, min(of_images, math.isqrt(memory // (2 * _PAIR_BYTES * width))))
+    for first in range(0, len(left.patches), at_once):
         rows = slice(first, min(first + at_once, len(left.patches)))
         x = in_float64(left.vectors_at(places, rows, index)).transpose(0, 1)  # (places, n', C)
         of_x = torch.linalg.vector_norm(x, dim=-1).square_()
-        for second in range(0, len(right.patches), at_once):
-            columns = slice(second, min(second + at_once, len(right.patches)))
-            y, of_y = x, of_x
+        for second in range(first if right is left else 0, len(right.patches), at_once):
+            columns, y, of_y = slice(second, min(second + at_once, len(right.patches))), x, of_x
             if right is not left or second != first:
                 y = in_float64(right.vectors_at(places, columns, index)).transpose(0, 1)
                 of_y = torch.linalg.vector_norm(y, dim=-1).square_()
-            squared = torch.baddbmm(of_x[..., None] + of_y[:, None], x, y.mT, alpha=-2)  # (places, n', m')
-            exact[rows, columns] = squared.clamp_min_(0).permute(1, 2, 0).to(exact)
-    if right is left:
-        exact.diagonal().fill_(float("inf"))
-    return exact
+            squared = torch.baddbmm(of_x[..., None] + of_y[:, None], x, y.mT, alpha=-2).clamp_min_(0)
+            if y is x:
+                squared.diagonal(dim1=1, dim2=2).fill_(float("inf"))
+            exact = squared.permute(1, 2, 0).to(left.half_norms)  # (n', m', places)
+            _merge(targets[0][index, rows, columns, places], exact, left, rows, index, places)
+            if y is not x:
+                _merge(targets[1][index, columns, rows, places], exact.transpose(0, 1), right, columns, index, places)
 
 
-def _complete(
-    squared: torch.Tensor, tile: Tile, reference: Tile, index: int, start: int, exact: torch.Tensor | None
-) -> None:
-    """Turn squared distances ``(n, m, places)`` into distances, in place; those too small for products are recomputed.
+def _merge(squared: torch.Tensor, exact: torch.Tensor, tile: Tile, images: slice, index: int, places: slice) -> None:
+    """Take the smaller of two squared distances ``(n, m, places)``, where products can tell which it is."""
+    resolution = tile.resolution[index, images, None, places]
+    is_nearest = exact <= torch.maximum(squared - _DOUBT * resolution, tile.negligible[index])
+    is_spoilt = (squared < resolution) & ~is_nearest
+    torch.minimum(squared, exact, out=squared).masked_fill_(is_spoilt, _SPOILT)
+
+
+def _complete(squared: torch.Tensor, tile: Tile, reference: Tile, index: int) -> None:
+    """Turn squared distances ``(n, m, L)`` into distances, in place; those too small for products are recomputed.
 
     Args:
-        squared: Those of a tile's n images to the m of another, or the same, at the places that begin with ``start``.
+        squared: Those of a tile's n images to the m of another, or the same.
         tile: The n images.
         reference: The m images.
         index: That of the degree.
-        start: The first place.
-        exact: Those at the same place, where the others leave them out.
     """
-    resolution = tile.resolution[index, :, None, start : start + squared.shape[2]]
-    is_spoilt = squared < resolution
-    if exact is not None:
-        is_nearest = exact <= torch.maximum(squared - resolution / _SURE, tile.negligible[index])
-        is_spoilt &= ~is_nearest
-        torch.minimum(squared, exact, out=squared)
-    if is_spoilt.any():
-        for image, other in is_spoilt.any(dim=-1).nonzero().tolist():
-            patches = is_spoilt[image, other].nonzero().flatten()
-            nearest = _nearest(start + patches, (tile, image), (reference, other), index)
-            squared[image, other, patches] = nearest.to(squared)
-    squared.sqrt_()
+    resolution = tile.resolution[index]
+    for image, row in enumerate(squared):  # (m, L)
+        is_spoilt = row < (0 if tile.is_static else resolution[image])
+        others = is_spoilt.any(dim=1).nonzero().flatten().tolist()
+        if others:
+            vectors = tile.vectors(image, index)
+        for other in others:
+            patches = is_spoilt[other].nonzero().flatten()
+            row[other, patches] = _nearest(patches, vectors, (tile, image), (reference, other), index).to(row)
+        row.sqrt_()
 
 
-def _nearest(patches: torch.Tensor, query: tuple[Tile, int], reference: tuple[Tile, int], index: int) -> torch.Tensor:
+def _nearest(
+    patches: torch.Tensor,
+    vectors: torch.Tensor,
+    query: tuple[Tile, int],
+    reference: tuple[Tile, int],
+    index: int,
+) -> torch.Tensor:
     """Return the squared distances of some patches to the nearest ones, in float64.
 
-    Of equal patches, as those of a plain background, one is compared. The nearest one is nominated by products, and the
-    distance to it computed as a difference; to all others in float64 only where a second one is as near.
+    Of equal patches, as those of a plain background, one is compared.
 
     Args:
         patches: Places of patches of the query.
+        vectors: All of its patches, ``(L, C)``.
         query: A tile and the position of an image.
         reference: Another tile and position.
         index: That of the degree.
@@ -130,18 +148,9 @@ def _nearest(patches: torch.Tensor, query: tuple[Tile, int], reference: tuple[Ti
     (tile, image), (other_tile, other) = query, reference
     positions, equals = tile.distinct(image, index)
     chosen, of_patches = equals[patches].unique(return_inverse=True)
-    x = tile.vectors(image, index)[positions[chosen]]
-    y = other_tile.vectors(other, index)[other_tile.distinct(other, index)[0]]
-    norms_x, norms_y = (torch.linalg.vector_norm(vectors, dim=-1).square_() for vectors in (x, y))
-    products = torch.addmm(norms_y, x, y.T, alpha=-2)
-    nominated = products.topk(min(2, len(y)), largest=False)
-    squared = (in_float64(x) - in_float64(y[nominated.indices[:, 0]])).square_().sum(dim=1)
-    if len(y) > 1:
-        second = nominated.values[:, 1] + norms_x - tile.resolution[index, image, positions[chosen]] / _SURE
-        is_unsure = second < squared
-        if is_unsure.any():
-            squared[is_unsure] = torch.cdist(in_float64(x[is_unsure]), in_float64(y)).amin(dim=1).square_()
-    return squared[of_patches]
+    others = other_tile.vectors(other, index)[other_tile.distinct(other, index)[0]]
+    nearest = torch.cdist(in_float64(vectors[positions[chosen]]), in_float64(others)).amin(dim=1)
+    return nearest.square_()[of_patches]
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from anomalib_musc.distances.storage import AT_ONCE, first_bytes
+from anomalib_musc.distances.storage import first_bytes
 
 Encoded = tuple[torch.Tensor, ...]
 
@@ -26,12 +26,13 @@ class Rounding(Protocol):
     def change_basis(self, patches: torch.Tensor) -> None:
         """Turn patches ``(..., L, C)`` to another orthonormal basis of the channels, in place, or leave them."""
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
         """Round patches of b images, in the basis of :meth:`change_basis`; what is returned has b entries too.
 
         Args:
             patches: Shape ``(b, L, C)``, or ``(b, L, C + norm_channels)``, whose norms are not written yet.
             memory: Bytes where the rounded numbers may be. Defaults to new ones.
+            at_once: Images that are rounded together.
         """
 
     def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
@@ -54,9 +55,9 @@ class NoRounding:
     def change_basis(self, patches: torch.Tensor) -> None:
         """See :class:`Rounding`."""
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
         """See :class:`Rounding`."""
-        del memory
+        del memory, at_once
         return (patches,)
 
     def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
@@ -80,8 +81,9 @@ class SixteenBitRounding(NoRounding):
     def __init__(self, dtype: torch.dtype = torch.float16) -> None:
         self.dtype = dtype
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
         """See :class:`Rounding`."""
+        del at_once  # it takes no memory beside the result
         rounded = rounded_numbers(patches, self.dtype, memory).copy_(patches)
         self._check(rounded[..., : rounded.shape[-1] - self.norm_channels])
         return (rounded,)
@@ -116,7 +118,7 @@ class ScaledParts(NoRounding):
         self.number_bytes = 2 * count
         self._count = count
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
         """Return the parts, ``(b, L, count, C)`` with C as a multiple, and what they are multiplied by, ``(b,)``."""
         num_images, num_patches, channels = patches.shape
         shape = num_images, num_patches, self._count, channels + -channels % self.channel_multiple
@@ -126,7 +128,6 @@ class ScaledParts(NoRounding):
             parts = first_bytes(memory, shape, torch.float16)
         parts[..., channels:] = 0
         scales = patches.new_empty(num_images)
-        at_once = max(1, AT_ONCE // (num_patches * channels))
         for some, halves, scale in zip(*(of_all.split(at_once) for of_all in (patches, parts, scales)), strict=True):
             low, high = some.flatten(1).aminmax(dim=1)
             exponents = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-100)  # of zeros, too

@@ -75,7 +75,7 @@ def same_patches(patches: torch.Tensor) -> torch.Tensor:
 
 
 def is_static(patches: torch.Tensor, least_share: float) -> bool:
-    """Whether two images are all but equal at some place, as where neither camera nor background moves.
+    """Whether two of a few images are all but equal at one of some places, as where nothing moves in the background.
 
     Args:
         patches: Patches of a few images at the same places, less the densest place, ``(I, n, C)``.

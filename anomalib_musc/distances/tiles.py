@@ -158,7 +158,7 @@ def tile_of_vectors(
         at_once: Images that are looked at together.
     """
     vectors = storage[..., :channels]
-    operands = rounding.encode(storage, memory)
+    operands = rounding.encode(storage, memory, at_once)
     half_norms = vectors.new_empty(vectors.shape[:2])
     spare = vectors[:at_once]
     if rounding.number_bytes:

@@ -220,6 +220,18 @@ def test_same_places_are_compared_few_images_at_a_time():
         assert_close(backward[0], expected[4:, :4], 1e-4)
 
 
+def test_a_region_close_to_a_plain_background(search_maps):
+    """Whose patches are as close to each other as they are far from what is subtracted."""
+    plain, other = unit(1, 1, 768)[0, 0], unit(1, 1, 768, seed=1)[0, 0]
+    features = plain.repeat(4, 128, 1)
+    features[:, 64:] = (plain + 0.05 * other) / (plain + 0.05 * other).norm() + 6e-4 * unit(4, 64, 768, seed=2)
+    features[1:, 64:96] = features[0, 80:112] + 1e-4 * unit(3, 32, 768, seed=3)
+    maps = features.mT.reshape(4, 768, 8, 16)
+    _, distances = collect(search_maps(maps, (1, 3)), 4)
+    expected = np.stack([search(window_vectors(to_numpy(maps), degree)) for degree in (1, 3)])
+    assert_close(distances, expected, 1e-4)
+
+
 def test_two_backgrounds():
     features = unit(6, 60, 192)
     features[:, :20], features[:, 20:40] = features[0, 0].clone(), features[0, 30].clone()

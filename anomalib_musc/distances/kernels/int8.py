@@ -43,8 +43,9 @@ class EightBitProduct(NoRounding):
         groups = (patches * signs).reshape(-1, size, channels // size).transpose(1, 2)
         patches.copy_((groups @ hadamard / size**0.5).reshape(patches.shape))
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
         """Return the integers ``(b, L, C)`` and what they are multiplied by, ``(b, L)``."""
+        del at_once
         integers = rounded_numbers(patches, torch.int8, memory)
         scales = patches.new_empty(patches.shape[:2])
         for index, image in enumerate(patches):

@@ -56,7 +56,7 @@ def _kernel(
     p = block_start + tl.arange(0, block_m)
     norms_i = tl.load(left_half_norms + i * num_patches + p, mask=p < num_patches, other=float("inf"))
     nearest = tl.full((block_m,), float("-inf"), tl.float32)
-    scale = tl.load(left_scales + i) * tl.load(right_scales + j)
+    scale_i, scale_j = tl.load(left_scales + i), tl.load(right_scales + j)
     width = num_parts * num_channels
     if is_described:
         x, y = (i * num_patches).to(tl.int32) + block_start, (j * num_patches).to(tl.int32)
@@ -76,7 +76,7 @@ def _kernel(
             else:
                 part_i, part_j = tl.load(x + c_i), tl.load(y + near + c_j)
             product = tl.dot(part_i, part_j, product)
-        product *= scale
+        product = product * scale_i * scale_j  # whose product may be too small
         if skips_same:
             product = tl.where(p[:, None] == q[None, :], float("-inf"), product)
         norms_j = tl.load(right_half_norms + j * num_patches + q, mask=q < num_patches, other=float("inf"))
