@@ -69,39 +69,6 @@ class NoRounding:
         """See :class:`Rounding`."""
 
 
-class SixteenBitRounding(NoRounding):
-    """Patches are rounded to 16-bit numbers.
-
-    Args:
-        dtype: float16 or bfloat16.
-    """
-
-    number_bytes = 2
-
-    def __init__(self, dtype: torch.dtype = torch.float16) -> None:
-        self.dtype = dtype
-
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
-        """See :class:`Rounding`."""
-        del at_once  # it takes no memory beside the result
-        rounded = rounded_numbers(patches, self.dtype, memory).copy_(patches)
-        self._check(rounded[..., : rounded.shape[-1] - self.norm_channels])
-        return (rounded,)
-
-    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor:
-        """See :class:`Rounding`."""
-        return out.copy_(encoded[0][images, :, : out.shape[-1]])
-
-    def _check(self, numbers: torch.Tensor) -> None:
-        """Raise a ValueError if a number was too large for float16; bfloat16 has the range of float32."""
-        if self.dtype == torch.float16 and not numbers.isfinite().all():
-            msg = (
-                "features must be finite, and small enough for 16-bit numbers; scale them to unit length, or use "
-                "precision='exact'."
-            )
-            raise ValueError(msg)
-
-
 class ScaledParts(NoRounding):
     """Patches are rounded to float16, or split into the sum of two such numbers, scaled by a power of two an image.
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from anomalib_musc.distances.kernels.plain import reuse_buffer
-from anomalib_musc.distances.rounding import Encoded, NoRounding, SixteenBitRounding
+from anomalib_musc.distances.rounding import Encoded, NoRounding, rounded_numbers
 
 
 class FloatProduct(NoRounding):
@@ -57,7 +57,7 @@ class ConvolutionProduct(FloatProduct):
         return F.conv2d(pixels, x[:, :, None, None])[0, :, :, 0].T
 
 
-class SixteenBitProduct(SixteenBitRounding):
+class SixteenBitProduct(NoRounding):
     """Products of 16-bit numbers, which are added in float32 and rounded to 16 bits again.
 
     Norms are multiplied with the patches, in two numbers each, so that what is rounded in the end is the distance: the
@@ -69,11 +69,11 @@ class SixteenBitProduct(SixteenBitRounding):
     """
 
     can_share = False
-    item_bytes = result_bytes = 2
+    item_bytes = result_bytes = number_bytes = 2
     norm_channels = 4
 
     def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__(dtype)
+        self._dtype = dtype
         self.name = str(dtype).removeprefix("torch.")
         self._buffer = torch.empty(0, dtype=dtype)
 
@@ -86,6 +86,17 @@ class SixteenBitProduct(SixteenBitRounding):
             has_bfloat16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # noqa: SLF001
             return [torch.bfloat16] if has_bfloat16 else []
         return [torch.float16, torch.bfloat16]  # Arm, where a trial tells
+
+    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        del at_once  # it takes no memory beside the result
+        rounded = rounded_numbers(patches, self._dtype, memory).copy_(patches)
+        self._check(rounded[..., : -self.norm_channels])
+        return (rounded,)
+
+    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        return out.copy_(encoded[0][images, :, : out.shape[-1]])
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
         """Write the norms in two numbers each: rounded, and what that left."""
@@ -104,6 +115,15 @@ class SixteenBitProduct(SixteenBitRounding):
         products = self._buffer[:size].view(shape)
         torch.mm(right.flatten(0, 1), left.T, out=products.flatten(0, 1))
         return products
+
+    def _check(self, numbers: torch.Tensor) -> None:
+        """Raise a ValueError if a number was too large for float16; bfloat16 has the range of float32."""
+        if self._dtype == torch.float16 and not numbers.isfinite().all():
+            msg = (
+                "features must be finite, and small enough for 16-bit numbers; scale them to unit length, or use "
+                "precision='exact'."
+            )
+            raise ValueError(msg)
 
 
 def has_onednn() -> bool:
