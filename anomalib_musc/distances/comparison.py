@@ -100,8 +100,8 @@ def _merge_same_places(
 
 def _merge(squared: torch.Tensor, exact: torch.Tensor, tile: Tile, images: slice, index: int, places: slice) -> None:
     """Take the smaller of two squared distances ``(n, m, places)``, where products can tell which it is."""
-    resolution = tile.resolution[index, images, None, places]
-    is_nearest = exact <= torch.maximum(squared - _DOUBT * resolution, tile.negligible[index])
+    resolution = tile.resolution(index, images, places)[:, None]
+    is_nearest = exact <= torch.maximum(squared - _DOUBT * resolution, tile.negligible(index))
     is_spoilt = (squared < resolution) & ~is_nearest
     torch.minimum(squared, exact, out=squared).masked_fill_(is_spoilt, _SPOILT)
 
@@ -115,7 +115,7 @@ def _complete(squared: torch.Tensor, tile: Tile, reference: Tile, index: int) ->
         reference: The m images.
         index: That of the degree.
     """
-    resolution = tile.resolution[index]
+    resolution = tile.resolution(index)
     for image, row in enumerate(squared):  # (m, L)
         is_spoilt = row < (0 if tile.is_static else resolution[image])
         others = is_spoilt.any(dim=1).nonzero().flatten().tolist()

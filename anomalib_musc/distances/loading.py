@@ -9,7 +9,7 @@ import torch
 from anomalib_musc.distances.plan import Workload
 from anomalib_musc.distances.processes import Processes, gathered
 from anomalib_musc.distances.storage import first_bytes, release
-from anomalib_musc.distances.survey import check_values, densest_place, is_static, same_patches, some_of, some_patches
+from anomalib_musc.distances.survey import check_values, densest_place, is_static, some_of, some_patches
 from anomalib_musc.distances.tiles import CANCELLATION, Tile, tile_of_maps, tile_of_vectors
 from anomalib_musc.distances.windows import write_unit_vectors
 
@@ -57,25 +57,25 @@ class PoolLoader:
         products are precise enough.
         """
         one = replace(workload, degrees=workload.degrees[:1])
-        place, distance, is_static = self._look(one, processes)
-        pool = replace(self, is_static=is_static)
+        some, same = self._some_patches(one, processes)
+        place, distance = densest_place(some)
+        pool = replace(self, is_static=is_static(same - place, CANCELLATION))
         if len(workload.degrees) > 1:
             if distance**2 >= CANCELLATION:
                 return pool
-            place, _, _ = self._look(workload, processes)
+            place, _ = densest_place(self._some_patches(workload, processes)[0])
         return replace(pool, origin=place if place.any() else None)
 
-    def _look(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, float, bool]:
-        """Return the densest place, how close patches lie there, and whether images are equal elsewhere."""
+    def _some_patches(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return some patches of a few images, ``(n, C)``, and those at the same places of each, ``(I, k, C)``."""
         spare, own = self._spare(workload, 1), {}
         for position, image in self.some.items():
             patches = self._write_patches(workload, [image], torch.empty_like(spare[0]), spare)[0]
-            own[position] = torch.stack([some_patches(patches, position), same_patches(patches)])
+            own[position] = torch.stack([some_patches(patches, position), some_patches(patches, 0)])
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
         every = {position: patches for share in shares for position, patches in share.items()}
-        some = torch.stack([every[position] for position in sorted(every)]).to(workload.like)  # (I, 2, n, C)
-        place, distance = densest_place(some[:, 0].flatten(0, 1))
-        return place, distance, is_static(some[:, 1] - place, CANCELLATION)
+        some, same = torch.stack([every[position] for position in sorted(every)], dim=1).to(workload.like)
+        return some.flatten(0, 1), same
 
     def tile(self, workload: Workload, first: int, last: int) -> Tile:
         """Load the images from the first up to, not including, the last."""

@@ -282,15 +282,15 @@ def _compare_pair(
     targets: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     """Compare two tiles, and write the distances to two targets, parts of the buffer of all or not."""
-    blocks, device = targets, workload.like.device
+    blocks, device, is_same = targets, workload.like.device, right is left
     if plan.device != device:  # written in long runs: single lines would be slow on a disk
-        blocks = torch.empty_like(targets[0], device=device), torch.empty_like(targets[1], device=device)
-    if right is left:
-        blocks = blocks[0], blocks[0]
+        forward = torch.empty_like(targets[0], device=device)
+        blocks = forward, forward if is_same else torch.empty_like(targets[1], device=device)
     if workload.places is None:
         compare_tiles(left, right, workload.kernel, plan.chunk, plan.apart, blocks, progress)
     else:
         compare_places(left, right, workload.places, workload.kernel.rounding.norm_channels, blocks, progress)
     if plan.device != device:
-        for target, block in list(zip(targets, blocks, strict=True))[: 1 if right is left else 2]:
-            write_lines(distances, target, block)
+        write_lines(distances, targets[0], blocks[0])
+        if not is_same:
+            write_lines(distances, targets[1], blocks[1])

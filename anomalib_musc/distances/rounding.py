@@ -95,7 +95,8 @@ class ScaledParts(NoRounding):
             parts = first_bytes(memory, shape, torch.float16)
         parts[..., channels:] = 0
         scales = patches.new_empty(num_images)
-        for some, halves, scale in zip(*(of_all.split(at_once) for of_all in (patches, parts, scales)), strict=True):
+        groups = (of_all.split(at_once) for of_all in (patches, parts, scales))
+        for some, halves, scale in zip(*groups, strict=True):
             low, high = some.flatten(1).aminmax(dim=1)
             exponents = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-100)  # of zeros, too
             bits = (exponents - self._EXPONENT + 127) << 23  # of a power of two: torch.ldexp rounds on a GPU
@@ -103,7 +104,7 @@ class ScaledParts(NoRounding):
             rest = some / scale[:, None, None]
             for part in halves[..., :channels].unbind(dim=2):
                 part.copy_(rest)
-                rest = rest - part if self._count > 1 else rest
+                rest -= part
         return parts, scales
 
     def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:

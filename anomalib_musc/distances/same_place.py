@@ -152,7 +152,7 @@ def _write(nearest: torch.Tensor, query: Tile, reference: Tile, places: Places, 
     if reference is query:
         squared.diagonal(dim1=1, dim2=2).fill_(float("inf"))
     positions = slice(row * places.grid[1], (row + 1) * places.grid[1])
-    is_spoilt = squared < query.resolution[0, :, positions].T[..., None]
+    is_spoilt = squared < query.resolution(0, places=positions).T[..., None]
     for column in is_spoilt.flatten(1).any(dim=1).nonzero().flatten().tolist():
         near = places.near(row, column)
         queries, references = (is_spoilt[column].any(dim=dim).nonzero().flatten() for dim in (1, 0))

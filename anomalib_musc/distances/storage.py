@@ -13,7 +13,6 @@ from weakref import WeakValueDictionary
 import torch
 
 GIB = 2**30
-AT_ONCE = 2**24  # numbers that keep a GPU busy
 _SHARE = 0.5
 _FILES: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address
 

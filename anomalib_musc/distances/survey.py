@@ -68,12 +68,6 @@ def some_patches(patches: torch.Tensor, position: int) -> torch.Tensor:
     return patches[order[:_PATCHES]]
 
 
-def same_patches(patches: torch.Tensor) -> torch.Tensor:
-    """Return a few patches ``(n, C)`` of an image's ``(L, C)``, at the same places of every image."""
-    order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(0))
-    return patches[order[:_PATCHES]]
-
-
 def is_static(patches: torch.Tensor, least_share: float) -> bool:
     """Whether two of a few images are all but equal at one of some places, as where nothing moves in the background.
 

@@ -4,6 +4,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -17,6 +18,7 @@ CANCELLATION = 1e-4
 _CONDITION = 10
 # Patches are taken for equal whose coordinates on so many random axes are, in units of a tenth of the bound of 1e-4.
 _AXES, _EQUAL = 16, 1e-5
+_ALL = slice(None)
 
 
 @dataclass
@@ -92,22 +94,30 @@ class Tile:
     is_static: bool = False
     _distinct: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
-    @property
-    def resolution(self) -> torch.Tensor:
-        """Squared distances below which the products are too coarse, ``(D, b, L)``.
+    @cached_property
+    def _farthest(self) -> torch.Tensor:
+        """Half the largest squared norm of what is compared, ``(D,)``."""
+        return self.half_norms.amax(dim=(1, 2))
+
+    def resolution(self, index: int, images: slice = _ALL, places: slice = _ALL) -> torch.Tensor:
+        """Return the squared distances below which the products are too coarse, ``(n, places)``.
 
         Between patches that are this much closer to what was subtracted than the farthest one, the root of their error
         is small enough.
-        """
-        if self.half_norms.dtype == torch.float64:
-            return torch.zeros_like(self.sizes)
-        is_far = self.sizes > CANCELLATION * self.half_norms.amax(dim=(1, 2), keepdim=True)
-        return torch.where(is_far, 2 * CANCELLATION * self.sizes, 0.0)
 
-    @property
-    def negligible(self) -> torch.Tensor:
-        """Squared distances that are as good as none, ``(D,)``."""
-        return 2 * _EQUAL**2 * self.half_norms.amax(dim=(1, 2))
+        Args:
+            index: That of the degree.
+            images: Some of the images.
+            places: Some of their places.
+        """
+        sizes = self.sizes[index, images, places]
+        if sizes.dtype == torch.float64:
+            return torch.zeros_like(sizes)
+        return torch.where(sizes > CANCELLATION * self._farthest[index], 2 * CANCELLATION * sizes, 0.0)
+
+    def negligible(self, index: int) -> torch.Tensor:
+        """Return the squared distance that is as good as none at the degree of that index."""
+        return 2 * _EQUAL**2 * self._farthest[index]
 
     @property
     def places(self) -> list[slice]:

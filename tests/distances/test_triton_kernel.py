@@ -138,7 +138,7 @@ def check_scores() -> None:
     maps = images(5, 30, 300).mT.reshape(5, 300, 5, 6)
     for features in (maps, torch.cat([maps[:1].expand_as(maps)[:, :, :3], maps[:, :, 3:]], dim=2)):  # and a static one
         expected = layer_scores(features.double()).float()
-        torch.testing.assert_close(layer_scores(features), expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(layer_scores(features), expected, rtol=0, atol=1e-5)
 
 
 def test_interpreted() -> None:

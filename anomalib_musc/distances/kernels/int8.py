@@ -45,13 +45,13 @@ class EightBitProduct(NoRounding):
 
     def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
         """Return the integers ``(b, L, C)`` and what they are multiplied by, ``(b, L)``."""
-        del at_once
         integers = rounded_numbers(patches, torch.int8, memory)
         scales = patches.new_empty(patches.shape[:2])
-        for index, image in enumerate(patches):
-            largest = image.abs().amax(dim=-1).clamp_min_(torch.finfo(image.dtype).tiny * _LARGEST)
-            scales[index] = largest / _LARGEST
-            integers[index] = (image / scales[index, :, None]).round_()
+        groups = (of_all.split(at_once) for of_all in (patches, integers, scales))
+        for some, rounded, scale in zip(*groups, strict=True):
+            largest = some.abs().amax(dim=-1).clamp_min_(torch.finfo(some.dtype).tiny * _LARGEST)
+            scale.copy_(largest / _LARGEST)
+            rounded.copy_((some / scale[..., None]).round_())
         return integers, scales
 
     def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor:
