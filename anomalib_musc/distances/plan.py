@@ -159,7 +159,7 @@ class Plan:
 
     Attributes:
         tile: Images that are held at once on each side.
-        chunk: Images that are compared with an image at once; of several processes, those that travel at once, too.
+        chunk: Pairs of images that are compared at once; of several processes, images that travel at once, too.
         apart: Bytes for what is compared apart from the products.
         block: Images whose distances are yielded at once.
         device: Where the buffer of all distances is; ``None`` for a file.
@@ -190,7 +190,8 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     spared = min(budget // 4, budget - workload.least_bytes + at_once)
     best_chunk = workload.kernel.block // num_patches**2 if workload.places is None else 1
     num_images = max(1, num_images)  # a process may hold none of them, and still takes part
-    chunk = max(1, min(best_chunk, spared // at_once, num_images))
+    most = num_images**2 if workload.kernel.mixes_pairs else num_images
+    chunk = max(1, min(best_chunk, spared // at_once, most))
     rest = budget - chunk * at_once - workload.loading_bytes
     apart = max(0, min(budget // _APART, rest - workload.tile_bytes))
     rest -= apart

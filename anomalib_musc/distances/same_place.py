@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from anomalib_musc.distances.comparison import in_float64
 from anomalib_musc.distances.kernels.plain import reuse_buffer
 from anomalib_musc.distances.rounding import exchange_norms, in_order
-from anomalib_musc.distances.tiles import Tile
+from anomalib_musc.distances.tiles import Tile, in_float64
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that are held at once, ready to be compared."""
 
+import itertools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -92,7 +92,7 @@ class Tile:
     sizes: torch.Tensor
     origin: Origin | None = None
     is_static: bool = False
-    _distinct: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _equals: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def _farthest(self) -> torch.Tensor:
@@ -137,22 +137,42 @@ class Tile:
             sums += rows.shape[1] * self.origin.point
         return window_sum(sums, 1, radius).mul_(self.scales[index, images, places, None])
 
-    def vectors(self, image: int, index: int) -> torch.Tensor:
-        """Return what is compared at the degree of that index, ``(L, C)``."""
+    def vectors_of(self, images: torch.Tensor, places: torch.Tensor, index: int) -> torch.Tensor:
+        """Return what is compared of k patches of n images each at the degree of that index, ``(n, k, C)``.
+
+        Args:
+            images: Positions in the tile, ``(n,)``.
+            places: Those of the patches, ``(n, k)``.
+            index: That of the degree.
+        """
+        images = images[:, None]
+        if self.scales is None:
+            return self.patches[images, places]
+        (height, width), radius = self.grid, self.degrees[index] // 2
+        sums, shifts = self.patches.new_zeros(*places.shape, self.patches.shape[2]), range(-radius, radius + 1)
+        for down, across in itertools.product(shifts, shifts):
+            row, column = places // width + down, places % width + across
+            is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            near = self.patches[images, (row * width + column) * is_inside]
+            if self.origin is not None:
+                near += self.origin.point
+            sums += near * is_inside[..., None]
+        return sums * self.scales[index, images, places, None]
+
+    def equals(self, images: slice, index: int) -> torch.Tensor:
+        """Return the first patch of the same image that each equals, ``(n, L)``, as those of a plain background do."""
+        return torch.stack([self._equals_of(image, index) for image in range(images.start, images.stop)])
+
+    def _equals_of(self, image: int, index: int) -> torch.Tensor:
+        if (image, index) not in self._equals:
+            self._equals[image, index] = _equals(self._vectors(image, index), 2 * self._farthest[index])
+        return self._equals[image, index]
+
+    def _vectors(self, image: int, index: int) -> torch.Tensor:
         if self.scales is None:
             return self.patches[image]
         patches = self.patches[image] if self.origin is None else self.patches[image] + self.origin.point
         return unit_vectors(patches.view(1, *self.grid, -1), self.degrees[index])[0]
-
-    def distinct(self, image: int, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tell the equal patches of an image, as those of a plain background, at the degree of that index.
-
-        Returns:
-            Positions ``(K,)`` of patches that differ, and for each patch which of them it equals, ``(L,)``.
-        """
-        if (image, index) not in self._distinct:
-            self._distinct[image, index] = _distinct(self.vectors(image, index), self.half_norms[index].max())
-        return self._distinct[image, index]
 
 
 def tile_of_vectors(
@@ -179,11 +199,6 @@ def tile_of_vectors(
         half_norms[images] = _half_norms(vectors[images], rounded)
     rounding.write_norms(operands, half_norms)
     return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None], half_norms[None])
-
-
-# Compares an image with c images of a tile, and returns squared distances ``(D, c, L)``: of the image's patches to each
-# of the others, and of theirs to it.
-Query = Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]
 
 
 class CancellingWindowsError(ArithmeticError):
@@ -268,14 +283,19 @@ def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tens
     return (squared - torch.linalg.vector_norm(rounded.sub_(exact), dim=-1).square_()) / 2
 
 
-def _distinct(vectors: torch.Tensor, largest_half_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tell equal vectors ``(L, C)`` by their coordinates on random axes, see :meth:`Tile.distinct`."""
+def _equals(vectors: torch.Tensor, largest_squared_norm: torch.Tensor) -> torch.Tensor:
+    """Return the first of the vectors ``(L, C)`` that each equals, by coordinates on random axes; ``(L,)``."""
     generator = torch.Generator().manual_seed(0)
     axes = torch.randn(vectors.shape[1], _AXES, generator=generator).to(vectors)
-    unit = (2 * largest_half_norm).sqrt() * _EQUAL
+    unit = largest_squared_norm.sqrt() * _EQUAL
     cells = (vectors @ axes / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round().nan_to_num(0.0).cpu().long()
     odd = torch.randint(2**62, (_AXES,), generator=generator) * 2 + 1
-    _, equals = (cells * odd).sum(dim=1).unique(return_inverse=True)  # hashed, modulo 2**64
-    positions = torch.empty(int(equals.max()) + 1, dtype=torch.long)
-    positions[equals] = torch.arange(len(equals))
-    return positions.to(vectors.device), equals.to(vectors.device)
+    kinds, equals = (cells * odd).sum(dim=1).unique(return_inverse=True)  # hashed, modulo 2**64
+    places = torch.arange(len(equals))
+    first = torch.full_like(kinds, len(equals)).scatter_reduce_(0, equals, places, "amin")
+    return first[equals].to(vectors.device)
+
+
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float64, on the host where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

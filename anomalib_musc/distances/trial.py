@@ -80,14 +80,16 @@ def _seconds_of_ways(
     for number, kernel in enumerate(kernels):
         vectors = patches.flatten(1, 2).clone()
         kernel.rounding.change_basis(vectors)
-        storage = F.pad(vectors, (0, kernel.rounding.norm_channels))
-        seconds[number, False] = len(degrees) * _seconds(kernel, tile_of_vectors(storage, channels, kernel.rounding))
+        parts = vectors[:1], vectors[1 : 1 + max(1, kernel.block // vectors.shape[1] ** 2)]
+        storages = [F.pad(part, (0, kernel.rounding.norm_channels)) for part in parts]
+        separate = [tile_of_vectors(storage, channels, kernel.rounding) for storage in storages]
+        seconds[number, False] = len(degrees) * _seconds(kernel, *separate)
         if len(degrees) > 1 and kernel.can_share:
             try:
-                tile = tile_of_maps(vectors.view_as(patches), degrees, kernel.rounding)
+                shared = [tile_of_maps(part.unflatten(1, grid), degrees, kernel.rounding) for part in parts]
             except CancellingWindowsError:  # as numbers at random may
                 continue
-            seconds[number, True] = _seconds(kernel, tile)
+            seconds[number, True] = _seconds(kernel, *shared)
     return seconds
 
 
@@ -132,10 +134,15 @@ def _seconds_by_place(
     return seconds
 
 
-def _seconds(kernel: Kernel, tile: Tile) -> float:
-    """Return the shortest of a few times, for one pair of images."""
-    count = max(1, min(_IMAGES - 1, kernel.block // tile.patches.shape[1] ** 2))
-    return shortest_seconds(partial(kernel.query(tile, 0), tile, slice(1, 1 + count)), tile.half_norms.device) / count
+def _seconds(kernel: Kernel, left: Tile, right: Tile) -> float:
+    """Return the shortest of a few times, for one pair of images, of those of an image with a few others."""
+    (num_degrees, count, num_patches), like = right.half_norms.shape, left.half_norms
+    targets = (
+        like.new_empty(num_degrees, 1, count, num_patches),
+        like.new_empty(num_degrees, count, 1, num_patches),
+    )
+    compare = partial(kernel.compare, left, right, count, targets, None)
+    return shortest_seconds(compare, like.device) / count
 
 
 def shortest_seconds(run: Callable[[], object], device: torch.device, *, is_warm: bool = False) -> float:

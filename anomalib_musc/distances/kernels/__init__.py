@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to compare one image with several: plain torch with several products, one Triton kernel on a GPU."""
+"""Ways to compare images: plain torch with several products, one Triton kernel on a GPU."""
 
+from collections.abc import Callable
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -9,7 +10,7 @@ from anomalib_musc.distances.kernels.int8 import EightBitProduct
 from anomalib_musc.distances.kernels.plain import PlainKernel, Product
 from anomalib_musc.distances.kernels.products import ConvolutionProduct, FloatProduct, SixteenBitProduct
 from anomalib_musc.distances.rounding import Rounding
-from anomalib_musc.distances.tiles import Query, Tile
+from anomalib_musc.distances.tiles import Tile
 
 try:
     from anomalib_musc.distances.kernels import triton_kernel
@@ -26,25 +27,43 @@ Precision = Literal["exact", "fast"]
 
 
 class Kernel(Protocol):
-    """How one image is compared with several.
+    """How the images of one tile are compared with those of another.
 
     Attributes:
         name: What multiplies, in words.
         rounding: How patches are rounded before.
         can_share: Whether it compares at several degrees with one product.
+        mixes_pairs: Whether any pairs of images are compared at once, or one image with others.
         block: How many products are best computed at once.
     """
 
     name: str
     rounding: Rounding
     can_share: bool
+    mixes_pairs: bool
     block: int
 
     def pair_bytes(self, num_patches: int, *, is_shared: bool) -> int:
         """Return the working memory of comparing an image with one other, with one product for all degrees or not."""
 
-    def query(self, left: Tile, image: int) -> Query:
-        """Return what compares an image of one tile with some of another."""
+    def compare(
+        self,
+        left: Tile,
+        right: Tile,
+        at_once: int,
+        targets: tuple[torch.Tensor, torch.Tensor],
+        progress: Callable[[int], object] | None,
+    ) -> None:
+        """Write the squared distances of the patches of every image to those of every other; each pair once.
+
+        Args:
+            left: n images.
+            right: m others, or the same.
+            at_once: Pairs of images that are compared together.
+            targets: Where the distances go, ``(D, n, m, L)`` to the right and ``(D, m, n, L)`` to the left; one and the
+                same where the tiles are.
+            progress: Called with the number of image pairs just compared, each counted once a degree.
+        """
 
 
 def check_precision(precision: str) -> None:

@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images are compared in plain torch, on any device."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 import torch
 
 from anomalib_musc.distances.rounding import Encoded, Rounding, exchange_norms, smallest
-from anomalib_musc.distances.tiles import Query, Tile
+from anomalib_musc.distances.tiles import Tile
 from anomalib_musc.distances.windows import window_sum
+
+# Compares an image with c images of a tile, and returns squared distances ``(D, c, L)``: of the image's patches to each
+# of the others, and of theirs to it.
+_Query = Callable[[Tile, slice], tuple[torch.Tensor, torch.Tensor]]
 
 _ROWS = 256  # of one image that are multiplied at least: fewer take the time of more
 _ROUNDING = 2.5  # units in the last place of the squared norm of a unit vector
@@ -47,6 +52,8 @@ class PlainKernel:
         block_bytes: Size of the products that are best computed at once.
     """
 
+    mixes_pairs = False
+
     def __init__(self, product: Product, block_bytes: int) -> None:
         self.block = block_bytes // product.item_bytes
         self.can_share = product.can_share
@@ -62,8 +69,25 @@ class PlainKernel:
         numbers = min(num_patches**2, max(self.block, _ROWS * num_patches))
         return numbers * (self._product.result_bytes + (0 if self._product.norm_channels else 8))
 
-    def query(self, left: Tile, image: int) -> Query:
+    def compare(
+        self,
+        left: Tile,
+        right: Tile,
+        at_once: int,
+        targets: tuple[torch.Tensor, torch.Tensor],
+        progress: Callable[[int], object] | None,
+    ) -> None:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
+        for image in range(len(left.patches)):
+            query = self._query(left, image)
+            for first in range(image + 1 if right is left else 0, len(right.patches), at_once):
+                images = slice(first, min(first + at_once, len(right.patches)))
+                targets[0][:, image, images], targets[1][:, images, image] = query(right, images)
+                if progress is not None:
+                    progress(len(left.degrees) * (images.stop - first))
+
+    def _query(self, left: Tile, image: int) -> _Query:
+        """Return what compares an image with some of another tile."""
         operands = tuple(part[image] for part in left.operands)
         if left.scales is not None:
             return partial(self._compare_windows, operands, left, image)

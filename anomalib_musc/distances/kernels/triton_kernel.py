@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The nearest patches of many pairs of images in one GPU kernel; imports only where Triton is installed."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from anomalib_musc.distances.rounding import Rounding, ScaledParts
-from anomalib_musc.distances.tiles import Query, Tile
+from anomalib_musc.distances.tiles import Tile
 
 _INTERPRETED = triton.knobs.runtime.interpret  # on the CPU, to test: TRITON_INTERPRET=1 before Triton is imported
 _BLOCK_M = 32 if _INTERPRETED else 128
@@ -120,6 +121,7 @@ class TritonKernel:
     """
 
     can_share = False
+    mixes_pairs = True
     block = 2**31
 
     def __init__(self, is_half: bool) -> None:
@@ -132,19 +134,28 @@ class TritonKernel:
         num_partials = triton.cdiv(num_patches, _BLOCK_M) * num_patches
         return 4 * (num_partials + 4 * num_patches)
 
-    def query(self, left: Tile, image: int) -> Query:
+    def compare(
+        self,
+        left: Tile,
+        right: Tile,
+        at_once: int,
+        targets: tuple[torch.Tensor, torch.Tensor],
+        progress: Callable[[int], object] | None,
+    ) -> None:
         """See :class:`~anomalib_musc.distances.kernels.Kernel`."""
-        return partial(self._compare, left, image)
-
-    def _compare(self, left: Tile, image: int, right: Tile, images: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        (left_half_norms,), (right_half_norms,) = left.half_norms, right.half_norms
-        second = torch.arange(images.start, images.stop, device=left_half_norms.device)
-        first = torch.full_like(second, image)
+        (of_left,), (of_right,) = left.half_norms, right.half_norms
         (x, x_scales), (y, y_scales) = left.operands, right.operands
-        operands = x, x_scales, left_half_norms, y, y_scales, right_half_norms
-        rows, columns = nearest_pairs(*operands, first, second, skips_same=right.is_static)
-        to_right, to_left = left_half_norms[image] - rows, right_half_norms[images] - columns
-        return to_right.mul_(2).clamp_min_(0)[None], to_left.mul_(2).clamp_min_(0)[None]
+        if right is left:
+            pairs = torch.triu_indices(len(x), len(x), 1, device=x.device)
+        else:
+            pairs = torch.cartesian_prod(*(torch.arange(len(part), device=x.device) for part in (x, y))).T
+        for first, second in zip(*(images.split(at_once) for images in pairs), strict=True):
+            operands = x, x_scales, of_left, y, y_scales, of_right
+            rows, columns = nearest_pairs(*operands, first, second, skips_same=right.is_static)
+            targets[0][0, first, second] = (of_left[first] - rows).mul_(2).clamp_min_(0)
+            targets[1][0, second, first] = (of_right[second] - columns).mul_(2).clamp_min_(0)
+            if progress is not None:
+                progress(len(first))
 
 
 def is_usable(device: torch.device) -> bool:
