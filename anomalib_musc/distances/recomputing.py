@@ -10,11 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from anomalib_musc.distances.tiles import Tile, in_float64
+from anomalib_musc.distances.tiles import CANCELLATION, Tile, in_float64
 
 SPOILT = -1.0  # in place of a squared distance that is to be recomputed
 DOUBT = 1 / 20  # of the distance that is too small for products: by so much they may err
 _PATCH_BYTES, _NUMBER_BYTES = 64, 16  # of a patch of a pair of images that is looked at; of a number in both precisions
+_CACHE_BYTES = 2**23  # of products, which stay in a processor's cache
 _MANY = 1 / 8  # of an image's patches: products of fewer take less than telling which are equal
 
 
@@ -59,6 +60,7 @@ class _Side:
         self._resolution = self.tile.resolution(self.index, self.images)[:, None]  # (a, 1, L)
         self._half_norms = self.tile.half_norms[self.index, self.images, None]
         self.is_spoilt = self.squared < (0 if self.tile.is_static else self._resolution)
+        self._equals: torch.Tensor | None = None
 
     def reach(self) -> torch.Tensor:
         """Return the largest squared distance that products may give for the nearest to a spoilt one, ``(a, b)``."""
@@ -78,20 +80,23 @@ class _Side:
         """
         least = (shortest / 2 - reach.sqrt()).clamp_min_(0).square_() / 2  # half: norms are rounded, too
         is_near = (self.squared < reach[..., None]) & (self._half_norms >= least[..., None])
-        is_chosen, self._equals = is_near.any(dim=1), None
+        if self.tile.scales is None:  # two such patches are of one size but for 2 %
+            sizes = self.tile.sizes[self.index, self.images, None]
+            is_near &= self.squared < (1 + 3 * DOUBT) * 2 * CANCELLATION * sizes
+        is_chosen = is_near.any(dim=1).int()
         if is_chosen.sum() > _MANY * is_chosen.numel():
             self._equals = self.tile.equals(self.images, self.index)  # (a, L)
-            is_chosen = torch.zeros_like(is_chosen, dtype=torch.int).scatter_reduce_(
-                1, self._equals, is_chosen.int(), "amax"
-            )
+            is_chosen = torch.zeros_like(is_chosen).scatter_reduce_(1, self._equals, is_chosen, "amax")
         count = max(1, int(is_chosen.sum(dim=1).max()))
-        self.places = is_chosen.int().topk(count, dim=1).indices  # (a, k); those beyond an image's own do no harm
+        self.places = is_chosen.topk(count, dim=1).indices  # (a, k); those beyond an image's own do no harm
         self.nearest = self.squared.new_full((*self.squared.shape[:2], count), float("inf"))
 
     def vectors(self, images: slice) -> torch.Tensor:
-        """Return what is compared of the chosen patches of some of the images, ``(n, k, C)``."""
-        of_tile = torch.arange(self.images.start, self.images.stop)[images]
-        return in_float64(self.tile.vectors_of(of_tile.to(self.places.device), self.places[images], self.index))
+        """Return what is compared of the chosen patches of some of the images, with norms, ``(n, k, C + 2)``."""
+        of_tile = torch.arange(self.images.start, self.images.stop)[images].to(self.places.device)
+        vectors = in_float64(self.tile.vectors_of(of_tile, self.places[images], self.index))
+        squared_norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).square_()
+        return torch.cat([vectors, squared_norms, torch.ones_like(squared_norms)], dim=-1)
 
     def write(self) -> None:
         """Replace what is spoilt by the distances of the chosen patches."""
@@ -125,17 +130,17 @@ def _recompute_block(left: _Side, right: _Side, memory: int) -> None:
 
 
 def _compare(left: tuple[_Side, slice, torch.Tensor], right: tuple[_Side, slice, torch.Tensor], memory: int) -> None:
-    """Multiply the chosen patches of some images, ``(n, k, C)``, with those of others, some patches at a time."""
+    """Multiply the chosen patches of some images, see :meth:`_Side.vectors`, with those of others, each pair once."""
     (one, rows, x), (other, columns, y) = left, right
-    of_y = torch.linalg.vector_norm(y, dim=-1).square_()  # (m, k')
-    patches_at_once = max(1, memory // (2 * _NUMBER_BYTES * len(x) * of_y.numel()))
-    for first in range(0, x.shape[1], patches_at_once):
-        some = slice(first, first + patches_at_once)
-        z = x[:, some]
-        of_z = torch.linalg.vector_norm(z, dim=-1).square_()
-        squared = torch.addmm(of_y.flatten(), z.flatten(0, 1), y.flatten(0, 1).T, alpha=-2)
-        squared = squared.unflatten(1, y.shape[:2]).unflatten(0, z.shape[:2])  # (n, k, m, k')
-        squared += of_z[..., None, None]
-        to_right, to_left = squared.amin(dim=3).transpose(1, 2), squared.amin(dim=1).transpose(0, 1)
-        for target, found in ((one.nearest[rows, columns, some], to_right), (other.nearest[columns, rows], to_left)):
-            target.copy_(torch.minimum(target, found.clamp_min(0).to(target)))
+    y = torch.cat([-2 * y[..., :-2], y[..., -1:], y[..., -2:-1]], dim=-1)  # |x|² + |y|² - 2xy is one product
+    block = memory // 2 if x.device.type != "cpu" else min(memory // 2, _CACHE_BYTES)
+    for image, patches in enumerate(x, rows.start):
+        start = image - rows.start if right[2] is x else 0
+        others, images = y[start:], slice(columns.start + start, columns.stop)
+        patches_at_once = max(1, block // (x.itemsize * len(others) * others.shape[1]))
+        for first in range(0, len(patches), patches_at_once):
+            some = slice(first, first + patches_at_once)
+            squared = (patches[some] @ others.flatten(0, 1).T).unflatten(1, others.shape[:2])  # (k, m, k')
+            to_right, to_left = one.nearest[image, images, some], other.nearest[images, image]
+            for target, found in ((to_right, squared.amin(dim=2).T), (to_left, squared.amin(dim=0))):
+                target.copy_(torch.minimum(target, found.clamp_min_(0).to(target)))
