@@ -12,7 +12,7 @@ from anomalib_musc.distances.same_place import Places
 from anomalib_musc.distances.storage import MemoryBudgetError, budget_in_bytes
 from anomalib_musc.distances.trial import fastest, fastest_by_place
 
-# Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices.
+# Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices on a GPU.
 _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
 _BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64

@@ -80,8 +80,12 @@ def interval_means(distances: torch.Tensor, *intervals: tuple[float, float]) -> 
         Means, shape ``(..., L)``, one tensor an interval.
     """
     bounds = [interval_bounds(interval, distances.shape[-2] - 1) for interval in intervals]
-    ascending = distances.topk(max(stop for _, stop in bounds), dim=-2, largest=False).values
-    return [ascending[..., start:stop, :].mean(dim=-2) for start, stop in bounds]
+    if distances.device.type == "cpu":
+        ascending = distances.mT.clone(memory_format=torch.contiguous_format)  # (..., L, N)
+        ascending.numpy().sort(axis=-1)  # vectorised: many times as fast as those of torch, which carry indices
+    else:
+        ascending = distances.topk(max(stop for _, stop in bounds), dim=-2, largest=False).values.mT
+    return [ascending[..., start:stop].mean(dim=-1) for start, stop in bounds]
 
 
 def interval_bounds(interval: tuple[float, float], count: int) -> tuple[int, int]:
