@@ -68,10 +68,15 @@ class PoolLoader:
 
     def _some_patches(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return some patches of a few images, ``(n, C)``, and those at the same places of each, ``(I, k, C)``."""
-        spare, own = self._spare(workload, 1), {}
-        for position, image in self.some.items():
-            patches = self._write_patches(workload, [image], torch.empty_like(spare[0]), spare)[0]
-            own[position] = torch.stack([some_patches(patches, position), some_patches(patches, 0)])
+        positions, own = list(self.some), {}
+        at_once = min(workload.loaded_at_once, max(1, len(positions)))
+        spare = self._spare(workload, at_once)
+        for first in range(0, len(positions), at_once):
+            some = positions[first : first + at_once]
+            target = torch.empty_like(spare[0, : len(some)])
+            patches = self._write_patches(workload, [self.some[it] for it in some], target, spare[:, : len(some)])
+            for position, of_image in zip(some, patches, strict=True):
+                own[position] = torch.stack([some_patches(of_image, position), some_patches(of_image, 0)])
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
         every = {position: patches for share in shares for position, patches in share.items()}
         some, same = torch.stack([every[position] for position in sorted(every)], dim=1).to(workload.like)

@@ -122,9 +122,9 @@ def rounded_numbers(like: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor
     return first_bytes(memory, like.shape, dtype)
 
 
-def exchange_norms(operand: torch.Tensor, norm_channels: int) -> torch.Tensor:
+def exchange_norms(operand: torch.Tensor, norm_channels: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return an operand with patches negated, norms and ones exchanged; see :meth:`Rounding.write_norms`."""
-    facing = operand.neg()
+    facing = torch.neg(operand, out=out)
     facing[..., -norm_channels:] = operand[..., -norm_channels:].roll(norm_channels // 2, dims=-1)
     return facing
 

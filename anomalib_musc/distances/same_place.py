@@ -101,14 +101,18 @@ class _RowProduct:
 
     def __init__(self, places: Places, norm_channels: int) -> None:
         self._width, self._radius, self._norm_channels = places.grid[1], places.radius, norm_channels
-        self._products = torch.empty(0)
+        self._products = self._window = torch.empty(0)
 
     def window(self, row: torch.Tensor) -> torch.Tensor:
-        """Return a row ``(W, m, C)`` that faces others, between places that no patch is near."""
-        window = row.new_zeros(self._width + 2 * self._radius, *row.shape[1:])
-        window[..., -self._norm_channels // 2] = torch.finfo(row.dtype).max / 4
-        window[self._radius : self._radius + self._width] = exchange_norms(row, self._norm_channels)
-        return window
+        """Return a row ``(W, m, C)`` that faces others, between places that no patch is near.
+
+        The next call overwrites it.
+        """
+        if not self._window.numel():
+            self._window = row.new_zeros(self._width + 2 * self._radius, *row.shape[1:])
+            self._window[..., -self._norm_channels // 2] = torch.finfo(row.dtype).max / 4
+        exchange_norms(row, self._norm_channels, out=self._window[self._radius : self._radius + self._width])
+        return self._window
 
     def __call__(self, x: torch.Tensor, window: torch.Tensor, first: int) -> torch.Tensor:
         """Multiply a row ``(W, n, C)`` with windows, from their column ``first`` on: ``(W, n, columns, m)``."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A look at the features before the long work: can they be compared, and around what do most of them lie."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +12,7 @@ _SHARE = 0.39  # of the exponent: 1e15 in float32, whose squares can still be ad
 _IMAGES, _PATCHES = 8, 64  # that are looked at: enough to find a twentieth of all, few beside the pairs of a pool
 _CLOSEST = 20
 _CENTRES = 4  # one of so many is tried as the middle: of the 512, six lie where a twentieth of all does
+_AT_ONCE = 2**24  # numbers that a GPU looks at together
 _STATIC = 1 / 8  # of the places: distances of fewer are cheaper to recompute
 
 
@@ -33,11 +35,17 @@ def check_values(
         ValueError: If there are others; it names their images.
     """
     most, bounds = largest_value(features.dtype), []
-    for image in images:
-        bounds.append(torch.stack(features[image].aminmax()))
-        release(features)
+    is_on_host = features.device.type == "cpu"
+    at_once = 1 if is_on_host else max(1, _AT_ONCE // math.prod(features.shape[1:]))
+    for first in range(0, len(images), at_once):
+        some = images[first : first + at_once]
+        if is_on_host:
+            bounds.append(torch.stack(features[some[0]].aminmax())[None])
+            release(features)
+        else:
+            bounds.append(torch.stack(features[list(some)].flatten(1).aminmax(dim=1), dim=1))
     # a device is waited for once
-    found = dict(zip(images, map(tuple, torch.stack(bounds).tolist()), strict=True)) if bounds else {}
+    found = dict(zip(images, map(tuple, torch.cat(bounds).tolist()), strict=True)) if bounds else {}
     bad = [image for image, (low, high) in found.items() if not (-low <= most and high <= most)]  # NaN is neither
     if bad:
         msg = (
