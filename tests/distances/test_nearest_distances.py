@@ -143,7 +143,7 @@ def test_a_block_stays_as_it_was(channels):
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("noise", [0, 1e-6, 1e-4, 1e-3, 1e-2])
-@pytest.mark.parametrize("share", [0.3, 1])
+@pytest.mark.parametrize("share", [0.04, 0.3, 1])
 def test_patches_that_are_all_but_equal(search_maps, share, noise, precision):
     """As those of a plain background are, within an image and among images."""
     maps = randn(5, 96, 5, 6)
@@ -232,12 +232,21 @@ def test_a_region_close_to_a_plain_background(search_maps):
     assert_close(distances, expected, 1e-4)
 
 
-def test_two_backgrounds():
+@pytest.mark.parametrize("noise", [0, 1e-5, 1e-3])
+@pytest.mark.parametrize("memory", [1, 2**20, 2**30])
+def test_two_backgrounds(memory, noise):
+    """The second one is compared again, few patches of few images at a time, or all."""
     features = unit(6, 60, 192)
     features[:, :20], features[:, 20:40] = features[0, 0].clone(), features[0, 30].clone()
-    features = features + 1e-3 * unit(6, 60, 192, seed=1)
+    features = features + noise * unit(6, 60, 192, seed=1)
+    expected = search(to_numpy(features))
     _, distances = collect(nearest_distances(features), 6)
-    assert_close(distances[0], search(to_numpy(features)), 1e-4)
+    assert_close(distances[0], expected, 1e-4)
+    (workload,) = make_workloads((6, 60, 192), (1,), "exact", torch.empty(0))
+    tile = PoolLoader(features, range(6), None).surveyed().centred(workload).tile(workload, 0, 6)
+    distances = torch.empty(1, 6, 6, 60)
+    compare_tiles(tile, tile, workload.kernel, 2, memory, (distances, distances), None)
+    assert_close(distances[0], expected, 1e-4)
 
 
 def test_images_are_counted_in_the_order_given():

@@ -177,7 +177,7 @@ def test_the_paper_is_reported_next_to_anomalibs_f1():
 def assert_scikit_learns(metrics, batches):
     for level, truth, value in (("image", "gt_label", "pred_score"), ("pixel", "gt_mask", "anomaly_map")):
         labels, scores = (
-            torch.cat([getattr(batch, field) for batch in batches]).flatten().numpy() for field in (truth, value)
+            torch.cat([getattr(batch, field) for batch in batches]).flatten().cpu().numpy() for field in (truth, value)
         )
         for name, expected in scikit_learns(labels, scores).items():
             assert metrics[f"{level}_{name}"] == pytest.approx(expected, abs=1e-5)
