@@ -4,11 +4,13 @@
 :func:`nearest_distances` is the way in. Nothing here knows what the distances are for.
 
 Images are held in tiles on the compute device (``tiles.py``), each pair of them is multiplied once (``comparison.py``
-with one of ``kernels/``, or ``same_place.py``, where patches are sought near their own place), and the distances go to
-a buffer: on the device, on the host, or in a temporary file (``storage.py``), as ``plan.py`` divides the budget. Where
-several processes hold the images (``processes.py``), each one's visit the others (``ring.py``).
+with one of ``kernels/``, or ``same_place.py``, where patches are sought near their own place), what is too small for
+products again in float64 (``recomputing.py``), and the distances go to a buffer: on the device, on the host, or in a
+temporary file (``storage.py``), as ``plan.py`` divides the budget. Where several processes hold the images
+(``processes.py``), each one's visit the others (``ring.py``).
 """
 
+from anomalib_musc.distances.full_precision import full_precision
 from anomalib_musc.distances.kernels import Precision, check_precision
 from anomalib_musc.distances.nearest import (
     check_degrees,
@@ -32,6 +34,7 @@ __all__ = [
     "check_precision",
     "check_search_radius",
     "estimate_seconds",
+    "full_precision",
     "gathered",
     "least_memory",
     "nearest_distances",

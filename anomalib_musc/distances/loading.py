@@ -73,8 +73,8 @@ class PoolLoader:
         spare = self._spare(workload, at_once)
         for first in range(0, len(positions), at_once):
             some = positions[first : first + at_once]
-            target = torch.empty_like(spare[0, : len(some)])
-            patches = self._write_patches(workload, [self.some[it] for it in some], target, spare[:, : len(some)])
+            target = torch.empty_like(spare[: len(some)])
+            patches = self._write_patches(workload, [self.some[it] for it in some], target, spare[: len(some)])
             for position, of_image in zip(some, patches, strict=True):
                 own[position] = torch.stack([some_patches(of_image, position), some_patches(of_image, 0)])
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
@@ -102,7 +102,7 @@ class PoolLoader:
         spare = self._spare(workload, at_once)
         for index in range(0, len(images), at_once):
             target = patches[index : index + at_once]
-            self._write_patches(workload, images[index : index + at_once], target, spare[:, : len(target)])
+            self._write_patches(workload, images[index : index + at_once], target, spare[: len(target)])
             rounding.change_basis(target)
             release(self.features)
         del spare
@@ -149,8 +149,8 @@ class PoolLoader:
         return features if self.prepare is None else self.prepare(features).detach()
 
     def _spare(self, workload: Workload, at_once: int) -> torch.Tensor:
-        """Return memory of twice some images, which is used for others after them: new memory costs more than a sum."""
-        return workload.like.new_empty(2, at_once, *workload.shape[1:])
+        """Return memory of some images, which is used for others after them: new memory costs more than a sum."""
+        return workload.like.new_empty(at_once, *workload.shape[1:])
 
     def _write_patches(
         self, workload: Workload, images: Sequence[int], target: torch.Tensor, spare: torch.Tensor
@@ -163,9 +163,8 @@ class PoolLoader:
             target.unflatten(1, features.shape[2:]).copy_(features.permute(0, 2, 3, 1))
         else:
             patches = features.permute(0, 2, 3, 1)
-            spare = spare.unflatten(2, features.shape[2:])
             if not patches.is_contiguous():
-                patches = spare[0].copy_(patches)
-            write_unit_vectors(patches, workload.degrees[0], self.origin, target, spare)
+                patches = spare.unflatten(1, features.shape[2:]).copy_(patches)
+            write_unit_vectors(patches, workload.degrees[0], self.origin, target)
             return target
         return target if self.origin is None else target.sub_(self.origin)

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from anomalib_musc.distances.comparison import compare_tiles
+from anomalib_musc.distances.full_precision import full_precision
 from anomalib_musc.distances.kernels import Precision, check_precision, make_batched_kernels, make_kernels
 from anomalib_musc.distances.loading import PoolLoader
 from anomalib_musc.distances.plan import Plan, Workload, bytes_to_hold, make_plan, make_workloads
@@ -119,7 +120,10 @@ def nearest_distances(
         )
         raise ValueError(msg)
     places = None if degrees is None else make_places((features.shape[2], features.shape[3]), search_radius)
-    workloads = make_workloads((len(pool), num_patches, channels), degrees or (1,), precision, like, places, num_images)
+    with full_precision(like.device):
+        workloads = make_workloads(
+            (len(pool), num_patches, channels), degrees or (1,), precision, like, places, num_images
+        )
     if ring is not None:
         kernels = make_kernels(precision, like) if places is None else make_batched_kernels(precision, like)
         workloads = ring.agreed_workloads(workloads, kernels)
@@ -207,7 +211,7 @@ def surveyed_blocks(
     pool, like = pool.surveyed(), workloads[0].like
     tile_bytes = bytes_to_hold(workloads, memory_budget)
     if tile_bytes is not None:
-        with torch.autocast(like.device.type, enabled=False):
+        with full_precision(like.device):
             pool = pool.held(workloads[0], tile_bytes if workloads[0].places is None else None)
         memory_budget = None if memory_budget is None else memory_budget - 2 * tile_bytes / GIB
     yield from compared(pool, workloads, memory_budget, progress)
@@ -243,7 +247,7 @@ def _blocks(
 
     distances = allocate() if ring is None else ring.processes.together(allocate)
     compare = partial(_compare_pair, workload, plan, distances, progress)
-    with torch.autocast(workload.like.device.type, enabled=False):
+    with full_precision(workload.like.device):
         if ring is None:
             _compare_own(pool.centred(workload), workload, plan, distances, compare)
         else:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Same-place search: a patch is compared with those near its own place in the other images."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,13 +117,18 @@ class _RowProduct:
         """Multiply a row ``(W, n, C)`` with windows, from their column ``first`` on: ``(W, n, columns, m)``."""
         places, count, channels = window.shape
         columns = places - self._width + 1 - first
+        size = self._width * x.shape[1] * columns * count
+        self._products = reuse_buffer(self._products, size, x)
+        products = self._products[:size]
+        if x.element_size() == 2:  # where windows overlap, oneDNN is slow
+            of_columns = products.view(columns, self._width, x.shape[1], count)
+            for column, product in enumerate(of_columns, first):
+                torch.bmm(x, window[column : column + self._width].mT, out=product)
+            return in_order(of_columns.permute(1, 2, 0, 3))
         windows = window[first:].as_strided(
             (self._width, columns * count, channels), (count * channels, channels, 1)
         )  # they overlap
-        shape = self._width, x.shape[1], columns * count
-        size = math.prod(shape)
-        self._products = reuse_buffer(self._products, size, x)
-        products = torch.bmm(x, windows.mT, out=self._products[:size].view(shape))
+        products = torch.bmm(x, windows.mT, out=products.view(self._width, x.shape[1], columns * count))
         return in_order(products).unflatten(2, (columns, count))
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums over the square windows of maps, by shifted additions."""
+"""Sums over the square windows of maps."""
 
 import torch
+from torch.nn import functional as F  # noqa: N812
 
+_POOLED = 5  # up to this side a window is summed at once: its patches stay in the cache
 TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
@@ -12,9 +14,7 @@ def unit_vectors(patches: torch.Tensor, degree: int) -> torch.Tensor:
     return sums * _reciprocal_norms(sums, degree)
 
 
-def write_unit_vectors(
-    patches: torch.Tensor, degree: int, origin: torch.Tensor | None, target: torch.Tensor, spare: torch.Tensor
-) -> None:
+def write_unit_vectors(patches: torch.Tensor, degree: int, origin: torch.Tensor | None, target: torch.Tensor) -> None:
     """Write the window sums of patches, scaled to unit length, less an origin.
 
     Args:
@@ -22,9 +22,8 @@ def write_unit_vectors(
         degree: Side of the window.
         origin: Shape ``(C,)``.
         target: Where to write, ``(n, H * W, C)``.
-        spare: Memory of twice the patches' size, ``(2, n, H, W, C)``; the first half may hold the patches.
     """
-    sums = window_sums(patches, degree, spare)
+    sums = window_sums(patches, degree)
     scales = _reciprocal_norms(sums, degree)
     if origin is None:
         torch.mul(sums, scales, out=target)
@@ -39,22 +38,18 @@ def _reciprocal_norms(sums: torch.Tensor, degree: int) -> torch.Tensor:
     return norms.clamp_min_(TINY_NORM * degree**2).reciprocal_()
 
 
-def window_sums(patches: torch.Tensor, degree: int, spare: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum patches ``(..., H, W, C)`` over windows of side ``degree``; returns ``(..., H * W, C)``.
-
-    Args:
-        patches: Any number of maps.
-        degree: Side of the window.
-        spare: Memory of twice their size, see :func:`write_unit_vectors`. Defaults to new memory.
-    """
-    for dim, half in ((-3, 1), (-2, 0)):
-        out = None if spare is None or degree == 1 else spare[half]
-        patches = window_sum(patches, dim, degree // 2, out=out)
-    return patches.flatten(-3, -2)
+def window_sums(patches: torch.Tensor, degree: int) -> torch.Tensor:
+    """Sum patches ``(..., H, W, C)`` over windows of side ``degree``; returns ``(..., H * W, C)``."""
+    if degree == 1:
+        return patches.flatten(-3, -2)
+    maps = patches.reshape(-1, *patches.shape[-3:]).permute(0, 3, 1, 2)  # in memory channels are last
+    for window in [(degree, degree)] if degree <= _POOLED else [(degree, 1), (1, degree)]:
+        maps = F.avg_pool2d(maps, window, 1, (window[0] // 2, window[1] // 2), divisor_override=1)
+    return maps.permute(0, 2, 3, 1).reshape(*patches.shape[:-3], -1, patches.shape[-1])
 
 
 def window_sum(values: torch.Tensor, dim: int, radius: int, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Sum ``2 * radius + 1`` neighbours along a dimension; places outside count as zeros.
+    """Sum ``2 * radius + 1`` neighbours along a dimension by shifted additions; places outside count as zeros.
 
     Args:
         values: Any shape.

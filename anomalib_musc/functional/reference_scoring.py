@@ -2,10 +2,12 @@
 """Step 2 against a memory bank of reference images: each image on its own, in operations that can be exported."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from itertools import product
 
 import torch
 
+from anomalib_musc.distances import full_precision
 from anomalib_musc.distances.same_place import make_places
 from anomalib_musc.functional.mutual_scoring import check_interval, interval_bounds
 
@@ -89,14 +91,15 @@ def reference_means(
     Returns:
         Means, shape ``(K, B, L)``.
     """
-    scores = torch.cat(
-        [
-            _score(patches, near, slices, own_copies, is_far)
-            for block, near, is_far in _search(features, references, grid, search_radius)
-            for patches in block
-        ],
-        dim=2,
-    )
+    with nullcontext() if torch.compiler.is_compiling() else full_precision(features.device):
+        scores = torch.cat(
+            [
+                _score(patches, near, slices, own_copies, is_far)
+                for block, near, is_far in _search(features, references, grid, search_radius)
+                for patches in block
+            ],
+            dim=2,
+        )
     if not torch.compiler.is_compiling() and not scores.isfinite().all():  # an exported model takes what it gets
         msg = f"features and references must be finite, got NaN or infinity: {int((~scores.isfinite()).sum())} scores."
         raise ValueError(msg)

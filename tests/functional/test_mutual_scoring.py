@@ -11,7 +11,8 @@ import torch
 from seeded import assert_close, rand, randn, to_numpy, unit
 from torch.nn.functional import normalize
 
-from anomalib_musc.functional import mutual_scores
+from anomalib_musc.functional import mutual_scores, reference_scores
+from anomalib_musc.functional.mutual_scoring import interval_means
 
 ATOL = {torch.float32: 1e-4, torch.float64: 1e-7}  # distances are roots of differences of products
 
@@ -88,6 +89,32 @@ def test_mutual_scores_follow_the_images_and_the_patches() -> None:
     images, patches = torch.tensor([4, 6, 0, 2, 5, 1, 3]), torch.tensor([8, 3, 5, 0, 1, 7, 2, 6, 4])
     assert_close(mutual_scores(features[images]), scores[images], 2e-6)
     assert_close(mutual_scores(features[:, patches]), scores[:, patches], 2e-6)
+
+
+@pytest.mark.parametrize("precision", ["medium", "high"])
+def test_what_torch_may_round_is_not_rounded(precision: str) -> None:
+    """A setting for the training of networks, which is left as it was."""
+    features = unit(5, 40, 64)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        scores = mutual_scores(features)
+        of_references = reference_scores(features[:2], features[2:])
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_close(scores, oracle.mutual_scores(to_numpy(features)), 1e-5)
+    assert_close(of_references, reference_scores(features[:2].double(), features[2:].double()), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1), (2, 3, 5, 7), (6, 30)])
+def test_means_of_intervals_leave_the_distances_as_they_are(shape: tuple[int, ...]) -> None:
+    distances = rand(*shape)
+    before = distances.clone()
+    first, second = interval_means(distances, (0.0, 0.3), (1, 2))
+    assert torch.equal(distances, before)
+    ascending = distances.sort(dim=-2).values
+    assert_close(first, ascending[..., : max(1, int((shape[-2] - 1) * 0.3)), :].mean(dim=-2), 1e-6)
+    assert_close(second, ascending[..., 1, :], 1e-6)
 
 
 def test_a_defect_stands_out() -> None:
