@@ -2,9 +2,9 @@
 """Pools with a background: time of the scoring against the share of equal patches, and what was chosen by trial.
 
 One layer, three degrees: ``python benchmarks/equal_patches.py``. A share of the patches of every map is the same
-vector, as of a plain background, or at every place the same vector in all maps but for a thousandth of noise, as where
-neither camera nor background moves; the others are random. Shares are timed in turn, and medians are compared with the
-pool without equal patches.
+vector, as of a plain background, or one of two, or at every place the same vector in all maps but for a thousandth of
+noise, as where neither camera nor background moves; the others are random. Shares are timed in turn, and medians are
+compared with the pool without equal patches.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from anomalib_musc.distances.trial import fastest
 from anomalib_musc.functional import Precision, layer_scores
 
 SIZES = ((8, 1369, 1024), (24, 256, 768), (16, 1024, 384), (24, 400, 192))  # images, patches, channels
-SHARES = (0.0, 0.1, 0.4, 0.7)
-BACKGROUNDS = ("plain", "static")
+SHARES = (0.0, 0.03, 0.1, 0.4, 0.7)
+BACKGROUNDS = ("plain", "two plain", "static")
 NOISE = 1e-3
 DEGREES = (1, 3, 5)
 PRECISIONS: tuple[Precision, ...] = ("exact", "fast")
@@ -35,7 +35,11 @@ def pool_of(size: tuple[int, int, int], share: float, background: str = "plain")
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(num_images, channels, side, side, generator=generator)
     equal = maps.flatten(2)[..., : int(share * num_patches)]
-    equal[:] = torch.randn(1, channels, 1 if background == "plain" else equal.shape[2], generator=generator)
+    if background == "static":
+        equal[:] = torch.randn(1, channels, equal.shape[2], generator=generator)
+    else:
+        for half in equal.chunk(1 if background == "plain" else 2, dim=2):
+            half[:] = torch.randn(1, channels, 1, generator=generator)
     if background == "static":
         equal += NOISE * torch.randn(equal.shape, generator=generator)
     return maps

@@ -24,7 +24,7 @@ class PoolLoader:
         prepare: Changes the features of some images, ``(n, ...)``, each by itself.
         some: A few of all images, at which one may look: of those here, the index, by the position among them.
         origin: What is subtracted from all patches, ``(C,)``, see :func:`.densest_place`.
-        is_static: Whether images are all but equal at some places, see :func:`.is_static`.
+        is_static: Whether images are all but equal at many places, see :func:`.is_static`.
         memory: Bytes that a tile of all images takes, of one degree after the other: new memory costs more than most of
             what is computed in it.
         names: The images' indices among the features that were given, where those here are held ones.

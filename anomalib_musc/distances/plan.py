@@ -32,7 +32,7 @@ class Workload:
         shape: Images N, patches L and channels C.
         degrees: The D degrees that are compared together.
         like: A tensor of the device and type of the comparison.
-        kernel: Compares an image with several.
+        kernel: Compares the images of two tiles.
         num_columns: Images that each is compared with, itself included: N, or more where other processes hold some.
         places: Where a patch is sought; ``None`` for the whole image.
         loaded_at_once: Images that are loaded together: on a GPU several, where memory allows.

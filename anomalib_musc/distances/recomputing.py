@@ -6,6 +6,7 @@ nearest to has, by the same products, a patch that is as near. Where few patches
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,12 @@ from anomalib_musc.distances.tiles import CANCELLATION, Tile, in_float64
 
 SPOILT = -1.0  # in place of a squared distance that is to be recomputed
 DOUBT = 1 / 20  # of the distance that is too small for products: by so much they may err
-_PATCH_BYTES, _NUMBER_BYTES = 64, 16  # of a patch of a pair of images that is looked at; of a number in both precisions
+# Bytes of a patch of a pair of images that is looked at, and of a number that is multiplied: copies in both precisions.
+_PATCH_BYTES, _NUMBER_BYTES = 64, 32
 _CACHE_BYTES = 2**23  # of products, which stay in a processor's cache
 _MANY = 1 / 8  # of an image's patches: products of fewer take less than telling which are equal
+
+_Index = int | torch.Tensor
 
 
 def recompute(left: Tile, right: Tile, index: int, memory: int, targets: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -75,8 +79,8 @@ class _Side:
         """Choose the patches that may be the nearest to a spoilt one, or are such.
 
         Args:
-            reach: See above, of both sides, ``(a, b)``.
-            shortest: Likewise.
+            reach: The larger of both sides' :meth:`reach`, ``(a, b)``.
+            shortest: The smaller of both sides' :meth:`shortest`.
         """
         least = (shortest / 2 - reach.sqrt()).clamp_min_(0).square_() / 2  # half: norms are rounded, too
         is_near = (self.squared < reach[..., None]) & (self._half_norms >= least[..., None])
@@ -87,60 +91,109 @@ class _Side:
         if is_chosen.sum() > _MANY * is_chosen.numel():
             self._equals = self.tile.equals(self.images, self.index)  # (a, L)
             is_chosen = torch.zeros_like(is_chosen).scatter_reduce_(1, self._equals, is_chosen, "amax")
-        count = max(1, int(is_chosen.sum(dim=1).max()))
-        self.places = is_chosen.topk(count, dim=1).indices  # (a, k); those beyond an image's own do no harm
-        self.nearest = self.squared.new_full((*self.squared.shape[:2], count), float("inf"))
+        self._rows, self._places = is_chosen.nonzero().unbind(dim=1)  # image by image
+        self._stops = is_chosen.sum(dim=1).cumsum(dim=0).tolist()
+        self._found = torch.full_like(self.squared, float("inf"))
 
-    def vectors(self, images: slice) -> torch.Tensor:
-        """Return what is compared of the chosen patches of some of the images, with norms, ``(n, k, C + 2)``."""
-        of_tile = torch.arange(self.images.start, self.images.stop)[images].to(self.places.device)
-        vectors = in_float64(self.tile.vectors_of(of_tile, self.places[images], self.index))
-        squared_norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).square_()
-        return torch.cat([vectors, squared_norms, torch.ones_like(squared_norms)], dim=-1)
+    def parts(self, most: int, first: int = 0) -> Iterator[slice]:
+        """Cut the chosen patches, from the first on, into parts of at most so many."""
+        for start in range(first, len(self._places), most):
+            yield slice(start, min(start + most, len(self._places)))
+
+    def load(self, part: slice) -> "_Part":
+        """Return what is compared of a part of the chosen patches."""
+        places = self._places[part]
+        vectors = in_float64(self.tile.vectors_of(self.images.start + self._rows[part], places, self.index))
+        rows = {}
+        for image, (start, stop) in enumerate(zip([0, *self._stops], self._stops, strict=False)):
+            if max(start, part.start) < min(stop, part.stop):
+                rows[image] = slice(max(start, part.start) - part.start, min(stop, part.stop) - part.start)
+        return _Part(self, rows, places, vectors)
+
+    def keep_smaller(self, pairs: tuple[_Index, _Index], places: torch.Tensor, found: torch.Tensor) -> None:
+        """Keep squared distances at some places of images to others, as far as they are the smallest so far."""
+        indices = (*pairs, places)
+        self._found[indices] = torch.minimum(self._found[indices], found.clamp_min_(0).to(self._found))
 
     def write(self) -> None:
         """Replace what is spoilt by the distances of the chosen patches."""
-        places, nearest = self.places[:, None].expand_as(self.nearest), self.nearest
-        found = torch.full_like(self.squared, float("inf")).scatter_(2, places, nearest)
+        found = self._found
         if self._equals is not None:
             found = found.gather(2, self._equals[:, None].expand_as(found))
         self.squared.copy_(torch.where(self.is_spoilt, found, self.squared))
 
 
+@dataclass
+class _Part:
+    """Some of the chosen patches of a side, image by image.
+
+    Attributes:
+        side: The side.
+        start: The first one's number among all that are chosen.
+        rows: Where the patches of each image are.
+        places: Places of the r patches in their images, ``(r,)``.
+        vectors: What is compared, ``(r, C)``.
+    """
+
+    side: _Side
+    rows: dict[int, slice]
+    places: torch.Tensor
+    vectors: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.squared_norms = torch.linalg.vector_norm(self.vectors, dim=1).square_()
+
+    def alike(self, images: list[int]) -> list[list[int]]:
+        """Return those of some images that are here, together if about as many patches of each are, else each apart."""
+        images = [image for image in images if image in self.rows]
+        counts = [self.rows[image].stop - self.rows[image].start for image in images]
+        is_alike = bool(images) and max(counts) * len(images) <= 2 * sum(counts)
+        return [images] if is_alike else [[image] for image in images]
+
+    def rows_of(self, images: list[int]) -> torch.Tensor:
+        """Return the rows of some images, ``(m, k)``; the last one again of those that have fewer."""
+        starts, stops = (
+            torch.tensor([getattr(self.rows[image], end) for image in images]) for end in ("start", "stop")
+        )
+        steps = torch.arange(int((stops - starts).max()))
+        return torch.minimum(starts[:, None] + steps, stops[:, None] - 1).to(self.vectors.device)
+
+
 def _recompute_block(left: _Side, right: _Side, memory: int) -> None:
-    if not (left.is_spoilt.any() or right.is_spoilt.any()):
+    is_needed = left.is_spoilt.any(dim=2) | right.is_spoilt.any(dim=2).T  # (a, b)
+    if not is_needed.any():
         return
+    is_same = right is left
     reach = torch.maximum(left.reach(), right.reach().T)
     shortest = torch.minimum(left.shortest(), right.shortest().T)
     left.choose(reach, shortest)
-    if right is not left:
+    if not is_same:
         right.choose(reach.T, shortest.T)
-    count, channels = max(left.places.shape[1], right.places.shape[1]), left.tile.patches.shape[2]
-    at_once = max(1, memory // (4 * _NUMBER_BYTES * count * channels))
-    for first in range(0, len(left.squared), at_once):
-        rows = slice(first, min(first + at_once, len(left.squared)))
-        x = left.vectors(rows)
-        for second in range(first if right is left else 0, len(right.squared), at_once):
-            columns = slice(second, min(second + at_once, len(right.squared)))
-            y = x if right is left and rows == columns else right.vectors(columns)
-            _compare((left, rows, x), (right, columns, y), memory)
+    needed = [row.nonzero().flatten().tolist() for row in is_needed.cpu()]
+    most = max(1, memory // (2 * _NUMBER_BYTES * left.tile.patches.shape[2]))
+    for rows in left.parts(most):
+        x = left.load(rows)
+        for columns in right.parts(most, rows.start if is_same else 0):
+            y = x if is_same and columns == rows else right.load(columns)
+            for image in x.rows:
+                for others in y.alike([other for other in needed[image] if not is_same or other > image]):
+                    _compare(x, image, y, others, memory)
     left.write()
-    if right is not left:
+    if not is_same:
         right.write()
 
 
-def _compare(left: tuple[_Side, slice, torch.Tensor], right: tuple[_Side, slice, torch.Tensor], memory: int) -> None:
-    """Multiply the chosen patches of some images, see :meth:`_Side.vectors`, with those of others, each pair once."""
-    (one, rows, x), (other, columns, y) = left, right
-    y = torch.cat([-2 * y[..., :-2], y[..., -1:], y[..., -2:-1]], dim=-1)  # |x|² + |y|² - 2xy is one product
-    block = memory // 2 if x.device.type != "cpu" else min(memory // 2, _CACHE_BYTES)
-    for image, patches in enumerate(x, rows.start):
-        start = image - rows.start if right[2] is x else 0
-        others, images = y[start:], slice(columns.start + start, columns.stop)
-        patches_at_once = max(1, block // (x.itemsize * len(others) * others.shape[1]))
-        for first in range(0, len(patches), patches_at_once):
-            some = slice(first, first + patches_at_once)
-            squared = (patches[some] @ others.flatten(0, 1).T).unflatten(1, others.shape[:2])  # (k, m, k')
-            to_right, to_left = one.nearest[image, images, some], other.nearest[images, image]
-            for target, found in ((to_right, squared.amin(dim=2).T), (to_left, squared.amin(dim=0))):
-                target.copy_(torch.minimum(target, found.clamp_min_(0).to(target)))
+def _compare(left: _Part, image: int, right: _Part, others: list[int], memory: int) -> None:
+    """Multiply the chosen patches of an image with those of some others."""
+    rows = right.rows_of(others)
+    own, device = left.rows[image], right.places.device
+    places, images = right.places[rows.to(device)], torch.tensor(others, device=device)[:, None]
+    x, of_x, own_places = left.vectors[own], left.squared_norms[own], left.places[own]
+    y, of_y = right.vectors[rows.flatten()], right.squared_norms[rows.flatten()]
+    block = memory // 4 if x.device.type != "cpu" else min(memory // 4, _CACHE_BYTES)
+    at_once = max(1, block // (x.itemsize * len(y)))
+    for first in range(0, len(x), at_once):
+        some = slice(first, first + at_once)
+        squared = torch.addmm(of_y, x[some], y.T, alpha=-2).add_(of_x[some, None]).unflatten(1, rows.shape)
+        left.side.keep_smaller((image, images), own_places[some], squared.amin(dim=2).T)  # (m, k)
+        right.side.keep_smaller((images, image), places, squared.amin(dim=0))

@@ -13,7 +13,7 @@ from anomalib_musc.distances.windows import TINY_NORM, unit_vectors, window_sum,
 
 # Below this squared distance (relative to the squared norm) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
-CANCELLATION = 1e-4
+CANCELLATION = 2.5e-4
 # How much longer the terms of a window may be than their sum; the error of a product grows with the square of it.
 _CONDITION = 10
 # Patches are taken for equal whose coordinates on so many random axes are, in units of a tenth of the bound of 1e-4.
@@ -138,14 +138,13 @@ class Tile:
         return window_sum(sums, 1, radius).mul_(self.scales[index, images, places, None])
 
     def vectors_of(self, images: torch.Tensor, places: torch.Tensor, index: int) -> torch.Tensor:
-        """Return what is compared of k patches of n images each at the degree of that index, ``(n, k, C)``.
+        """Return what is compared of some patches at the degree of that index, ``(n, C)``.
 
         Args:
             images: Positions in the tile, ``(n,)``.
-            places: Those of the patches, ``(n, k)``.
+            places: Those of the patches in their images, ``(n,)``.
             index: That of the degree.
         """
-        images = images[:, None]
         if self.scales is None:
             return self.patches[images, places]
         (height, width), radius = self.grid, self.degrees[index] // 2
