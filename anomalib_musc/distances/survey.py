@@ -79,6 +79,8 @@ def some_patches(patches: torch.Tensor, position: int) -> torch.Tensor:
 def is_static(patches: torch.Tensor, least_share: float) -> bool:
     """Whether two of a few images are all but equal at an eighth of some places, as where no background moves.
 
+    Of places that are like each other, as those of a plain background, one is counted.
+
     Args:
         patches: Patches of a few images at the same places, less the densest place, ``(I, n, C)``.
         least_share: Of their squared norm, below which their squared distance is too small for products.
@@ -89,7 +91,9 @@ def is_static(patches: torch.Tensor, least_share: float) -> bool:
     sizes = vectors.square().sum(dim=-1)
     is_far = sizes > least_share * sizes.max()
     is_equal = (is_far[..., None] & (squared < least_share * sizes[..., None])).flatten(1).any(dim=1)  # (n,)
-    return bool(is_equal.double().mean() >= _STATIC)
+    points = vectors[:, 0]
+    is_like_earlier = (torch.cdist(points, points).square() < least_share * sizes[:, :1]).tril(-1).any(dim=1)
+    return bool((is_equal & ~is_like_earlier).double().mean() >= _STATIC)
 
 
 def densest_place(points: torch.Tensor) -> tuple[torch.Tensor, float]:

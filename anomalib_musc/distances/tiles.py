@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from anomalib_musc.distances.rounding import Encoded, Rounding
-from anomalib_musc.distances.windows import TINY_NORM, unit_vectors, window_sum, window_sums
+from anomalib_musc.distances.windows import TINY_NORM, window_sum, window_sums
 
 # Below this squared distance (relative to the squared norm) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
@@ -99,6 +99,12 @@ class Tile:
         """Half the largest squared norm of what is compared, ``(D,)``."""
         return self.half_norms.amax(dim=(1, 2))
 
+    @cached_property
+    def _axes(self) -> torch.Tensor:
+        """Random axes, ``(C, axes)``."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(self.patches.shape[2], _AXES, generator=generator).to(self.patches)
+
     def resolution(self, index: int, images: slice = _ALL, places: slice = _ALL) -> torch.Tensor:
         """Return the squared distances below which the products are too coarse, ``(n, places)``.
 
@@ -164,14 +170,14 @@ class Tile:
 
     def _equals_of(self, image: int, index: int) -> torch.Tensor:
         if (image, index) not in self._equals:
-            self._equals[image, index] = _equals(self._vectors(image, index), 2 * self._farthest[index])
+            coordinates = self.patches[image] @ self._axes
+            if self.origin is not None:
+                coordinates += self.origin.point @ self._axes
+            if self.scales is not None:
+                sums = window_sums(coordinates.unflatten(0, self.grid), self.degrees[index])
+                coordinates = sums * self.scales[index, image, :, None]
+            self._equals[image, index] = _equals(coordinates, 2 * self._farthest[index])
         return self._equals[image, index]
-
-    def _vectors(self, image: int, index: int) -> torch.Tensor:
-        if self.scales is None:
-            return self.patches[image]
-        patches = self.patches[image] if self.origin is None else self.patches[image] + self.origin.point
-        return unit_vectors(patches.view(1, *self.grid, -1), self.degrees[index])[0]
 
 
 def tile_of_vectors(
@@ -282,17 +288,14 @@ def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tens
     return (squared - torch.linalg.vector_norm(rounded.sub_(exact), dim=-1).square_()) / 2
 
 
-def _equals(vectors: torch.Tensor, largest_squared_norm: torch.Tensor) -> torch.Tensor:
-    """Return the first of the vectors ``(L, C)`` that each equals, by coordinates on random axes; ``(L,)``."""
-    generator = torch.Generator().manual_seed(0)
-    axes = torch.randn(vectors.shape[1], _AXES, generator=generator).to(vectors)
+def _equals(coordinates: torch.Tensor, largest_squared_norm: torch.Tensor) -> torch.Tensor:
+    """Return the first of the patches that each equals, ``(L,)``, by coordinates on random axes, ``(L, axes)``."""
     unit = largest_squared_norm.sqrt() * _EQUAL
-    cells = (vectors @ axes / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round().nan_to_num(0.0).cpu().long()
-    odd = torch.randint(2**62, (_AXES,), generator=generator) * 2 + 1
+    cells = (coordinates / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round().nan_to_num(0.0).cpu().long()
+    odd = torch.randint(2**62, (_AXES,), generator=torch.Generator().manual_seed(0)) * 2 + 1
     kinds, equals = (cells * odd).sum(dim=1).unique(return_inverse=True)  # hashed, modulo 2**64
-    places = torch.arange(len(equals))
-    first = torch.full_like(kinds, len(equals)).scatter_reduce_(0, equals, places, "amin")
-    return first[equals].to(vectors.device)
+    first = torch.full_like(kinds, len(equals)).scatter_reduce_(0, equals, torch.arange(len(equals)), "amin")
+    return first[equals].to(coordinates.device)
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
