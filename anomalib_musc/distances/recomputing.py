@@ -129,7 +129,6 @@ class _Part:
 
     Attributes:
         side: The side.
-        start: The first one's number among all that are chosen.
         rows: Where the patches of each image are.
         places: Places of the r patches in their images, ``(r,)``.
         vectors: What is compared, ``(r, C)``.
