@@ -31,9 +31,8 @@ def compare_tiles(
         kernel: Compares images.
         chunk: How many pairs at once.
         memory: Bytes for what is compared apart from the products.
-        targets: Where the distances go, ``(D, n, m, L)`` to the right and ``(D, m, n, L)`` to the left; one and the
-            same where the tiles are.
-        progress: Called with the number of image pairs just compared, each counted once a degree.
+        targets: Where the distances go, see :meth:`.Kernel.compare`.
+        progress: Likewise.
     """
     is_same = right is left
     if is_same:

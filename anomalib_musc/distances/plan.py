@@ -9,7 +9,7 @@ import torch
 
 from anomalib_musc.distances.kernels import Kernel, Precision
 from anomalib_musc.distances.same_place import Places
-from anomalib_musc.distances.storage import MemoryBudgetError, budget_in_bytes
+from anomalib_musc.distances.storage import BUSY_NUMBERS, MemoryBudgetError, budget_in_bytes
 from anomalib_musc.distances.trial import fastest, fastest_by_place
 
 # Working memory of sorting a block of distances, in its own size: the distances, a copy, values and indices on a GPU.
@@ -17,8 +17,7 @@ _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
 _BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
 _APART = 64  # that part of the memory may be spared for same places, beside that of loading images
-# Numbers that keep a GPU busy, and that part of the memory may be spared for the images that it loads together.
-_LOADED, _LOADING = 2**24, 16
+_LOADING = 16  # that part of the memory may be spared for the images that a GPU loads together
 _HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
 # What the libraries of each thread pack their operands into; no more of a small budget than this share.
 _THREAD_BYTES, _THREAD_SHARE = 3 * 2**20, 1 / 8
@@ -52,7 +51,9 @@ class Workload:
             return self
         num_images, num_patches, channels = self.shape
         spared = min(budget // _LOADING, budget - self.least_bytes) // self.loading_bytes
-        return replace(self, loaded_at_once=max(1, min(1 + spared, num_images, _LOADED // (num_patches * channels))))
+        return replace(
+            self, loaded_at_once=max(1, min(1 + spared, num_images, BUSY_NUMBERS // (num_patches * channels)))
+        )
 
     def separate(self) -> "list[Workload]":
         """Return a workload for each degree."""

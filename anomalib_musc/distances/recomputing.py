@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
+from anomalib_musc.distances.storage import CACHE_BYTES
 from anomalib_musc.distances.tiles import CANCELLATION, Tile, in_float64
 
 SPOILT = -1.0  # in place of a squared distance that is to be recomputed
 DOUBT = 1 / 20  # of the distance that is too small for products: by so much they may err
 # Bytes of a patch of a pair of images that is looked at, and of a number that is multiplied: copies in both precisions.
 _PATCH_BYTES, _NUMBER_BYTES = 64, 32
-_CACHE_BYTES = 2**23  # of products, which stay in a processor's cache
 _MANY = 1 / 8  # of an image's patches: products of fewer take less than telling which are equal
 
 _Index = int | torch.Tensor
@@ -189,7 +189,7 @@ def _compare(left: _Part, image: int, right: _Part, others: list[int], memory: i
     places, images = right.places[rows.to(device)], torch.tensor(others, device=device)[:, None]
     x, of_x, own_places = left.vectors[own], left.squared_norms[own], left.places[own]
     y, of_y = right.vectors[rows.flatten()], right.squared_norms[rows.flatten()]
-    block = memory // 4 if x.device.type != "cpu" else min(memory // 4, _CACHE_BYTES)
+    block = memory // 4 if x.device.type != "cpu" else min(memory // 4, CACHE_BYTES)
     at_once = max(1, block // (x.itemsize * len(y)))
     for first in range(0, len(x), at_once):
         some = slice(first, first + at_once)

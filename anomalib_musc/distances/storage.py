@@ -13,6 +13,8 @@ from weakref import WeakValueDictionary
 import torch
 
 GIB = 2**30
+CACHE_BYTES = 2**23  # what stays in a processor's cache
+BUSY_NUMBERS = 2**24  # what keeps a GPU busy
 _SHARE = 0.5
 _FILES: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by address
 

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from anomalib_musc.distances.storage import release
+from anomalib_musc.distances.storage import BUSY_NUMBERS, release
 
 _SHARE = 0.39  # of the exponent: 1e15 in float32, whose squares can still be added over channels and windows
 _IMAGES, _PATCHES = 8, 64  # that are looked at: enough to find a twentieth of all, few beside the pairs of a pool
 _CLOSEST = 20
 _CENTRES = 4  # one of so many is tried as the middle: of the 512, six lie where a twentieth of all does
-_AT_ONCE = 2**24  # numbers that a GPU looks at together
 _STATIC = 1 / 8  # of the places: distances of fewer are cheaper to recompute
 
 
@@ -36,7 +35,7 @@ def check_values(
     """
     most, bounds = largest_value(features.dtype), []
     is_on_host = features.device.type == "cpu"
-    at_once = 1 if is_on_host else max(1, _AT_ONCE // math.prod(features.shape[1:]))
+    at_once = 1 if is_on_host else max(1, BUSY_NUMBERS // math.prod(features.shape[1:]))
     for first in range(0, len(images), at_once):
         some = images[first : first + at_once]
         if is_on_host:

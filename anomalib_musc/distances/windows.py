@@ -8,12 +8,6 @@ _POOLED = 5  # up to this side a window is summed at once: its patches stay in t
 TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
 
 
-def unit_vectors(patches: torch.Tensor, degree: int) -> torch.Tensor:
-    """Return the window sums of patches ``(..., H, W, C)``, scaled to unit length: ``(..., H * W, C)``."""
-    sums = window_sums(patches, degree)
-    return sums * _reciprocal_norms(sums, degree)
-
-
 def write_unit_vectors(patches: torch.Tensor, degree: int, origin: torch.Tensor | None, target: torch.Tensor) -> None:
     """Write the window sums of patches, scaled to unit length, less an origin.
 

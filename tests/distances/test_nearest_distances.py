@@ -19,7 +19,7 @@ from anomalib_musc.distances.nearest import compared, surveyed_blocks
 from anomalib_musc.distances.plan import Workload, make_plan, make_workloads
 from anomalib_musc.distances.storage import GIB
 from anomalib_musc.distances.trial import fastest
-from anomalib_musc.distances.windows import unit_vectors
+from anomalib_musc.distances.windows import write_unit_vectors
 
 CPU = torch.device("cpu")
 
@@ -432,6 +432,7 @@ class TestHeldImages:
     def test_sums_of_large_numbers(self):
         maps = (1 + rand(2, 1024, 31, 31)) * 5e14
         distances, _ = separately(maps, (31, 1))
-        vectors = unit_vectors(maps.permute(0, 2, 3, 1).double(), 31)
+        vectors = torch.empty(2, 31 * 31, 1024, dtype=torch.float64)
+        write_unit_vectors(maps.permute(0, 2, 3, 1).double(), 31, None, vectors)
         expected = torch.cdist(vectors[0], vectors[1]).amin(dim=1)
         assert_close(distances[0, 0, 1].double(), expected, 1e-4)

@@ -10,6 +10,7 @@ from anomalib_musc.distances.kernels.int8 import EightBitProduct
 from anomalib_musc.distances.kernels.plain import PlainKernel, Product
 from anomalib_musc.distances.kernels.products import ConvolutionProduct, FloatProduct, SixteenBitProduct
 from anomalib_musc.distances.rounding import Rounding
+from anomalib_musc.distances.storage import CACHE_BYTES
 from anomalib_musc.distances.tiles import Tile
 
 try:
@@ -19,9 +20,7 @@ except ImportError:  # Triton comes with PyTorch for NVIDIA's GPUs
 else:
     HAS_TRITON = True
 
-# Bytes of a block of products: what stays in a processor's cache, and what fills a GPU.
-_CPU_BLOCK = 2**23
-_GPU_BLOCK = 2**29
+_GPU_BLOCK = 2**29  # bytes of products that fill a GPU
 
 Precision = Literal["exact", "fast"]
 
@@ -85,7 +84,7 @@ def make_kernels(precision: Precision, like: torch.Tensor) -> list[Kernel]:
         products.append(EightBitProduct())
     if is_fast:
         products += [SixteenBitProduct(dtype) for dtype in SixteenBitProduct.supported(like)]
-    block = _CPU_BLOCK if like.device.type == "cpu" else _GPU_BLOCK
+    block = CACHE_BYTES if like.device.type == "cpu" else _GPU_BLOCK
     return [PlainKernel(product, block) for product in products]
 
 
@@ -94,4 +93,4 @@ def make_batched_kernels(precision: Precision, like: torch.Tensor) -> list[Kerne
     products: list[Product] = [FloatProduct()]
     if precision == "fast" and like.dtype == torch.float32:
         products += [SixteenBitProduct(dtype) for dtype in SixteenBitProduct.supported(like)]
-    return [PlainKernel(product, _CPU_BLOCK) for product in products]
+    return [PlainKernel(product, CACHE_BYTES) for product in products]
