@@ -85,34 +85,26 @@ class PoolLoader:
     def tile(self, workload: Workload, first: int, last: int) -> Tile:
         """Load the images from the first up to, not including, the last."""
         is_shared, rounding = len(workload.degrees) > 1, workload.kernel.rounding
-        images = self.images[first:last]
-        _, num_patches, channels = workload.shape
-        width = channels + (0 if is_shared else rounding.norm_channels)
-        rest = self.memory if len(images) == len(self.images) else None
-        if workload.places is None:
-            shape = last - first, num_patches, width
-            if rest is None:
-                storage = workload.like.new_empty(shape)
-            else:
-                storage = first_bytes(rest, shape, workload.like.dtype)
-                rest = rest[storage.nbytes :]
-        else:  # the images lie beside each other at every place
-            storage = workload.like.new_empty(num_patches, last - first, width).transpose(0, 1)
+        images, channels = self.images[first:last], workload.shape[2]
+        storage, rest = self._storage(workload, len(images), channels + (0 if is_shared else rounding.norm_channels))
         patches, at_once = storage[..., :channels], min(workload.loaded_at_once, len(images))
         spare = self._spare(workload, at_once)
-        for index in range(0, len(images), at_once):
-            target = patches[index : index + at_once]
-            self._write_patches(workload, images[index : index + at_once], target, spare[: len(target)])
+
+        def load(some: slice) -> None:
+            target = patches[some]
+            self._write_patches(workload, images[some], target, spare[: len(target)])
             rounding.change_basis(target)
             release(self.features)
-        del spare
+
         if is_shared:
+            for index in range(0, len(images), at_once):
+                load(slice(index, min(index + at_once, len(images))))
             origin = None if self.origin is None else self.origin.clone()
             if origin is not None:
                 rounding.change_basis(origin[None])
             tile = tile_of_maps(patches.unflatten(1, self.features.shape[2:]), workload.degrees, rounding, origin, rest)
         else:
-            tile = tile_of_vectors(storage, channels, rounding, rest, at_once)
+            tile = tile_of_vectors(storage, channels, rounding, rest, at_once, load)
         tile.is_static = self.is_static
         is_finite = tile.half_norms.isfinite().all(dim=-1).all(dim=0)  # (b,)
         if not is_finite.all():
@@ -122,12 +114,26 @@ class PoolLoader:
             raise ValueError(msg)
         return tile
 
-    def held(self, workload: Workload, tile_bytes: int | None) -> "PoolLoader":
+    def _storage(
+        self, workload: Workload, num_images: int, width: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return where the patches of a tile go, ``(b, L, width)``, and what is left of the memory of all images."""
+        shape = [num_images, workload.shape[1]]
+        if workload.places is not None:  # the images lie beside each other at every place
+            shape.reverse()
+        if self.memory is None or num_images < len(self.images):
+            storage, rest = workload.like.new_empty(*shape, width), None
+        else:
+            storage = first_bytes(self.memory, (*shape, width), workload.like.dtype)
+            rest = self.memory[storage.nbytes :]
+        return storage if workload.places is None else storage.transpose(0, 1), rest
+
+    def held(self, workload: Workload, tile_bytes: int) -> "PoolLoader":
         """Return a loader of images that are prepared and held, so that it is not done again for every degree.
 
         Args:
             workload: One of those that they are held for.
-            tile_bytes: Memory of a tile of all images, where that can be used again.
+            tile_bytes: Memory of a tile of all images, which is used again.
         """
         like, at_once = workload.like, workload.loaded_at_once
         maps = like.new_empty(len(self.images), *self.features.shape[2:], self.features.shape[1])
@@ -135,9 +141,7 @@ class PoolLoader:
             images = self.images[index : index + at_once]
             maps[index : index + at_once] = self._prepared(images, like).permute(0, 2, 3, 1)
             release(self.features)
-        memory = None
-        if tile_bytes is not None:
-            memory = torch.empty(tile_bytes, dtype=torch.uint8, device=like.device)
+        memory = torch.empty(tile_bytes, dtype=torch.uint8, device=like.device)
         places = {image: place for place, image in enumerate(self.images)}
         some = {position: places[image] for position, image in self.some.items()}
         held = replace(self, features=maps.permute(0, 3, 1, 2), images=range(len(maps)), prepare=None, some=some)

@@ -212,7 +212,7 @@ def surveyed_blocks(
     tile_bytes = bytes_to_hold(workloads, memory_budget)
     if tile_bytes is not None:
         with full_precision(like.device):
-            pool = pool.held(workloads[0], tile_bytes if workloads[0].places is None else None)
+            pool = pool.held(workloads[0], tile_bytes)
         memory_budget = None if memory_budget is None else memory_budget - 2 * tile_bytes / GIB
     yield from compared(pool, workloads, memory_budget, progress)
 

@@ -26,16 +26,18 @@ class Rounding(Protocol):
     def change_basis(self, patches: torch.Tensor) -> None:
         """Turn patches ``(..., L, C)`` to another orthonormal basis of the channels, in place, or leave them."""
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
-        """Round patches of b images, in the basis of :meth:`change_basis`; what is returned has b entries too.
+    def allocate(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
+        """Return where patches of b images go when they are rounded; each part has b entries.
 
         Args:
-            patches: Shape ``(b, L, C)``, or ``(b, L, C + norm_channels)``, whose norms are not written yet.
+            patches: Shape ``(b, L, C)``, or ``(b, L, C + norm_channels)``; they are not read.
             memory: Bytes where the rounded numbers may be. Defaults to new ones.
-            at_once: Images that are rounded together.
         """
 
-    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
+    def encode(self, patches: torch.Tensor, out: Encoded) -> None:
+        """Round patches of some of these images, in the basis of :meth:`change_basis`; norms are not written yet."""
+
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor | None:
         """Write the rounded patches of n images to ``out``, ``(n, L, C)``; ``None`` where nothing was rounded."""
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
@@ -55,14 +57,17 @@ class NoRounding:
     def change_basis(self, patches: torch.Tensor) -> None:
         """See :class:`Rounding`."""
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
+    def allocate(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """See :class:`Rounding`."""
-        del memory, at_once
+        del memory
         return (patches,)
 
-    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
+    def encode(self, patches: torch.Tensor, out: Encoded) -> None:
         """See :class:`Rounding`."""
-        del encoded, images, out
+
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor | None:
+        """See :class:`Rounding`."""
+        del encoded, out
         return None
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
@@ -85,7 +90,7 @@ class ScaledParts(NoRounding):
         self.number_bytes = 2 * count
         self._count = count
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
+    def allocate(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """Return the parts, ``(b, L, count, C)`` with C as a multiple, and what they are multiplied by, ``(b,)``."""
         num_images, num_patches, channels = patches.shape
         shape = num_images, num_patches, self._count, channels + -channels % self.channel_multiple
@@ -94,32 +99,34 @@ class ScaledParts(NoRounding):
         else:
             parts = first_bytes(memory, shape, torch.float16)
         parts[..., channels:] = 0
-        scales = patches.new_empty(num_images)
-        groups = (of_all.split(at_once) for of_all in (patches, parts, scales))
-        for some, halves, scale in zip(*groups, strict=True):
-            low, high = some.flatten(1).aminmax(dim=1)
-            exponents = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-100)  # of zeros, too
-            bits = (exponents - self._EXPONENT + 127) << 23  # of a power of two: torch.ldexp rounds on a GPU
-            scale.copy_(bits.view(torch.float32))
-            rest = some / scale[:, None, None]
-            for part in halves[..., :channels].unbind(dim=2):
-                part.copy_(rest)
-                rest -= part
-        return parts, scales
+        return parts, patches.new_empty(num_images)
 
-    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor | None:
+    def encode(self, patches: torch.Tensor, out: Encoded) -> None:
+        """See :class:`Rounding`."""
+        parts, scales = out
+        low, high = patches.flatten(1).aminmax(dim=1)
+        exponents = torch.frexp(torch.maximum(-low, high)).exponent.clamp(min=-100)  # of zeros, too
+        bits = (exponents - self._EXPONENT + 127) << 23  # of a power of two: torch.ldexp rounds on a GPU
+        scales.copy_(bits.view(torch.float32))
+        rest = patches / scales[:, None, None]
+        for part in parts[..., : patches.shape[-1]].unbind(dim=2):
+            part.copy_(rest)
+            rest -= part
+
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor | None:
         """See :class:`Rounding`."""
         parts, scales = encoded
         if self._count > 1:
             return None
-        return torch.mul(parts[images, :, 0, : out.shape[-1]], scales[images, None, None], out=out)
+        return torch.mul(parts[:, :, 0, : out.shape[-1]], scales[:, None, None], out=out)
 
 
 def rounded_numbers(like: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor | None) -> torch.Tensor:
-    """Return a tensor of the same shape in another type, in the first bytes of some memory or a new one."""
+    """Return a tensor of the same shape and order in another type, in the first bytes of some memory or a new one."""
     if memory is None:
         return torch.empty_like(like, dtype=dtype)
-    return first_bytes(memory, like.shape, dtype)
+    strides = torch.empty_like(like, device="meta").stride()
+    return first_bytes(memory, (like.numel(),), dtype).as_strided(like.shape, strides)
 
 
 def exchange_norms(operand: torch.Tensor, norm_channels: int, out: torch.Tensor | None = None) -> torch.Tensor:

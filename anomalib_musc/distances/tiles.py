@@ -3,6 +3,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -181,7 +182,12 @@ class Tile:
 
 
 def tile_of_vectors(
-    storage: torch.Tensor, channels: int, rounding: Rounding, memory: torch.Tensor | None = None, at_once: int = 1
+    storage: torch.Tensor,
+    channels: int,
+    rounding: Rounding,
+    memory: torch.Tensor | None = None,
+    at_once: int = 1,
+    load: Callable[[slice], object] | None = None,
 ) -> Tile:
     """Make a tile of prepared vectors that are compared as they are.
 
@@ -190,19 +196,24 @@ def tile_of_vectors(
         channels: C.
         rounding: How they are rounded.
         memory: Bytes for the rounded vectors. Defaults to new ones.
-        at_once: Images that are looked at together.
+        at_once: Images that are loaded and rounded together, while they are in the cache.
+        load: Writes the vectors of some images. Defaults to nothing: all are there.
     """
     vectors = storage[..., :channels]
-    operands = rounding.encode(storage, memory, at_once)
+    operands = rounding.allocate(storage, memory)
     half_norms = vectors.new_empty(vectors.shape[:2])
     spare = vectors[:at_once]
     if rounding.number_bytes:
         spare = torch.empty_like(spare, memory_format=torch.contiguous_format)
     for first in range(0, len(vectors), at_once):
         images = slice(first, min(first + at_once, len(vectors)))
-        rounded = rounding.decode(operands, images, spare[: images.stop - first])
+        if load is not None:
+            load(images)
+        some = tuple(part[images] for part in operands)
+        rounding.encode(storage[images], some)
+        rounded = rounding.decode(some, spare[: images.stop - first])
         half_norms[images] = _half_norms(vectors[images], rounded)
-    rounding.write_norms(operands, half_norms)
+        rounding.write_norms(some, half_norms[images])
     return Tile(vectors, (1, vectors.shape[1]), (1,), operands, None, half_norms[None], half_norms[None])
 
 
@@ -230,11 +241,13 @@ def tile_of_maps(
         CancellingWindowsError: If the sum of a window is much smaller than its terms.
     """
     vectors = patches.flatten(1, 2)
-    operands = rounding.encode(vectors, memory)
+    operands = rounding.allocate(vectors, memory)
     numbers = patches.new_empty(5, len(degrees), *vectors.shape[:2])
     spare = torch.empty_like(vectors[:1]) if rounding.number_bytes else vectors[:1]
     for image, patch_map in enumerate(patches):
-        rounded = rounding.decode(operands, slice(image, image + 1), spare)
+        some = tuple(part[image : image + 1] for part in operands)
+        rounding.encode(vectors[image : image + 1], some)
+        rounded = rounding.decode(some, spare)
         rounded_map = patch_map if rounded is None else rounded.view_as(patch_map)
         for index, degree in enumerate(degrees):
             numbers[:, index, image] = _numbers_of_windows(patch_map, rounded_map, degree, origin)

@@ -31,8 +31,9 @@ def test_eight_bit_products(channels):
     prepared = images.clone()
     product.change_basis(prepared)
     assert_close(prepared @ prepared.mT, images @ images.mT, 1e-3)  # the basis changes no product
-    encoded = product.encode(prepared)
-    rounded = product.decode(encoded, slice(0, 5), torch.empty_like(images))
+    encoded = product.allocate(prepared)
+    product.encode(prepared, encoded)
+    rounded = product.decode(encoded, torch.empty_like(images))
     largest = prepared.abs().amax(dim=-1, keepdim=True)
     assert ((rounded - prepared).abs() <= largest / 254 * 1.001).all()
     expected = torch.stack([image @ rounded[0].T for image in rounded[1:4]])
@@ -50,7 +51,8 @@ def test_both_ways_to_multiply_are_exact(product):
 def test_sixteen_bit_products(dtype):
     product, images = SixteenBitProduct(dtype), unit(4, 50, 64)
     storage = torch.cat([images, torch.zeros(4, 50, product.norm_channels)], dim=2)
-    (operands,) = encoded = product.encode(storage)
+    (operands,) = encoded = product.allocate(storage)
+    product.encode(storage, encoded)
     product.write_norms(encoded, torch.full((4, 50), 0.5))
     assert operands.dtype == dtype
     found = product((exchange_norms(operands[1], product.norm_channels),), (operands[1:4],))

@@ -43,21 +43,21 @@ class EightBitProduct(NoRounding):
         groups = (patches * signs).reshape(-1, size, channels // size).transpose(1, 2)
         patches.copy_((groups @ hadamard / size**0.5).reshape(patches.shape))
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
+    def allocate(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """Return the integers ``(b, L, C)`` and what they are multiplied by, ``(b, L)``."""
-        integers = rounded_numbers(patches, torch.int8, memory)
-        scales = patches.new_empty(patches.shape[:2])
-        groups = (of_all.split(at_once) for of_all in (patches, integers, scales))
-        for some, rounded, scale in zip(*groups, strict=True):
-            largest = some.abs().amax(dim=-1).clamp_min_(torch.finfo(some.dtype).tiny * _LARGEST)
-            scale.copy_(largest / _LARGEST)
-            rounded.copy_((some / scale[..., None]).round_())
-        return integers, scales
+        return rounded_numbers(patches, torch.int8, memory), patches.new_empty(patches.shape[:2])
 
-    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor:
+    def encode(self, patches: torch.Tensor, out: Encoded) -> None:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        integers, scales = out
+        largest = patches.abs().amax(dim=-1).clamp_min_(torch.finfo(patches.dtype).tiny * _LARGEST)
+        torch.div(largest, _LARGEST, out=scales)
+        integers.copy_((patches / scales[..., None]).round_())
+
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
         integers, scales = encoded
-        return torch.mul(integers[images], scales[images, :, None], out=out)
+        return torch.mul(integers, scales[..., None], out=out)
 
     def __call__(self, x: Encoded, y: Encoded) -> torch.Tensor:
         """See :class:`~anomalib_musc.distances.kernels.plain.Product`."""

@@ -87,16 +87,17 @@ class SixteenBitProduct(NoRounding):
             return [torch.bfloat16] if has_bfloat16 else []
         return [torch.float16, torch.bfloat16]  # Arm, where a trial tells
 
-    def encode(self, patches: torch.Tensor, memory: torch.Tensor | None = None, at_once: int = 1) -> Encoded:
+    def allocate(self, patches: torch.Tensor, memory: torch.Tensor | None = None) -> Encoded:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
-        del at_once  # it takes no memory beside the result
-        rounded = rounded_numbers(patches, self._dtype, memory).copy_(patches)
-        self._check(rounded[..., : -self.norm_channels])
-        return (rounded,)
+        return (rounded_numbers(patches, self._dtype, memory),)
 
-    def decode(self, encoded: Encoded, images: slice, out: torch.Tensor) -> torch.Tensor:
+    def encode(self, patches: torch.Tensor, out: Encoded) -> None:
         """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
-        return out.copy_(encoded[0][images, :, : out.shape[-1]])
+        self._check(out[0].copy_(patches)[..., : -self.norm_channels])
+
+    def decode(self, encoded: Encoded, out: torch.Tensor) -> torch.Tensor:
+        """See :class:`~anomalib_musc.distances.rounding.Rounding`."""
+        return out.copy_(encoded[0][..., : out.shape[-1]])
 
     def write_norms(self, encoded: Encoded, half_norms: torch.Tensor) -> None:
         """Write the norms in two numbers each: rounded, and what that left."""
