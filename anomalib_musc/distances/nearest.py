@@ -293,7 +293,8 @@ def _compare_pair(
     if workload.places is None:
         compare_tiles(left, right, workload.kernel, plan.chunk, plan.apart, blocks, progress)
     else:
-        compare_places(left, right, workload.places, workload.kernel.rounding.norm_channels, blocks, progress)
+        norm_channels = workload.kernel.rounding.norm_channels
+        compare_places(left, right, workload.places, norm_channels, plan.apart, blocks, progress)
     if plan.device != device:
         write_lines(distances, targets[0], blocks[0])
         if not is_same:

@@ -15,7 +15,7 @@ from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_
 
 _SIDE = 32  # of the largest grid that is tried: what is fastest at 400 patches need not be at 1000
 _SHARED_BYTES = 2**29  # that one product for all degrees may take: it is whole, where separate ones are cut into rows
-_RADIUS = 2
+_RADIUS, _COLUMNS = 2, 2
 _TRIALS = 2
 _IMAGES = 4
 
@@ -98,9 +98,9 @@ def fastest_by_place(
 ) -> Kernel:
     """Choose the kernel for same-place search, see :func:`fastest`."""
     some = min(num_images, _SIDE)
-    row = Places((1, min(places.grid[1], _SIDE)), min(places.radius, _RADIUS))
+    few = Places((min(places.grid[0], _SIDE), min(places.grid[1], _COLUMNS)), min(places.radius, _RADIUS))
     threads = torch.get_num_threads()
-    seconds = _seconds_by_place(precision, some, row, channels, like.dtype, like.device, threads)
+    seconds = _seconds_by_place(precision, some, few, channels, like.dtype, like.device, threads)
     # Images are rounded once, and compared with each other.
     whole = [rounding * num_images / some + comparing * (num_images / some) ** 2 for rounding, comparing in seconds]
     return make_batched_kernels(precision, like)[whole.index(min(whole))]
@@ -116,20 +116,22 @@ def _seconds_by_place(
     device: torch.device,
     num_threads: int,
 ) -> list[tuple[float, float]]:
-    """Return how long each kernel takes to round images, and to compare them, at one row of a grid."""
+    """Return how long each kernel takes to round images, and to compare them, at two columns of a grid."""
     del num_threads  # a trial for each
     like = torch.empty(0, dtype=dtype, device=device)
     kernels = make_batched_kernels(precision, like)
     if len(kernels) == 1:
         return [(0.0, 0.0)]
-    vectors = torch.randn(num_images, places.grid[1], channels, generator=torch.Generator().manual_seed(0)).to(like)
-    distances = like.new_empty(1, num_images, num_images, places.grid[1])
+    num_places = math.prod(places.grid)
+    vectors = torch.randn(num_places, num_images, channels, generator=torch.Generator().manual_seed(0)).to(like)
+    distances = like.new_empty(1, num_images, num_images, num_places)
     seconds = []
     for kernel in kernels:
         norm_channels = kernel.rounding.norm_channels
-        make_tile = partial(tile_of_vectors, F.pad(vectors, (0, norm_channels)), channels, kernel.rounding)
+        storage = F.pad(vectors, (0, norm_channels)).transpose(0, 1)
+        make_tile = partial(tile_of_vectors, storage, channels, kernel.rounding)
         tile = make_tile()
-        compare = partial(compare_places, tile, tile, places, norm_channels, (distances, distances), None)
+        compare = partial(compare_places, tile, tile, places, norm_channels, 0, (distances, distances), None)
         seconds.append((shortest_seconds(make_tile, device), shortest_seconds(compare, device)))
     return seconds
 
