@@ -69,12 +69,12 @@ class PoolLoader:
     def _some_patches(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return some patches of a few images, ``(n, C)``, and those at the same places of each, ``(I, k, C)``."""
         positions, own = list(self.some), {}
-        at_once = min(workload.loaded_at_once, max(1, len(positions)))
-        spare = self._spare(workload, at_once)
+        is_on_host = workload.like.device.type == "cpu"  # where images apart from each other would be copied first
+        at_once = 1 if is_on_host else min(workload.loaded_at_once, max(1, len(positions)))
+        target, spare = self._spare(workload, at_once), self._spare(workload, at_once)
         for first in range(0, len(positions), at_once):
-            some = positions[first : first + at_once]
-            target = torch.empty_like(spare[: len(some)])
-            patches = self._write_patches(workload, [self.some[it] for it in some], target, spare[: len(some)])
+            some, count = positions[first : first + at_once], min(at_once, len(positions) - first)
+            patches = self._write_patches(workload, [self.some[it] for it in some], target[:count], spare[:count])
             for position, of_image in zip(some, patches, strict=True):
                 own[position] = torch.stack([some_patches(of_image, position), some_patches(of_image, 0)])
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
@@ -114,9 +114,7 @@ class PoolLoader:
             raise ValueError(msg)
         return tile
 
-    def _storage(
-        self, workload: Workload, num_images: int, width: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _storage(self, workload: Workload, num_images: int, width: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return where the patches of a tile go, ``(b, L, width)``, and what is left of the memory of all images."""
         shape = [num_images, workload.shape[1]]
         if workload.places is not None:  # the images lie beside each other at every place
@@ -148,7 +146,8 @@ class PoolLoader:
         return replace(held, memory=memory, names=tuple(self.images))
 
     def _prepared(self, images: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        features = self.features[images[0] : images[0] + 1] if len(images) == 1 else self.features[list(images)]
+        run = range(images[0], images[0] + len(images))
+        features = self.features[run.start : run.stop] if list(images) == list(run) else self.features[list(images)]
         features = features.to(like)
         return features if self.prepare is None else self.prepare(features).detach()
 

@@ -47,13 +47,11 @@ class Workload:
 
     def on_budget(self, budget: int) -> "Workload":
         """Load as many images together as keep a GPU busy and leave most of a budget of bytes."""
-        if self.like.device.type == "cpu":
-            return self
         num_images, num_patches, channels = self.shape
+        is_on_host = self.like.device.type == "cpu"
+        most = torch.get_num_threads() if is_on_host else BUSY_NUMBERS // (num_patches * channels)
         spared = min(budget // _LOADING, budget - self.least_bytes) // self.loading_bytes
-        return replace(
-            self, loaded_at_once=max(1, min(1 + spared, num_images, BUSY_NUMBERS // (num_patches * channels)))
-        )
+        return replace(self, loaded_at_once=max(1, min(1 + spared, num_images, most)))
 
     def separate(self) -> "list[Workload]":
         """Return a workload for each degree."""
@@ -65,6 +63,8 @@ class Workload:
         _, num_patches, channels = self.shape
         rounding = self.kernel.rounding
         numbers = num_patches * (channels + rounding.norm_channels + 5 * len(self.degrees))
+        if self.places is not None:
+            numbers += self.places.window_patches * (channels + rounding.norm_channels)
         rounded = num_patches * (channels + -channels % rounding.channel_multiple)
         return numbers * self.like.itemsize + rounded * rounding.number_bytes
 

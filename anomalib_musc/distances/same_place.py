@@ -37,7 +37,12 @@ class Places:
     def pair_numbers(self) -> int:
         """Return how many numbers of working memory it takes to compare two images."""
         height, width = self.grid
-        return self.column_numbers + height * (4 * width + 3)
+        return self.column_numbers + height * (3 * width + 3)
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of the window of a column."""
+        return self.grid[0] + 2 * self.row_radius
 
     def near(self, row: int, column: int) -> torch.Tensor:
         """Return the positions within the radius of a place, ``(k,)``."""
@@ -190,7 +195,8 @@ def _write(nearest: torch.Tensor, query: Tile, reference: Tile, places: Places, 
     is_spoilt = squared < query.resolution(0).unflatten(1, places.grid).permute(2, 1, 0)[..., None]
     for column, row in is_spoilt.flatten(2).any(dim=2).nonzero().tolist():
         _recompute(squared[column, row], is_spoilt[column, row], query, reference, places, (row, column))
-    target[0].unflatten(2, places.grid).copy_(squared.sqrt_().permute(2, 3, 1, 0))
+    for image, of_image in enumerate(squared.unbind(dim=2)):  # which stays in the cache
+        target[0, image].unflatten(1, places.grid).copy_(of_image.sqrt().permute(2, 1, 0))
 
 
 def _recompute(

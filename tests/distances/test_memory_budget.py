@@ -128,8 +128,10 @@ def run(script: str, temporary: Path) -> subprocess.CompletedProcess:
         "mutual_scores(features, memory_budget=BUDGET / GIB)",
         "layer_scores(maps, (1, 3), memory_budget=BUDGET / GIB)",
         "layer_scores(wide_maps, (1, 3, 5), (0, 50), memory_budget=BUDGET / GIB)",
+        "layer_scores(maps, (1, 3), search_radius=2, memory_budget=BUDGET / GIB)",
+        "layer_scores(wide_maps, (1, 3), search_radius=1, precision='fast', memory_budget=BUDGET / GIB)",
     ],
-    ids=["patches", "one degree after the other", "all degrees together"],
+    ids=["patches", "one degree after the other", "all degrees together", "same places", "same places, fast"],
 )
 def test_the_peak_stays_within_the_budget(tmp_path, work):
     done = run(

@@ -35,7 +35,9 @@ def images(num: int, patches: int, channels: int, opposite: bool = False) -> tor
 
 def operands_of(features: torch.Tensor, num_parts: int) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
     """Return what the kernel takes, and what its parts add up to in float64."""
-    parts, scales = ScaledParts(num_parts).encode(features)
+    rounding = ScaledParts(num_parts)
+    parts, scales = encoded = rounding.allocate(features)
+    rounding.encode(features, encoded)
     values = (parts.double().sum(dim=2) * scales.double()[:, None, None])[..., : features.shape[2]]
     return (parts, scales, (values.square().sum(dim=-1) / 2).float()), values
 
