@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Same-place search: a patch is compared with those near its own place in the other images."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -8,8 +9,9 @@ import torch
 
 from anomalib_musc.distances.kernels.plain import reuse_buffer
 from anomalib_musc.distances.rounding import exchange_norms, in_order
-from anomalib_musc.distances.storage import CACHE_BYTES
 from anomalib_musc.distances.tiles import Tile, in_float64
+
+_ROWS = 128  # of images and columns on the left that are multiplied at least: fewer take the time of more
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def compare_places(
     num_pairs = num_left * (num_left - 1) // 2 if is_same else num_left * num_right
     column_bytes = places.column_numbers * num_left * num_right * x.element_size()
     copy_bytes = height * num_left * x.shape[3] * x.element_size()
-    at_once = max(1, min(CACHE_BYTES // column_bytes, memory // (column_bytes + copy_bytes)))
+    at_once = max(1, min(math.ceil(_ROWS / num_left), memory // (column_bytes + copy_bytes)))
     for column in range(width):
         window = multiply.window(y[:, column])
         for others, first in _near_columns(places, column, at_once, is_same):
