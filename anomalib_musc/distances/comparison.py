@@ -8,7 +8,7 @@ import torch
 
 from anomalib_musc.distances.kernels import Kernel
 from anomalib_musc.distances.recomputing import DOUBT, SPOILT, recompute
-from anomalib_musc.distances.tiles import Tile, in_float64
+from anomalib_musc.distances.tiles import CANCELLATION, Tile, in_float64
 
 # Bytes of a number of an image that is compared apart, and of a pair of images at a place: copies in both precisions.
 _IMAGE_BYTES, _PAIR_BYTES = 32, 32
@@ -56,10 +56,10 @@ def _merge_same_places(
     memory: int,
     targets: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Add the distances of the patches at the same place, which the products have left out, by products in float64.
+    """Add the distances of the patches at the same place, which the products have left out.
 
-    Where neither camera nor background moves, these are too close for products in less; they are few beside those of
-    all places.
+    Where neither camera nor background moves, these are too close for products of patches, but not for those of what
+    is left when their mean at that place is subtracted. They are few beside those of all places.
 
     Args:
         left: n images.
@@ -75,20 +75,43 @@ def _merge_same_places(
     at_once = max(1, min(of_images, math.isqrt(memory // (2 * _PAIR_BYTES * width))))
     for first in range(0, len(left.patches), at_once):
         rows = slice(first, min(first + at_once, len(left.patches)))
-        x = in_float64(left.vectors_at(places, rows, index)).transpose(0, 1)  # (places, n', C)
-        of_x = torch.linalg.vector_norm(x, dim=-1).square_()
+        x = left.vectors_at(places, rows, index).transpose(0, 1)  # (places, n', C)
+        mean = x.mean(dim=1, keepdim=True)
+        x = x - mean
         for second in range(first if right is left else 0, len(right.patches), at_once):
-            columns, y, of_y = slice(second, min(second + at_once, len(right.patches))), x, of_x
+            columns, y = slice(second, min(second + at_once, len(right.patches))), x
             if right is not left or second != first:
-                y = in_float64(right.vectors_at(places, columns, index)).transpose(0, 1)
-                of_y = torch.linalg.vector_norm(y, dim=-1).square_()
-            squared = torch.baddbmm(of_x[..., None] + of_y[:, None], x, y.mT, alpha=-2).clamp_min_(0)
+                y = right.vectors_at(places, columns, index).transpose(0, 1) - mean
+            squared = _squared_distances(x, y, left.fine(index))
             if y is x:
                 squared.diagonal(dim1=1, dim2=2).fill_(float("inf"))
             exact = squared.permute(1, 2, 0).to(left.half_norms)  # (n', m', places)
             _merge(targets[0][index, rows, columns, places], exact, left, rows, index, places)
             if y is not x:
                 _merge(targets[1][index, columns, rows, places], exact.transpose(0, 1), right, columns, index, places)
+
+
+def _squared_distances(x: torch.Tensor, y: torch.Tensor, fine: torch.Tensor) -> torch.Tensor:
+    """Return squared distances ``(places, n, m)`` of ``(places, n, C)`` and ``(places, m, C)``, exact enough.
+
+    Args:
+        x: Some vectors.
+        y: Others, or the same.
+        fine: Squared norm up to which products of vectors in float32 are precise enough for any distance.
+    """
+    of_x = torch.linalg.vector_norm(x, dim=-1).square_()
+    of_y = of_x if y is x else torch.linalg.vector_norm(y, dim=-1).square_()
+    squared = torch.baddbmm(of_x[..., None] + of_y[:, None], x, y.mT, alpha=-2)
+    if x.dtype == torch.float64:
+        return squared.clamp_min_(0)
+    largest = torch.maximum(of_x[..., None], of_y[:, None])
+    is_coarse = (largest > fine) & (squared < 2 * CANCELLATION * largest)
+    if y is x:
+        is_coarse.diagonal(dim1=1, dim2=2).fill_(False)
+    if is_coarse.any():
+        x64 = in_float64(x)
+        return _squared_distances(x64, x64 if y is x else in_float64(y), fine)
+    return squared.clamp_min_(0)
 
 
 def _merge(squared: torch.Tensor, exact: torch.Tensor, tile: Tile, images: slice, index: int, places: slice) -> None:

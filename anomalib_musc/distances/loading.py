@@ -9,9 +9,9 @@ import torch
 from anomalib_musc.distances.plan import Workload
 from anomalib_musc.distances.processes import Processes, gathered
 from anomalib_musc.distances.storage import first_bytes, release
-from anomalib_musc.distances.survey import check_values, densest_place, is_static, some_of, some_patches
+from anomalib_musc.distances.survey import check_values, densest_place, is_static, some_of, some_places
 from anomalib_musc.distances.tiles import CANCELLATION, Tile, tile_of_maps, tile_of_vectors
-from anomalib_musc.distances.windows import write_unit_vectors
+from anomalib_musc.distances.windows import reciprocal_norms, window_sums_at, write_unit_vectors
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,17 @@ class PoolLoader:
 
     def _some_patches(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return some patches of a few images, ``(n, C)``, and those at the same places of each, ``(I, k, C)``."""
-        positions, own = list(self.some), {}
+        positions, num_patches = list(self.some), workload.shape[1]
+        own: dict[int, torch.Tensor] = {}
         is_on_host = workload.like.device.type == "cpu"  # where images apart from each other would be copied first
-        at_once = 1 if is_on_host else min(workload.loaded_at_once, max(1, len(positions)))
-        target, spare = self._spare(workload, at_once), self._spare(workload, at_once)
+        at_once = 1 if is_on_host else workload.loaded_at_once
         for first in range(0, len(positions), at_once):
-            some, count = positions[first : first + at_once], min(at_once, len(positions) - first)
-            patches = self._write_patches(workload, [self.some[it] for it in some], target[:count], spare[:count])
-            for position, of_image in zip(some, patches, strict=True):
-                own[position] = torch.stack([some_patches(of_image, position), some_patches(of_image, 0)])
+            some = positions[first : first + at_once]
+            features = self._prepared([self.some[position] for position in some], workload.like)
+            places = [torch.stack([some_places(num_patches, it) for it in (position, 0)]) for position in some]
+            patches = _patches_at(features, torch.stack(places).to(features.device), workload.degrees)
+            own.update(zip(some, patches, strict=True))
+            release(self.features)
         shares = gathered(processes, own if processes is None else {key: own[key].cpu() for key in own})
         every = {position: patches for share in shares for position, patches in share.items()}
         some, same = torch.stack([every[position] for position in sorted(every)], dim=1).to(workload.like)
@@ -171,3 +173,21 @@ class PoolLoader:
             write_unit_vectors(patches, workload.degrees[0], self.origin, target)
             return target
         return target if self.origin is None else target.sub_(self.origin)
+
+
+def _patches_at(features: torch.Tensor, places: torch.Tensor, degrees: tuple[int, ...]) -> torch.Tensor:
+    """Return the patches of prepared features at some places, their windows summed where D is 1: ``(n, ..., C)``.
+
+    Args:
+        features: Patches ``(n, L, C)`` or maps ``(n, C, H, W)``.
+        places: Those of each image, ``(n, ...)``.
+        degrees: The D degrees.
+    """
+    images = torch.arange(len(features), device=features.device).view(-1, *[1] * (places.ndim - 1)).expand_as(places)
+    if features.ndim == 3:
+        return features[images, places]
+    maps = features.permute(0, 2, 3, 1)
+    if len(degrees) > 1:
+        return maps.flatten(1, 2)[images, places]
+    sums, _ = window_sums_at(maps.contiguous(), degrees[0], images.flatten(), places.flatten())
+    return (sums * reciprocal_norms(sums, degrees[0])).unflatten(0, places.shape)

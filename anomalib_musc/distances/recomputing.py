@@ -18,9 +18,8 @@ SPOILT = -1.0  # in place of a squared distance that is to be recomputed
 DOUBT = 1 / 20  # of the distance that is too small for products: by so much they may err
 # Bytes of a patch of a pair of images that is looked at, and of a number that is multiplied: copies in both precisions.
 _PATCH_BYTES, _NUMBER_BYTES = 64, 32
+_STEPS = 4  # in which some images are compared with each other: in each with all later ones, so few pairs twice
 _MANY = 1 / 8  # of an image's patches: products of fewer take less than telling which are equal
-
-_Index = int | torch.Tensor
 
 
 def recompute(left: Tile, right: Tile, index: int, memory: int, targets: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -110,7 +109,7 @@ class _Side:
                 rows[image] = slice(max(start, part.start) - part.start, min(stop, part.stop) - part.start)
         return _Part(self, rows, places, vectors)
 
-    def keep_smaller(self, pairs: tuple[_Index, _Index], places: torch.Tensor, found: torch.Tensor) -> None:
+    def keep_smaller(self, pairs: tuple[torch.Tensor, torch.Tensor], places: torch.Tensor, found: torch.Tensor) -> None:
         """Keep squared distances at some places of images to others, as far as they are the smallest so far."""
         indices = (*pairs, places)
         self._found[indices] = torch.minimum(self._found[indices], found.clamp_min_(0).to(self._found))
@@ -142,10 +141,14 @@ class _Part:
     def __post_init__(self) -> None:
         self.squared_norms = torch.linalg.vector_norm(self.vectors, dim=1).square_()
 
+    def count(self, image: int) -> int:
+        """Return how many patches of an image are here."""
+        return self.rows[image].stop - self.rows[image].start
+
     def alike(self, images: list[int]) -> list[list[int]]:
         """Return those of some images that are here, together if about as many patches of each are, else each apart."""
         images = [image for image in images if image in self.rows]
-        counts = [self.rows[image].stop - self.rows[image].start for image in images]
+        counts = [self.count(image) for image in images]
         is_alike = bool(images) and max(counts) * len(images) <= 2 * sum(counts)
         return [images] if is_alike else [[image] for image in images]
 
@@ -168,31 +171,56 @@ def _recompute_block(left: _Side, right: _Side, memory: int) -> None:
     left.choose(reach, shortest)
     if not is_same:
         right.choose(reach.T, shortest.T)
-    needed = [row.nonzero().flatten().tolist() for row in is_needed.cpu()]
+    if is_same:
+        is_needed = is_needed.triu(1)
+    needed = [set(row.nonzero().flatten().tolist()) for row in is_needed.cpu()]
     most = max(1, memory // (2 * _NUMBER_BYTES * left.tile.patches.shape[2]))
     for rows in left.parts(most):
         x = left.load(rows)
         for columns in right.parts(most, rows.start if is_same else 0):
             y = x if is_same and columns == rows else right.load(columns)
-            for image in x.rows:
-                for others in y.alike([other for other in needed[image] if not is_same or other > image]):
-                    _compare(x, image, y, others, memory)
+            _compare_parts(x, y, needed, memory)
     left.write()
     if not is_same:
         right.write()
 
 
-def _compare(left: _Part, image: int, right: _Part, others: list[int], memory: int) -> None:
-    """Multiply the chosen patches of an image with those of some others."""
-    rows = right.rows_of(others)
-    own, device = left.rows[image], right.places.device
-    places, images = right.places[rows.to(device)], torch.tensor(others, device=device)[:, None]
-    x, of_x, own_places = left.vectors[own], left.squared_norms[own], left.places[own]
+def _compare_parts(left: _Part, right: _Part, needed: list[set[int]], memory: int) -> None:
+    """Compare the images of two parts with each other, several at once where not too few of the pairs are needed.
+
+    Args:
+        left: Patches of some images.
+        right: Those of others, or the same.
+        needed: With which on the right each on the left is compared.
+        memory: Bytes for the products.
+    """
+    block = min(memory // 4, CACHE_BYTES) if left.vectors.device.type == "cpu" else memory // 4
+    numbers = block // left.vectors.itemsize
+    for group in left.alike(list(left.rows)):
+        longest = max(left.count(image) for image in group)
+        at_once = max(1, min(numbers // (longest * len(right.places)), len(group) // _STEPS))
+        for first in range(0, len(group), at_once):
+            images = group[first : first + at_once]
+            others = set.union(*(needed[image] for image in images))
+            num_needed = sum(len(needed[image]) for image in images)
+            is_dense = len(images) * len(others) <= 4 * num_needed  # of a part and itself a half at most is needed
+            for some in [images] if is_dense else [[image] for image in images]:
+                for alike in right.alike(sorted(set.union(*(needed[image] for image in some)))):
+                    _compare(left, some, right, alike, numbers)
+
+
+def _compare(left: _Part, images: list[int], right: _Part, others: list[int], numbers: int) -> None:
+    """Multiply the chosen patches of a images with those of m others, about so many products at once."""
+    own, rows, device = left.rows_of(images), right.rows_of(others), right.places.device  # (a, k), (m, l)
+    a, m = torch.tensor(images, device=device)[:, None, None], torch.tensor(others, device=device)[:, None, None]
     y, of_y = right.vectors[rows.flatten()], right.squared_norms[rows.flatten()]
-    block = memory // 4 if x.device.type != "cpu" else min(memory // 4, CACHE_BYTES)
-    at_once = max(1, block // (x.itemsize * len(y)))
-    for first in range(0, len(x), at_once):
-        some = slice(first, first + at_once)
-        squared = torch.addmm(of_y, x[some], y.T, alpha=-2).add_(of_x[some, None]).unflatten(1, rows.shape)
-        left.side.keep_smaller((image, images), own_places[some], squared.amin(dim=2).T)  # (m, k)
-        right.side.keep_smaller((images, image), places, squared.amin(dim=0))
+    at_once = max(1, numbers // (len(images) * len(y)))
+    for some in own.split(at_once, dim=1):
+        x, of_x = left.vectors[some.flatten()], left.squared_norms[some.flatten(), None]
+        squared = torch.addmm(of_y, x, y.T, alpha=-2).add_(of_x).view(*some.shape, *rows.shape)
+        left.side.keep_smaller(
+            (a, m.transpose(0, 1)), left.places[some][:, None], squared.amin(dim=3).transpose(1, 2)
+        )  # (a, m, k)
+        right.side.keep_smaller(
+            (m, a.transpose(0, 1)), right.places[rows][:, None], squared.amin(dim=1).transpose(0, 1)
+        )

@@ -69,10 +69,9 @@ def some_of(shares: Sequence[Mapping[int, tuple[float, float]]]) -> list[tuple[i
     return ordered[:: max(1, len(ordered) // _IMAGES)][:_IMAGES]
 
 
-def some_patches(patches: torch.Tensor, position: int) -> torch.Tensor:
-    """Return a few patches ``(n, C)`` of an image's ``(L, C)``, which is at a position among the images looked at."""
-    order = torch.randperm(len(patches), generator=torch.Generator().manual_seed(position))
-    return patches[order[:_PATCHES]]
+def some_places(num_patches: int, position: int) -> torch.Tensor:
+    """Return a few places ``(n,)`` of an image's L, which is at a position among the images looked at."""
+    return torch.randperm(num_patches, generator=torch.Generator().manual_seed(position))[:_PATCHES]
 
 
 def is_static(patches: torch.Tensor, least_share: float) -> bool:
@@ -107,7 +106,9 @@ def densest_place(points: torch.Tensor) -> tuple[torch.Tensor, float]:
     Args:
         points: Some patches of a few images, ``(n, C)``.
     """
-    points = points[points.isfinite().all(dim=1)]  # who loads the others will say so
+    is_finite = points.sum(dim=1).isfinite()
+    if not is_finite.all():
+        points = points[is_finite]  # who loads the others will say so
     if not len(points):
         return torch.zeros_like(points.sum(dim=0)), float("inf")
     centred = points - points.mean(dim=0)

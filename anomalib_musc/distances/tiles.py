@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that are held at once, ready to be compared."""
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from functools import cached_property
 import torch
 
 from anomalib_musc.distances.rounding import Encoded, Rounding
-from anomalib_musc.distances.windows import TINY_NORM, window_sum, window_sums
+from anomalib_musc.distances.windows import TINY_NORM, window_sum, window_sums, window_sums_at
 
 # Below this squared distance (relative to the squared norm) the difference |x|² + |y|² - 2xy has lost the digits
 # that the result needs in float32, and the distance is computed again in float64.
@@ -93,7 +92,7 @@ class Tile:
     sizes: torch.Tensor
     origin: Origin | None = None
     is_static: bool = False
-    _equals: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    _equals: dict[tuple[int, int, int], torch.Tensor] = field(default_factory=dict)
 
     @cached_property
     def _farthest(self) -> torch.Tensor:
@@ -126,6 +125,10 @@ class Tile:
         """Return the squared distance that is as good as none at the degree of that index."""
         return 2 * _EQUAL**2 * self._farthest[index]
 
+    def fine(self, index: int) -> torch.Tensor:
+        """Return the squared norm up to which products err by no more than what is as good as none."""
+        return 4 * CANCELLATION * self._farthest[index]
+
     @property
     def places(self) -> list[slice]:
         """Return all places, a few at a time: a row of the map, where windows are still to be summed."""
@@ -154,31 +157,24 @@ class Tile:
         """
         if self.scales is None:
             return self.patches[images, places]
-        (height, width), radius = self.grid, self.degrees[index] // 2
-        sums, shifts = self.patches.new_zeros(*places.shape, self.patches.shape[2]), range(-radius, radius + 1)
-        for down, across in itertools.product(shifts, shifts):
-            row, column = places // width + down, places % width + across
-            is_inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            near = self.patches[images, (row * width + column) * is_inside]
-            if self.origin is not None:
-                near += self.origin.point
-            sums += near * is_inside[..., None]
-        return sums * self.scales[index, images, places, None]
+        maps = self.patches.unflatten(1, self.grid)
+        sums, counts = window_sums_at(maps, self.degrees[index], images, places)
+        if self.origin is not None:
+            sums.addcmul_(counts, self.origin.point)
+        return sums.mul_(self.scales[index, images, places, None])
 
     def equals(self, images: slice, index: int) -> torch.Tensor:
         """Return the first patch of the same image that each equals, ``(n, L)``, as those of a plain background do."""
-        return torch.stack([self._equals_of(image, index) for image in range(images.start, images.stop)])
-
-    def _equals_of(self, image: int, index: int) -> torch.Tensor:
-        if (image, index) not in self._equals:
-            coordinates = self.patches[image] @ self._axes
+        key = images.start, images.stop, index
+        if key not in self._equals:
+            coordinates = self.patches[images] @ self._axes  # (n, L, axes)
             if self.origin is not None:
                 coordinates += self.origin.point @ self._axes
             if self.scales is not None:
-                sums = window_sums(coordinates.unflatten(0, self.grid), self.degrees[index])
-                coordinates = sums * self.scales[index, image, :, None]
-            self._equals[image, index] = _equals(coordinates, 2 * self._farthest[index])
-        return self._equals[image, index]
+                sums = window_sums(coordinates.unflatten(1, self.grid), self.degrees[index])
+                coordinates = sums * self.scales[index, images, :, None]
+            self._equals[key] = _equals(coordinates, 2 * self._farthest[index])
+        return self._equals[key]
 
 
 def tile_of_vectors(
@@ -302,13 +298,14 @@ def _half_norms(exact: torch.Tensor, rounded: torch.Tensor | None) -> torch.Tens
 
 
 def _equals(coordinates: torch.Tensor, largest_squared_norm: torch.Tensor) -> torch.Tensor:
-    """Return the first of the patches that each equals, ``(L,)``, by coordinates on random axes, ``(L, axes)``."""
+    """Return the first patch of the image that each equals, ``(n, L)``, by coordinates on axes, ``(n, L, axes)``."""
     unit = largest_squared_norm.sqrt() * _EQUAL
     cells = (coordinates / unit.clamp_min(torch.finfo(unit.dtype).tiny)).round().nan_to_num(0.0).cpu().long()
-    odd = torch.randint(2**62, (_AXES,), generator=torch.Generator().manual_seed(0)) * 2 + 1
-    kinds, equals = (cells * odd).sum(dim=1).unique(return_inverse=True)  # hashed, modulo 2**64
+    odd = torch.randint(2**62, (_AXES + 1,), generator=torch.Generator().manual_seed(0)) * 2 + 1
+    hashed = (cells * odd[1:]).sum(dim=2) + odd[0] * torch.arange(len(cells))[:, None]  # modulo 2**64
+    kinds, equals = hashed.flatten().unique(return_inverse=True)
     first = torch.full_like(kinds, len(equals)).scatter_reduce_(0, equals, torch.arange(len(equals)), "amin")
-    return first[equals].to(coordinates.device)
+    return (first[equals] % hashed.shape[1]).view_as(hashed).to(coordinates.device)
 
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:

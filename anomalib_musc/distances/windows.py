@@ -18,14 +18,15 @@ def write_unit_vectors(patches: torch.Tensor, degree: int, origin: torch.Tensor 
         target: Where to write, ``(n, H * W, C)``.
     """
     sums = window_sums(patches, degree)
-    scales = _reciprocal_norms(sums, degree)
+    scales = reciprocal_norms(sums, degree)
     if origin is None:
         torch.mul(sums, scales, out=target)
     else:
         torch.addcmul(-origin, sums, scales, out=target)
 
 
-def _reciprocal_norms(sums: torch.Tensor, degree: int) -> torch.Tensor:
+def reciprocal_norms(sums: torch.Tensor, degree: int) -> torch.Tensor:
+    """Return what scales the sums of windows ``(..., C)`` to unit length, ``(..., 1)``."""
     norms = torch.linalg.vector_norm(sums, dim=-1, keepdim=True)
     if not norms.isfinite().all():  # squares of large sums overflow
         norms = torch.linalg.vector_norm(sums / degree**2, dim=-1, keepdim=True) * degree**2
@@ -40,6 +41,30 @@ def window_sums(patches: torch.Tensor, degree: int) -> torch.Tensor:
     for window in [(degree, degree)] if degree <= _POOLED else [(degree, 1), (1, degree)]:
         maps = F.avg_pool2d(maps, window, 1, (window[0] // 2, window[1] // 2), divisor_override=1)
     return maps.permute(0, 2, 3, 1).reshape(*patches.shape[:-3], -1, patches.shape[-1])
+
+
+def window_sums_at(
+    patches: torch.Tensor, degree: int, images: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum patches over the windows of some places.
+
+    Args:
+        patches: Maps ``(n, H, W, C)``, contiguous.
+        degree: Side of the window.
+        images: Which maps, ``(k,)``.
+        places: Positions in them, ``(k,)``.
+
+    Returns:
+        The sums ``(k, C)``, and how many patches each has, ``(k, 1)``.
+    """
+    height, width, channels = patches.shape[1:]
+    shifts = torch.arange(degree, device=patches.device) - degree // 2
+    rows, columns = (places // width)[:, None] + shifts, (places % width)[:, None] + shifts  # (k, degree)
+    is_inside = ((rows >= 0) & (rows < height))[..., None] & ((columns >= 0) & (columns < width))[:, None]
+    near = ((rows * width)[..., None] + columns[:, None]) * is_inside  # (k, degree, degree)
+    near, is_there = (near + (images * height * width)[:, None, None]).flatten(1), is_inside.flatten(1).to(patches)
+    sums = F.embedding_bag(near, patches.view(-1, channels), mode="sum", per_sample_weights=is_there)
+    return sums, is_there.sum(dim=1, keepdim=True)
 
 
 def window_sum(values: torch.Tensor, dim: int, radius: int, out: torch.Tensor | None = None) -> torch.Tensor:
