@@ -108,7 +108,8 @@ def _squared_distances(x: torch.Tensor, y: torch.Tensor, fine: torch.Tensor) -> 
     is_coarse = (largest > fine) & (squared < 2 * CANCELLATION * largest)
     if y is x:
         is_coarse.diagonal(dim1=1, dim2=2).fill_(False)
-    if is_coarse.any():
+    limits = torch.finfo(x.dtype)
+    if is_coarse.any() or fine < limits.tiny / limits.eps:  # below, squares lose digits
         x64 = in_float64(x)
         return _squared_distances(x64, x64 if y is x else in_float64(y), fine)
     return squared.clamp_min_(0)

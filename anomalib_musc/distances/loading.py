@@ -159,7 +159,7 @@ class PoolLoader:
 
     def _write_patches(
         self, workload: Workload, images: Sequence[int], target: torch.Tensor, spare: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> None:
         """Load the patches of n images to ``(n, L, C)``, less the origin, their windows summed where D is 1."""
         features = self._prepared(images, workload.like)
         if features.ndim == 3:
@@ -171,8 +171,9 @@ class PoolLoader:
             if not patches.is_contiguous():
                 patches = spare.unflatten(1, features.shape[2:]).copy_(patches)
             write_unit_vectors(patches, workload.degrees[0], self.origin, target)
-            return target
-        return target if self.origin is None else target.sub_(self.origin)
+            return
+        if self.origin is not None:
+            target.sub_(self.origin)
 
 
 def _patches_at(features: torch.Tensor, places: torch.Tensor, degrees: tuple[int, ...]) -> torch.Tensor:

@@ -17,7 +17,7 @@ _SORTING = 5
 # A block of distances that is yielded takes no more than this, nor than this share of the budget.
 _BLOCK_BYTES, _BLOCK_SHARE = 2**23, 1 / 64
 _APART = 64  # that part of the memory may be spared for same places, beside that of loading images
-_LOADING = 16  # that part of the memory may be spared for the images that a GPU loads together
+_LOADING = 16  # that part of the memory may be spared for the images that are loaded together
 _HELD_SHARE = 1 / 4  # of the memory, for what is used again at every degree
 # What the libraries of each thread pack their operands into; no more of a small budget than this share.
 _THREAD_BYTES, _THREAD_SHARE = 3 * 2**20, 1 / 8
@@ -34,7 +34,8 @@ class Workload:
         kernel: Compares the images of two tiles.
         num_columns: Images that each is compared with, itself included: N, or more where other processes hold some.
         places: Where a patch is sought; ``None`` for the whole image.
-        loaded_at_once: Images that are loaded together: on a GPU several, where memory allows.
+        loaded_at_once: Images that are loaded together: on the host as many as threads, on a GPU as keep it busy,
+            where memory allows.
     """
 
     shape: tuple[int, int, int]
@@ -46,7 +47,7 @@ class Workload:
     loaded_at_once: int = 1
 
     def on_budget(self, budget: int) -> "Workload":
-        """Load as many images together as keep a GPU busy and leave most of a budget of bytes."""
+        """Load as many images together as keep threads or a GPU busy and leave most of a budget of bytes."""
         num_images, num_patches, channels = self.shape
         is_on_host = self.like.device.type == "cpu"
         most = torch.get_num_threads() if is_on_host else BUSY_NUMBERS // (num_patches * channels)
@@ -205,7 +206,8 @@ def make_plan(workload: Workload, memory_budget: float | None) -> Plan:
     rest -= block * workload.row_bytes  # the last block of a degree is still held while the next degree is compared
     is_elsewhere = device != workload.like.device
     of_pairs = (2 * workload.distances_bytes if is_elsewhere else 0) + (0 if workload.places is None else pair_bytes)
-    if num_images * image_bytes + num_images**2 * of_pairs <= rest:
+    of_own = of_pairs if workload.places is None else of_pairs - num_patches * workload.like.itemsize  # one way
+    if num_images * image_bytes + num_images**2 * of_own <= rest:
         tile = num_images
     elif of_pairs:  # tile² * of_pairs + tile * 2 * image_bytes = rest
         tile = int((math.sqrt(image_bytes**2 + of_pairs * rest) - image_bytes) / of_pairs)

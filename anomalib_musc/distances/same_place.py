@@ -11,7 +11,9 @@ from anomalib_musc.distances.kernels.plain import reuse_buffer
 from anomalib_musc.distances.rounding import exchange_norms, in_order
 from anomalib_musc.distances.tiles import Tile, in_float64
 
-_ROWS = 128  # of images and columns on the left that are multiplied at least: fewer take the time of more
+_ROWS = 128  # images of some lines on the left that are multiplied at least: fewer take the time of more
+_CACHED = 2**17  # numbers that are written together: few enough for a cache, enough for several threads
+_WIDE = 2  # how much wider than high a grid is whose rows are compared
 
 
 @dataclass(frozen=True)
@@ -27,24 +29,38 @@ class Places:
     radius: int
 
     @property
-    def row_radius(self) -> int:
-        """Rows on each side that there are."""
-        return min(self.radius, self.grid[0] - 1)
+    def is_wide(self) -> bool:
+        """Whether rows are compared in place of columns, as columns are short."""
+        return self.grid[1] > _WIDE * self.grid[0]
 
     @property
-    def column_numbers(self) -> int:
-        """Products of the places of a column with those near them in another, of two images."""
-        return self.grid[0] * (2 * self.row_radius + 1)
+    def lines(self) -> int:
+        """How many columns there are, or rows."""
+        return self.grid[0 if self.is_wide else 1]
 
-    def pair_numbers(self) -> int:
-        """Return how many numbers of working memory it takes to compare two images."""
-        height, width = self.grid
-        return self.column_numbers + height * (3 * width + 3)
+    @property
+    def length(self) -> int:
+        """Places of a line."""
+        return self.grid[1 if self.is_wide else 0]
+
+    @property
+    def reach(self) -> int:
+        """How far from its own place a patch is sought along a line."""
+        return min(self.radius, self.length - 1)
 
     @property
     def window_patches(self) -> int:
-        """Patches of the window of a column."""
-        return self.grid[0] + 2 * self.row_radius
+        """Patches of the window of a line."""
+        return self.length + 2 * self.reach
+
+    @property
+    def line_numbers(self) -> int:
+        """Products of the places of a line with those near them in another, and their minima, of two images."""
+        return self.length * (2 * self.reach + 1 + 3)
+
+    def pair_numbers(self) -> int:
+        """Return how many numbers of working memory it takes to compare two images of two tiles."""
+        return self.line_numbers + math.prod(self.grid) * 9 // 4  # distances both ways, and which are spoilt
 
     def near(self, row: int, column: int) -> torch.Tensor:
         """Return the positions within the radius of a place, ``(k,)``."""
@@ -70,135 +86,148 @@ def compare_places(
 ) -> None:
     """Compare every image of a tile with every image of another, or of itself, place by place.
 
-    A column of the grid on the right is multiplied with the columns near it on the left: each of their places with a
-    window of the column, all images at once. A product serves both directions, and in a tile's comparison with itself
-    a pair of places is multiplied once.
+    A line of the grid on the right, a column or of wide grids a row, is multiplied with the lines near it on the left:
+    each of their places with a window of the line, all images at once. A product serves both directions, and in a
+    tile's comparison with itself a pair of places is multiplied once.
 
     Args:
         left: n images, whose operands have norms.
         right: m others, or the same.
         places: The grid and the radius.
         norm_channels: See :class:`~anomalib_musc.distances.rounding.Rounding`.
-        memory: Bytes for the products of more columns than one.
+        memory: Bytes for more lines than one at once.
         targets: Where the distances go, ``(1, n, m, L)`` to the right and ``(1, m, n, L)`` to the left; one and the
             same where the tiles are.
         progress: Called with the number of image pairs just compared.
     """
-    (height, width), is_same = places.grid, right is left
-    x, y = (tile.operands[0].transpose(0, 1).unflatten(0, places.grid) for tile in (left, right))  # (H, W, b, C)
-    multiply = _ColumnProduct(places, norm_channels)
+    is_same, lines = right is left, places.lines
+    x, y = _by_place(left, places), _by_place(right, places)
+    multiply = _LineProduct(places, norm_channels)
     num_left, num_right = x.shape[2], y.shape[2]
-    shape = width, height, num_left, num_right
-    forward = _largest(in_order(x), shape)  # |x - y|² / 2 of the nearest patches so far
-    backward = forward.mT if is_same else _largest(forward, shape)
+    shape = lines, places.length, num_left, num_right
+    forward = _full_of_largest(in_order(x), shape)  # |x - y|² / 2 of the nearest patches so far
+    backward = forward.mT if is_same else _full_of_largest(forward, shape)
     num_pairs = num_left * (num_left - 1) // 2 if is_same else num_left * num_right
-    column_bytes = places.column_numbers * num_left * num_right * x.element_size()
-    copy_bytes = height * num_left * x.shape[3] * x.element_size()
-    at_once = max(1, min(math.ceil(_ROWS / num_left), memory // (column_bytes + copy_bytes)))
-    for column in range(width):
-        window = multiply.window(y[:, column])
-        for others, first in _near_columns(places, column, at_once, is_same):
-            products = multiply(x[:, others], window, first)  # (k, H, columns, n, m)
+    line_numbers = places.line_numbers * num_left * num_right + places.length * num_left * x.shape[3]
+    at_once = max(1, min(math.ceil(_ROWS / num_left), memory // (line_numbers * x.element_size())))
+    for line in range(lines):
+        window = multiply.window(y[:, line])
+        for others, first in _near_lines(places, line, at_once, is_same):
+            products = multiply(x[:, others], window, first)  # (k, length, lines, n, m)
             nearest = products.amin(dim=0).transpose(0, 1)
             torch.minimum(forward[others], nearest, out=forward[others])
-            nearest = _smallest_backward(products, first - places.row_radius).amin(dim=1)
-            torch.minimum(backward[column], nearest, out=backward[column])
+            nearest = _smallest_backward(products, first - places.reach)
+            torch.minimum(backward[line], nearest, out=backward[line])
         if progress is not None:
-            progress(num_pairs * (column + 1) // width - num_pairs * column // width)
+            progress(num_pairs * (line + 1) // lines - num_pairs * line // lines)
     _write(forward.view(x.dtype), left, right, places, targets[0])
     if not is_same:
         _write(backward.view(x.dtype).mT, right, left, places, targets[1])
 
 
-def _near_columns(places: Places, column: int, at_once: int, is_same: bool) -> Iterator[tuple[slice, int]]:
-    """Yield the columns on the left that one on the right is compared with, a few together, and from which row on.
+def _by_place(tile: Tile, places: Places) -> torch.Tensor:
+    """Return a tile's operands as ``(length, lines, b, C)``."""
+    by_place = tile.operands[0].transpose(0, 1).unflatten(0, places.grid)
+    return by_place.transpose(0, 1) if places.is_wide else by_place
 
-    Of a tile and itself one direction suffices: columns before it, and in the column itself rows from the place on.
+
+def _near_lines(places: Places, line: int, at_once: int, is_same: bool) -> Iterator[tuple[slice, int]]:
+    """Yield the lines on the left that one on the right is compared with, a few together, and from which shift on.
+
+    Of a tile and itself one direction suffices: lines before it, and in the line itself places from its own on.
     """
-    last = column if is_same else min(places.grid[1], column + places.radius + 1)
-    for start in range(max(0, column - places.radius), last, at_once):
+    last = line if is_same else min(places.lines, line + places.radius + 1)
+    for start in range(max(0, line - places.radius), last, at_once):
         yield slice(start, min(start + at_once, last)), 0
     if is_same:
-        yield slice(column, column + 1), places.row_radius
+        yield slice(line, line + 1), places.reach
 
 
-class _ColumnProduct:
-    """Multiplies places with windows of a column, of all images, in memory that is used again."""
+class _LineProduct:
+    """Multiplies places with windows of a line, of all images, in memory that is used again."""
 
     def __init__(self, places: Places, norm_channels: int) -> None:
-        self._height, self._radius, self._norm_channels = places.grid[0], places.row_radius, norm_channels
-        self._products = self._window = self._columns = torch.empty(0)
+        self._length, self._reach, self._norm_channels = places.length, places.reach, norm_channels
+        self._products = self._window = self._copy = torch.empty(0)
 
-    def window(self, column: torch.Tensor) -> torch.Tensor:
-        """Return a column ``(H, m, C)`` that faces others, between places that no patch is near.
+    def window(self, line: torch.Tensor) -> torch.Tensor:
+        """Return a line ``(length, m, C)`` that faces others, between places that no patch is near.
 
         The next call overwrites it.
         """
         if not self._window.numel():
-            self._window = column.new_zeros(self._height + 2 * self._radius, *column.shape[1:])
-            self._window[..., -self._norm_channels // 2] = torch.finfo(column.dtype).max / 4
-        exchange_norms(column, self._norm_channels, out=self._window[self._radius : self._radius + self._height])
+            self._window = line.new_zeros(self._length + 2 * self._reach, *line.shape[1:])
+            self._window[..., -self._norm_channels // 2] = torch.finfo(line.dtype).max / 4
+        exchange_norms(line, self._norm_channels, out=self._window[self._reach : self._reach + self._length])
         return self._window
 
     def __call__(self, x: torch.Tensor, window: torch.Tensor, first: int) -> torch.Tensor:
-        """Multiply columns ``(H, columns, n, C)`` with windows, from their row ``first`` on: ``(k, H, columns, n, m)``.
+        """Multiply lines ``(length, lines, n, C)`` with windows, from a shift on: ``(k, length, lines, n, m)``.
 
         The next call overwrites the result.
         """
         places, count, channels = window.shape
-        rows, num_left = places - self._height + 1 - first, x.shape[1] * x.shape[2]
-        size = rows * self._height * num_left * count
+        shifts, num_left = places - self._length + 1 - first, x.shape[1] * x.shape[2]
+        size = shifts * self._length * num_left * count
         self._products = reuse_buffer(self._products, size, x)
         products = self._products[:size]
-        if x.element_size() == 2:  # where windows overlap, or others lie between the columns, oneDNN is slow
-            self._columns = reuse_buffer(self._columns, x.numel(), x)
-            together = self._columns[: x.numel()].view_as(x).copy_(x).flatten(1, 2)
-            of_rows = products.view(rows, self._height, num_left, count)
-            for row, product in enumerate(of_rows, first):
-                torch.bmm(together, window[row : row + self._height].mT, out=product)
+        if x.element_size() == 2:  # where windows overlap, or others lie between the lines, oneDNN is slow
+            self._copy = reuse_buffer(self._copy, x.numel(), x)
+            together = self._copy[: x.numel()].view_as(x).copy_(x).flatten(1, 2)
+            by_shift = products.view(shifts, self._length, num_left, count)
+            for shift, product in enumerate(by_shift, first):
+                torch.bmm(together, window[shift : shift + self._length].mT, out=product)
         else:
             windows = window[first:].as_strided(
-                (self._height, rows * count, channels), (count * channels, channels, 1)
+                (self._length, shifts * count, channels), (count * channels, channels, 1)
             )  # they overlap
-            products = products.view(self._height, num_left, rows * count)
+            products = products.view(self._length, num_left, shifts * count)
             torch.bmm(x.flatten(1, 2), windows.mT, out=products)
-            of_rows = products.unflatten(2, (rows, count)).permute(2, 0, 1, 3)
-        return in_order(of_rows).unflatten(2, x.shape[1:3])
+            by_shift = products.unflatten(2, (shifts, count)).permute(2, 0, 1, 3)
+        return in_order(by_shift).unflatten(2, x.shape[1:3])
 
 
-def _largest(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+def _full_of_largest(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Return a tensor of the largest number of a type."""
     most = torch.finfo(like.dtype).max if like.is_floating_point() else torch.iinfo(like.dtype).max
     return like.new_full(shape, most)
 
 
 def _smallest_backward(products: torch.Tensor, first_shift: int) -> torch.Tensor:
-    """Return the smallest products of each place on the right, ``(H, ...)``, of those ``(k, H, ...)`` on the left."""
-    height = products.shape[1]
-    smallest = _largest(products, products.shape[1:])
+    """Return the smallest product of each place on the right, ``(length, n, m)``, of those that were multiplied.
+
+    Args:
+        products: Shape ``(k, length, lines, n, m)``, by shift and place on the left.
+        first_shift: The first shift, from a place on the left to one on the right.
+    """
+    length = products.shape[1]
+    smallest = _full_of_largest(products, products.shape[1:])
     for shift, product in enumerate(products, first_shift):
-        places = smallest[max(0, shift) : height + min(0, shift)]
-        torch.minimum(places, product[max(0, -shift) : height - max(0, shift)], out=places)
-    return smallest
+        places = smallest[max(0, shift) : length + min(0, shift)]
+        torch.minimum(places, product[max(0, -shift) : length - max(0, shift)], out=places)
+    return smallest.amin(dim=1) if smallest.shape[1] > 1 else smallest[:, 0]
 
 
 def _write(nearest: torch.Tensor, query: Tile, reference: Tile, places: Places, target: torch.Tensor) -> None:
     """Write distances to ``(1, n, m, L)``; what is too small for the products is computed in float64.
 
     Args:
-        nearest: Half the squared distances, ``(W, H, n, m)``; it may be overwritten.
+        nearest: Half the squared distances, ``(lines, length, n, m)``; it may be overwritten.
         query: n images.
         reference: m others, or the same.
         places: The grid and the radius.
         target: Where the distances go.
     """
     squared = nearest.to(query.half_norms.dtype).mul_(2).clamp_min_(0)
+    squared = squared.transpose(0, 1) if places.is_wide else squared  # (W, H, n, m)
     if reference is query:
         squared.diagonal(dim1=2, dim2=3).fill_(float("inf"))
     is_spoilt = squared < query.resolution(0).unflatten(1, places.grid).permute(2, 1, 0)[..., None]
     for column, row in is_spoilt.flatten(2).any(dim=2).nonzero().tolist():
         _recompute(squared[column, row], is_spoilt[column, row], query, reference, places, (row, column))
-    for image, of_image in enumerate(squared.unbind(dim=2)):  # which stays in the cache
-        target[0, image].unflatten(1, places.grid).copy_(of_image.sqrt().permute(2, 1, 0))
+    at_once = max(1, _CACHED // squared[:, :, 0].numel())
+    for some, block in zip(target[0].split(at_once), squared.split(at_once, dim=2), strict=True):
+        some.unflatten(2, places.grid).copy_(block.sqrt().permute(2, 3, 1, 0))
 
 
 def _recompute(

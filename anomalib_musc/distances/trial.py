@@ -15,7 +15,7 @@ from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_
 
 _SIDE = 32  # of the largest grid that is tried: what is fastest at 400 patches need not be at 1000
 _SHARED_BYTES = 2**29  # that one product for all degrees may take: it is whole, where separate ones are cut into rows
-_RADIUS, _COLUMNS = 2, 2
+_RADIUS, _LINES = 2, 2
 _TRIALS = 2
 _IMAGES = 4
 
@@ -98,7 +98,7 @@ def fastest_by_place(
 ) -> Kernel:
     """Choose the kernel for same-place search, see :func:`fastest`."""
     some = min(num_images, _SIDE)
-    few = Places((min(places.grid[0], _SIDE), min(places.grid[1], _COLUMNS)), min(places.radius, _RADIUS))
+    few = Places((min(places.length, _SIDE), min(places.lines, _LINES)), min(places.radius, _RADIUS))
     threads = torch.get_num_threads()
     seconds = _seconds_by_place(precision, some, few, channels, like.dtype, like.device, threads)
     # Images are rounded once, and compared with each other.
@@ -116,7 +116,7 @@ def _seconds_by_place(
     device: torch.device,
     num_threads: int,
 ) -> list[tuple[float, float]]:
-    """Return how long each kernel takes to round images, and to compare them, at two columns of a grid."""
+    """Return how long each kernel takes to round images, and to compare them, at two lines of a grid."""
     del num_threads  # a trial for each
     like = torch.empty(0, dtype=dtype, device=device)
     kernels = make_batched_kernels(precision, like)

@@ -4,6 +4,7 @@
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+_NEAR = 2**14  # patches of windows that are looked up together: half a MB of indices
 _POOLED = 5  # up to this side a window is summed at once: its patches stay in the cache
 TINY_NORM = 1e-12  # as in torch.nn.functional.normalize
 
@@ -57,6 +58,14 @@ def window_sums_at(
     Returns:
         The sums ``(k, C)``, and how many patches each has, ``(k, 1)``.
     """
+    parts = zip(*(index.split(max(1, _NEAR // degree**2)) for index in (images, places)), strict=True)
+    sums, counts = zip(*(_sums_at(patches, degree, *some) for some in parts), strict=True)
+    return torch.cat(sums), torch.cat(counts)
+
+
+def _sums_at(
+    patches: torch.Tensor, degree: int, images: torch.Tensor, places: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     height, width, channels = patches.shape[1:]
     shifts = torch.arange(degree, device=patches.device) - degree // 2
     rows, columns = (places // width)[:, None] + shifts, (places % width)[:, None] + shifts  # (k, degree)
