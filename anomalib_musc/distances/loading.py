@@ -59,7 +59,8 @@ class PoolLoader:
         one = replace(workload, degrees=workload.degrees[:1])
         some, same = self._some_patches(one, processes)
         place, distance = densest_place(some)
-        pool = replace(self, is_static=is_static(same - place, CANCELLATION))
+        likes = workload.places is not None
+        pool = replace(self, is_static=is_static(same - place, CANCELLATION, counts_likes=likes))
         if len(workload.degrees) > 1:
             if distance**2 >= CANCELLATION:
                 return pool

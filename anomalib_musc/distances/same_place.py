@@ -9,9 +9,11 @@ import torch
 
 from anomalib_musc.distances.kernels.plain import reuse_buffer
 from anomalib_musc.distances.rounding import exchange_norms, in_order
-from anomalib_musc.distances.tiles import Tile, in_float64
+from anomalib_musc.distances.static import merge_same_places, squared_distances
+from anomalib_musc.distances.tiles import Tile
 
 _ROWS = 128  # images of some lines on the left that are multiplied at least: fewer take the time of more
+_LARGEST_BITS = 0x7BFF  # of float16's largest number; in bfloat16 it is a large one, too
 _CACHED = 2**17  # numbers that are written together: few enough for a cache, enough for several threads
 _WIDE = 2  # how much wider than high a grid is whose rows are compared
 
@@ -62,9 +64,10 @@ class Places:
         """Return how many numbers of working memory it takes to compare two images of two tiles."""
         return self.line_numbers + math.prod(self.grid) * 9 // 4  # distances both ways, and which are spoilt
 
-    def near(self, row: int, column: int) -> torch.Tensor:
+    def near(self, place: int) -> torch.Tensor:
         """Return the positions within the radius of a place, ``(k,)``."""
         height, width = self.grid
+        row, column = divmod(place, width)
         rows = torch.arange(max(0, row - self.radius), min(height, row + self.radius + 1))
         columns = torch.arange(max(0, column - self.radius), min(width, column + self.radius + 1))
         return (rows[:, None] * width + columns).flatten()
@@ -114,15 +117,27 @@ def compare_places(
         window = multiply.window(y[:, line])
         for others, first in _near_lines(places, line, at_once, is_same):
             products = multiply(x[:, others], window, first)  # (k, length, lines, n, m)
+            if left.is_static and others.start <= line < others.stop:  # same places are compared apart
+                products[places.reach - first, :, line - others.start] = _largest_of(products)
             nearest = products.amin(dim=0).transpose(0, 1)
             torch.minimum(forward[others], nearest, out=forward[others])
             nearest = _smallest_backward(products, first - places.reach)
             torch.minimum(backward[line], nearest, out=backward[line])
         if progress is not None:
             progress(num_pairs * (line + 1) // lines - num_pairs * line // lines)
-    _write(forward.view(x.dtype), left, right, places, targets[0])
+    _write(forward.view(x.dtype), left, places, targets[0])
+    if is_same:
+        targets[0].diagonal(dim1=1, dim2=2).fill_(float("inf"))
+    else:
+        _write(backward.view(x.dtype).mT, right, places, targets[1])
+    del forward, backward
+    if left.is_static:
+        merge_same_places(left, right, 0, memory, targets)
+    _recompute(left, right, places, targets[0][0])
+    targets[0].sqrt_()
     if not is_same:
-        _write(backward.view(x.dtype).mT, right, left, places, targets[1])
+        _recompute(right, left, places, targets[1][0])
+        targets[1].sqrt_()
 
 
 def _by_place(tile: Tile, places: Places) -> torch.Tensor:
@@ -188,9 +203,12 @@ class _LineProduct:
 
 
 def _full_of_largest(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Return a tensor of the largest number of a type."""
-    most = torch.finfo(like.dtype).max if like.is_floating_point() else torch.iinfo(like.dtype).max
-    return like.new_full(shape, most)
+    return like.new_full(shape, _largest_of(like))
+
+
+def _largest_of(like: torch.Tensor) -> float:
+    """Return a number that is larger than any product; of 16-bit ones its bits, see :func:`.in_order`."""
+    return torch.finfo(like.dtype).max if like.is_floating_point() else _LARGEST_BITS
 
 
 def _smallest_backward(products: torch.Tensor, first_shift: int) -> torch.Tensor:
@@ -208,42 +226,41 @@ def _smallest_backward(products: torch.Tensor, first_shift: int) -> torch.Tensor
     return smallest.amin(dim=1) if smallest.shape[1] > 1 else smallest[:, 0]
 
 
-def _write(nearest: torch.Tensor, query: Tile, reference: Tile, places: Places, target: torch.Tensor) -> None:
-    """Write distances to ``(1, n, m, L)``; what is too small for the products is computed in float64.
+def _write(nearest: torch.Tensor, query: Tile, places: Places, target: torch.Tensor) -> None:
+    """Write squared distances to ``(1, n, m, L)``, a few images at a time.
 
     Args:
-        nearest: Half the squared distances, ``(lines, length, n, m)``; it may be overwritten.
+        nearest: Half of them, ``(lines, length, n, m)``.
+        query: n images.
+        places: The grid and the radius.
+        target: Where they go.
+    """
+    by_column = nearest.transpose(0, 1) if places.is_wide else nearest  # (W, H, n, m)
+    at_once = max(1, _CACHED // by_column[:, :, 0].numel())
+    for some, block in zip(target[0].split(at_once), by_column.split(at_once, dim=2), strict=True):
+        squared = torch.mul(block.to(query.half_norms), 2).clamp_min_(0)
+        some.unflatten(2, places.grid).copy_(squared.permute(2, 3, 1, 0))
+
+
+def _recompute(query: Tile, reference: Tile, places: Places, squared: torch.Tensor) -> None:
+    """Compute squared distances ``(n, m, L)`` again where they are too small for the products.
+
+    Args:
         query: n images.
         reference: m others, or the same.
         places: The grid and the radius.
-        target: Where the distances go.
+        squared: The squared distances.
     """
-    squared = nearest.to(query.half_norms.dtype).mul_(2).clamp_min_(0)
-    squared = squared.transpose(0, 1) if places.is_wide else squared  # (W, H, n, m)
-    if reference is query:
-        squared.diagonal(dim1=2, dim2=3).fill_(float("inf"))
-    is_spoilt = squared < query.resolution(0).unflatten(1, places.grid).permute(2, 1, 0)[..., None]
-    for column, row in is_spoilt.flatten(2).any(dim=2).nonzero().tolist():
-        _recompute(squared[column, row], is_spoilt[column, row], query, reference, places, (row, column))
-    at_once = max(1, _CACHED // squared[:, :, 0].numel())
-    for some, block in zip(target[0].split(at_once), squared.split(at_once, dim=2), strict=True):
-        some.unflatten(2, places.grid).copy_(block.sqrt().permute(2, 3, 1, 0))
-
-
-def _recompute(
-    squared: torch.Tensor,
-    is_spoilt: torch.Tensor,
-    query: Tile,
-    reference: Tile,
-    places: Places,
-    place: tuple[int, int],
-) -> None:
-    """Compute squared distances ``(n, m)`` of the patches at a place again where they are spoilt."""
-    near = places.near(*place)
-    queries, references = (is_spoilt.any(dim=dim).nonzero().flatten() for dim in (1, 0))
-    vectors = in_float64(query.patches[queries, place[0] * places.grid[1] + place[1]])  # (n', C)
-    for some in references.split(max(1, query.patches.shape[1] // len(near))):  # no more patches than of an image
-        others = in_float64(reference.patches[some[:, None], near])  # (m', k, C)
-        distances = torch.cdist(vectors, others.flatten(0, 1)).unflatten(1, others.shape[:2]).amin(dim=2)
-        pairs = queries[:, None], some
-        squared[pairs] = torch.where(is_spoilt[pairs], distances.square().to(squared), squared[pairs])
+    is_spoilt = squared < (0 if query.is_static else query.resolution(0)[:, None])
+    fine = query.fine(0)
+    for place in is_spoilt.flatten(0, 1).any(dim=0).nonzero().flatten().tolist():
+        near, is_here, here = places.near(place), is_spoilt[..., place], squared[..., place]
+        queries, references = (is_here.any(dim=dim).nonzero().flatten() for dim in (1, 0))
+        vectors = query.patches[queries, place][None]  # (1, n', C)
+        mean = vectors.mean(dim=1, keepdim=True)
+        for some in references.split(max(1, query.patches.shape[1] // len(near))):  # no more patches than of an image
+            others = reference.patches[some[:, None], near]  # (m', k, C)
+            distances = squared_distances(vectors - mean, others.flatten(0, 1)[None] - mean, fine)[0]
+            nearest = distances.unflatten(1, others.shape[:2]).amin(dim=2).to(squared)
+            pairs = queries[:, None], some
+            here[pairs] = torch.where(is_here[pairs], nearest, here[pairs])

@@ -74,14 +74,14 @@ def some_places(num_patches: int, position: int) -> torch.Tensor:
     return torch.randperm(num_patches, generator=torch.Generator().manual_seed(position))[:_PATCHES]
 
 
-def is_static(patches: torch.Tensor, least_share: float) -> bool:
+def is_static(patches: torch.Tensor, least_share: float, *, counts_likes: bool) -> bool:
     """Whether two of a few images are all but equal at an eighth of some places, as where no background moves.
-
-    Of places that are like each other, as those of a plain background, one is counted.
 
     Args:
         patches: Patches of a few images at the same places, less the densest place, ``(I, n, C)``.
         least_share: Of their squared norm, below which their squared distance is too small for products.
+        counts_likes: Whether all places are counted, or one of those that are like each other, as of a plain
+            background, whose distances are cheap to recompute in the whole search.
     """
     vectors = patches.transpose(0, 1)  # (n, I, C)
     squared = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -91,7 +91,7 @@ def is_static(patches: torch.Tensor, least_share: float) -> bool:
     is_equal = (is_far[..., None] & (squared < least_share * sizes[..., None])).flatten(1).any(dim=1)  # (n,)
     points = vectors[:, 0]
     is_like_earlier = (torch.cdist(points, points).square() < least_share * sizes[:, :1]).tril(-1).any(dim=1)
-    return bool((is_equal & ~is_like_earlier).double().mean() >= _STATIC)
+    return bool((is_equal & (counts_likes | ~is_like_earlier)).double().mean() >= _STATIC)
 
 
 def densest_place(points: torch.Tensor) -> tuple[torch.Tensor, float]:
