@@ -15,6 +15,7 @@ from anomalib_musc.distances.tiles import Tile
 _ROWS = 128  # images of some lines on the left that are multiplied at least: fewer take the time of more
 _LARGEST_BITS = 0x7BFF  # of float16's largest number; in bfloat16 it is a large one, too
 _CACHED = 2**17  # numbers that are written together: few enough for a cache, enough for several threads
+_IMAGES = 4  # whose equal patches are sought together
 _WIDE = 2  # how much wider than high a grid is whose rows are compared
 
 
@@ -252,15 +253,28 @@ def _recompute(query: Tile, reference: Tile, places: Places, squared: torch.Tens
         squared: The squared distances.
     """
     is_spoilt = squared < (0 if query.is_static else query.resolution(0)[:, None])
-    fine = query.fine(0)
-    for place in is_spoilt.flatten(0, 1).any(dim=0).nonzero().flatten().tolist():
+    spoilt = is_spoilt.flatten(0, 1).any(dim=0).nonzero().flatten().tolist()
+    if not spoilt:
+        return
+    num_patches, fine = query.patches.shape[1], query.fine(0)
+    firsts = _firsts(reference)
+    for place in spoilt:
         near, is_here, here = places.near(place), is_spoilt[..., place], squared[..., place]
         queries, references = (is_here.any(dim=dim).nonzero().flatten() for dim in (1, 0))
         vectors = query.patches[queries, place][None]  # (1, n', C)
         mean = vectors.mean(dim=1, keepdim=True)
-        for some in references.split(max(1, query.patches.shape[1] // len(near))):  # no more patches than of an image
-            others = reference.patches[some[:, None], near]  # (m', k, C)
-            distances = squared_distances(vectors - mean, others.flatten(0, 1)[None] - mean, fine)[0]
-            nearest = distances.unflatten(1, others.shape[:2]).amin(dim=2).to(squared)
+        for some in references.split(max(1, num_patches // len(near))):  # no more patches than of an image
+            positions, numbers = firsts[some[:, None], near].unique(return_inverse=True)  # (u,), (m', k)
+            others = reference.patches[positions // num_patches, positions % num_patches][None]  # (1, u, C)
+            distances = squared_distances(vectors - mean, others - mean, fine)[0]
+            nearest = distances[:, numbers].amin(dim=2).to(squared)  # (n', m')
             pairs = queries[:, None], some
             here[pairs] = torch.where(is_here[pairs], nearest, here[pairs])
+
+
+def _firsts(tile: Tile) -> torch.Tensor:
+    """Return the first patch of the same image that each equals, ``(b, L)``, by its position among those of all."""
+    num_images, num_patches = tile.patches.shape[:2]
+    images = [slice(first, min(first + _IMAGES, num_images)) for first in range(0, num_images, _IMAGES)]
+    equals = torch.cat([tile.equals(some, 0) for some in images])
+    return equals + num_patches * torch.arange(num_images, device=equals.device)[:, None]

@@ -32,7 +32,7 @@ def search(maps: torch.Tensor, degree: int, radius: int) -> np.ndarray:
     return found.reshape(num_images, num_images, -1)
 
 
-@pytest.mark.parametrize("shape", [(5, 24, 4, 6), (2, 7, 1, 5), (4, 33, 6, 2), (3, 8, 1, 1), (9, 16, 3, 3)])
+@pytest.mark.parametrize("shape", [(5, 24, 4, 6), (3, 12, 2, 9), (2, 7, 1, 5), (4, 33, 6, 2), (3, 8, 1, 1), (9, 16, 3, 3)])
 @pytest.mark.parametrize("radius", [0, 1, 2, 9])
 def test_a_patch_is_sought_near_its_place(shape, radius):
     maps = randn(*shape)
@@ -108,3 +108,17 @@ def test_a_file_twice_costs_next_to_nothing():
     maps[3], maps[7] = maps[0], maps[0] + 1e-6 * randn(32, 5, 6, seed=1)
     _, distances = collect(nearest_distances(maps, (1, 3), search_radius=2), 12)
     assert_close(distances, np.stack([search(maps, degree, 2) for degree in (1, 3)]), 1e-4)
+
+
+@pytest.mark.parametrize("grid", [(6, 15), (7, 5)])
+@pytest.mark.parametrize("noise", [0, 1e-5, 1e-3, 1e-2])
+def test_a_background_that_does_not_move(grid, noise):
+    """Also where each image is a tile of its own, and where nothing but the very place is searched."""
+    maps = randn(1, 48, *grid, seed=1) + noise * randn(6, 48, *grid)
+    maps[2, :, 1:4, 2:5] = randn(48, 3, 3, seed=3)  # something in front
+    for radius in (0, 1):
+        expected = np.stack([search(maps, degree, radius) for degree in (1, 3)])
+        least = least_memory(maps.shape, (1, 3), "exact", CPU, radius) / GIB
+        for budget in (None, least):
+            blocks = nearest_distances(maps, (1, 3), search_radius=radius, memory_budget=budget)
+            assert_close(collect(blocks, 6)[1], expected, 1e-4)
