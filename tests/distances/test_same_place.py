@@ -32,7 +32,10 @@ def search(maps: torch.Tensor, degree: int, radius: int) -> np.ndarray:
     return found.reshape(num_images, num_images, -1)
 
 
-@pytest.mark.parametrize("shape", [(5, 24, 4, 6), (3, 12, 2, 9), (2, 7, 1, 5), (4, 33, 6, 2), (3, 8, 1, 1), (9, 16, 3, 3)])
+SHAPES = [(5, 24, 4, 6), (3, 12, 2, 9), (2, 7, 1, 5), (4, 33, 6, 2), (3, 8, 1, 1), (9, 16, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("radius", [0, 1, 2, 9])
 def test_a_patch_is_sought_near_its_place(shape, radius):
     maps = randn(*shape)
