@@ -58,13 +58,13 @@ class PoolLoader:
         """
         one = replace(workload, degrees=workload.degrees[:1])
         some, same = self._some_patches(one, processes)
-        place, distance = densest_place(some)
+        place, distance = _agreed(densest_place(some), processes)
         likes = workload.places is not None
         pool = replace(self, is_static=is_static(same - place, CANCELLATION, counts_likes=likes))
         if len(workload.degrees) > 1:
             if distance**2 >= CANCELLATION:
                 return pool
-            place, _ = densest_place(self._some_patches(workload, processes)[0])
+            place, _ = _agreed(densest_place(self._some_patches(workload, processes)[0]), processes)
         return replace(pool, origin=place if place.any() else None)
 
     def _some_patches(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,6 +175,13 @@ class PoolLoader:
             return
         if self.origin is not None:
             target.sub_(self.origin)
+
+
+def _agreed(found: tuple[torch.Tensor, float], processes: Processes | None) -> tuple[torch.Tensor, float]:
+    """Return what the first process has found: products of the same numbers may differ in their last digits."""
+    place, distance = found
+    first, distance = gathered(processes, (place.cpu(), distance))[0]
+    return first.to(place), distance
 
 
 def _patches_at(features: torch.Tensor, places: torch.Tensor, degrees: tuple[int, ...]) -> torch.Tensor:
