@@ -78,7 +78,7 @@ class Workload:
     def pair_bytes(self) -> int:
         """Working memory of comparing two images."""
         if self.places is not None:
-            return self.places.pair_numbers() * self.like.itemsize
+            return self.places.pair_numbers * self.like.itemsize
         return self.kernel.pair_bytes(self.shape[1], is_shared=len(self.degrees) > 1)
 
     @property

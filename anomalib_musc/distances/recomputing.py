@@ -203,9 +203,12 @@ def _compare_parts(left: _Part, right: _Part, needed: list[set[int]], memory: in
             images = group[first : first + at_once]
             others = set.union(*(needed[image] for image in images))
             num_needed = sum(len(needed[image]) for image in images)
-            is_dense = len(images) * len(others) <= 4 * num_needed  # of a part and itself a half at most is needed
-            for some in [images] if is_dense else [[image] for image in images]:
-                for alike in right.alike(sorted(set.union(*(needed[image] for image in some)))):
+            if len(images) * len(others) <= 4 * num_needed:  # of a part and itself a half at most is needed
+                together = [(images, others)]
+            else:
+                together = [([image], needed[image]) for image in images]
+            for some, facing in together:
+                for alike in right.alike(sorted(facing)):
                     _compare(left, some, right, alike, numbers)
 
 

@@ -61,8 +61,9 @@ class Places:
         """Products of the places of a line with those near them in another, and their minima, of two images."""
         return self.length * (2 * self.reach + 1 + 3)
 
+    @property
     def pair_numbers(self) -> int:
-        """Return how many numbers of working memory it takes to compare two images of two tiles."""
+        """Numbers of working memory that it takes to compare two images of two tiles."""
         return self.line_numbers + math.prod(self.grid) * 9 // 4  # distances both ways, and which are spoilt
 
     def near(self, place: int) -> torch.Tensor:
@@ -267,7 +268,7 @@ def _recompute(query: Tile, reference: Tile, places: Places, squared: torch.Tens
             positions, numbers = firsts[some[:, None], near].unique(return_inverse=True)  # (u,), (m', k)
             others = reference.patches[positions // num_patches, positions % num_patches][None]  # (1, u, C)
             distances = squared_distances(vectors - mean, others - mean, fine)[0]
-            nearest = distances[:, numbers].amin(dim=2).to(squared)  # (n', m')
+            nearest = distances[:, numbers].amin(dim=2)  # (n', m')
             pairs = queries[:, None], some
             here[pairs] = torch.where(is_here[pairs], nearest, here[pairs])
 

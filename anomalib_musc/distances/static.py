@@ -55,7 +55,7 @@ def _merge_places(
             squared = squared_distances(x, y, left.fine(index))
             if y is x:
                 squared.diagonal(dim1=1, dim2=2).fill_(float("inf"))
-            exact = squared.permute(1, 2, 0).to(left.half_norms)  # (n', m', places)
+            exact = squared.permute(1, 2, 0)  # (n', m', places)
             _merge(targets[0][index, rows, columns, places], exact, left, rows, index, places)
             if y is not x:
                 _merge(targets[1][index, columns, rows, places], exact.transpose(0, 1), right, columns, index, places)
@@ -81,7 +81,7 @@ def squared_distances(x: torch.Tensor, y: torch.Tensor, fine: torch.Tensor) -> t
     limits = torch.finfo(x.dtype)
     if is_coarse.any() or fine < limits.tiny / limits.eps:  # below, squares lose digits
         x64 = in_float64(x)
-        return squared_distances(x64, x64 if y is x else in_float64(y), fine)
+        return squared_distances(x64, x64 if y is x else in_float64(y), fine).to(x)
     return squared.clamp_min_(0)
 
 
