@@ -257,7 +257,7 @@ def _blocks(
             ring.compare_visitors(agreed, workload, plan, distances, compare)
     for first in range(0, num_images, plan.block):
         images = slice(first, min(first + plan.block, num_images))
-        block = distances[:, images].to(workload.like.device, copy=True)  # the caller's own
+        block = distances[:, images].to(workload.like.device, copy=plan.device is None)
         release(distances)
         yield images, block
     trim()

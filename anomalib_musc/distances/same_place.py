@@ -66,6 +66,12 @@ class Places:
         """Numbers of working memory that it takes to compare two images of two tiles."""
         return self.line_numbers + math.prod(self.grid) * 9 // 4  # distances both ways, and which are spoilt
 
+    @property
+    def num_products(self) -> int:
+        """Pairs of places that are multiplied where images are compared with each other."""
+        others = sum(self.lines - step for step in range(1, min(self.radius, self.lines - 1) + 1))
+        return self.length * (others * (2 * self.reach + 1) + self.lines * (self.reach + 1))
+
     def near(self, place: int) -> torch.Tensor:
         """Return the positions within the radius of a place, ``(k,)``."""
         height, width = self.grid
@@ -217,14 +223,15 @@ def _smallest_backward(products: torch.Tensor, first_shift: int) -> torch.Tensor
     """Return the smallest product of each place on the right, ``(length, n, m)``, of those that were multiplied.
 
     Args:
-        products: Shape ``(k, length, lines, n, m)``, by shift and place on the left.
+        products: Shape ``(k, length, lines, n, m)``, by shift and place on the left; they are overwritten.
         first_shift: The first shift, from a place on the left to one on the right.
     """
     length = products.shape[1]
-    smallest = _full_of_largest(products, products.shape[1:])
+    smallest = products[-first_shift]  # of a place itself
     for shift, product in enumerate(products, first_shift):
-        places = smallest[max(0, shift) : length + min(0, shift)]
-        torch.minimum(places, product[max(0, -shift) : length - max(0, shift)], out=places)
+        if shift:
+            places = smallest[max(0, shift) : length + min(0, shift)]
+            torch.minimum(places, product[max(0, -shift) : length - max(0, shift)], out=places)
     return smallest.amin(dim=1) if smallest.shape[1] > 1 else smallest[:, 0]
 
 
@@ -253,14 +260,17 @@ def _recompute(query: Tile, reference: Tile, places: Places, squared: torch.Tens
         places: The grid and the radius.
         squared: The squared distances.
     """
-    is_spoilt = squared < (0 if query.is_static else query.resolution(0)[:, None])
-    spoilt = is_spoilt.flatten(0, 1).any(dim=0).nonzero().flatten().tolist()
+    resolution = query.resolution(0)
+    if query.is_static:
+        resolution = torch.zeros_like(resolution)
+    spoilt = (squared.amin(dim=(0, 1)) < resolution.amax(dim=0)).nonzero().flatten().tolist()
     if not spoilt:
         return
     num_patches, fine = query.patches.shape[1], query.fine(0)
     firsts = _firsts(reference)
     for place in spoilt:
-        near, is_here, here = places.near(place), is_spoilt[..., place], squared[..., place]
+        near, here = places.near(place), squared[..., place]
+        is_here = here < resolution[:, place, None]
         queries, references = (is_here.any(dim=dim).nonzero().flatten() for dim in (1, 0))
         vectors = query.patches[queries, place][None]  # (1, n', C)
         mean = vectors.mean(dim=1, keepdim=True)

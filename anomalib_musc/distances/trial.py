@@ -15,7 +15,8 @@ from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_
 
 _SIDE = 32  # of the largest grid that is tried: what is fastest at 400 patches need not be at 1000
 _SHARED_BYTES = 2**29  # that one product for all degrees may take: it is whole, where separate ones are cut into rows
-_RADIUS, _LINES = 2, 2
+# Of same-place search: images, which cost per pair what many do, lines, the shortest ones, and numbers in all.
+_MANY_IMAGES, _LINES, _LENGTH, _NUMBERS = 64, 4, 4, 2**20
 _TRIALS = 2
 _IMAGES = 4
 
@@ -97,12 +98,14 @@ def fastest_by_place(
     precision: Precision, num_images: int, places: Places, channels: int, like: torch.Tensor
 ) -> Kernel:
     """Choose the kernel for same-place search, see :func:`fastest`."""
-    some = min(num_images, _SIDE)
-    few = Places((min(places.length, _SIDE), min(places.lines, _LINES)), min(places.radius, _RADIUS))
-    threads = torch.get_num_threads()
+    some, lines = min(num_images, _MANY_IMAGES), min(places.lines, _LINES)
+    length = min(places.length, max(_LENGTH, _NUMBERS // (some * channels * lines)))
+    few, threads = Places((length, lines), places.radius), torch.get_num_threads()
     seconds = _seconds_by_place(precision, some, few, channels, like.dtype, like.device, threads)
-    # Images are rounded once, and compared with each other.
-    whole = [rounding * num_images / some + comparing * (num_images / some) ** 2 for rounding, comparing in seconds]
+    images = num_images / some
+    rounded = images * math.prod(places.grid) / math.prod(few.grid)
+    multiplied = images**2 * places.num_products / few.num_products
+    whole = [rounded * rounding + multiplied * comparing for rounding, comparing in seconds]
     return make_batched_kernels(precision, like)[whole.index(min(whole))]
 
 
@@ -116,7 +119,7 @@ def _seconds_by_place(
     device: torch.device,
     num_threads: int,
 ) -> list[tuple[float, float]]:
-    """Return how long each kernel takes to round images, and to compare them, at two lines of a grid."""
+    """Return how long each kernel takes to round images, and to compare them with each other."""
     del num_threads  # a trial for each
     like = torch.empty(0, dtype=dtype, device=device)
     kernels = make_batched_kernels(precision, like)
@@ -131,7 +134,7 @@ def _seconds_by_place(
         storage = F.pad(vectors, (0, norm_channels)).transpose(0, 1)
         make_tile = partial(tile_of_vectors, storage, channels, kernel.rounding)
         tile = make_tile()
-        compare = partial(compare_places, tile, tile, places, norm_channels, 0, (distances, distances), None)
+        compare = partial(compare_places, tile, tile, places, norm_channels, _SHARED_BYTES, (distances, distances), None)
         seconds.append((shortest_seconds(make_tile, device), shortest_seconds(compare, device)))
     return seconds
 
