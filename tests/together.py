@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A function in several processes at once, as a launcher such as torchrun starts them."""
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import traceback
@@ -20,10 +22,8 @@ def run_together(
     function: Callable[..., Any], *arguments: Any, number: int, cwd: Path
 ) -> list[subprocess.CompletedProcess[str]]:
     """Call a function in processes that can reach each other; its result is saved, see :func:`results`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
+    port = str(_free_port())
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(number), "OMP_NUM_THREADS": "1"}
 
     def run(rank: int) -> subprocess.CompletedProcess[str]:
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
@@ -38,6 +38,15 @@ def results(function: Callable[..., Any], *arguments: Any, number: int, cwd: Pat
     processes = run_together(function, *arguments, number=number, cwd=cwd)
     assert all(process.returncode == 0 for process in processes), "\n\n".join(one.stderr[-2000:] for one in processes)
     return [torch.load(cwd / f"{rank}.pt", weights_only=False) for rank in range(number)]
+
+
+def _free_port() -> int:
+    """Return a port below those that systems give to whoever asks for any, so that nobody else gets it meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def _save(function: Callable[..., Any], arguments: tuple[Any, ...], cwd: Path) -> None:

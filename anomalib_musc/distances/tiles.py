@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images that are held at once, ready to be compared."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +18,7 @@ _CONDITION = 10
 # Patches are taken for equal whose coordinates on so many random axes are, in units of a tenth of the bound of 1e-4.
 _AXES, _EQUAL = 16, 1e-5
 _ALL = slice(None)
+_LOOKED_AT = 2**20  # numbers of some places of all images: few enough for a cache
 
 
 @dataclass
@@ -132,8 +132,8 @@ class Tile:
     @property
     def places(self) -> list[slice]:
         """Return all places, a few at a time: a row of the map, where windows are still to be summed."""
-        num_patches = self.patches.shape[1]
-        width = math.isqrt(num_patches) if self.scales is None else self.grid[1]
+        num_images, num_patches, channels = self.patches.shape
+        width = max(1, _LOOKED_AT // (num_images * channels)) if self.scales is None else self.grid[1]
         return [slice(start, min(start + width, num_patches)) for start in range(0, num_patches, width)]
 
     def vectors_at(self, places: slice, images: slice, index: int) -> torch.Tensor:

@@ -14,11 +14,12 @@ from anomalib_musc.distances.same_place import Places, compare_places
 from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_maps, tile_of_vectors
 
 _SIDE = 32  # of the largest grid that is tried: what is fastest at 400 patches need not be at 1000
-_SHARED_BYTES = 2**29  # that one product for all degrees may take: it is whole, where separate ones are cut into rows
+_MOST_BYTES = 2**29  # that products may take: one for all degrees is whole, where separate ones are cut into rows
 # Of same-place search: images, which cost per pair what many do, lines, the shortest ones, and numbers in all.
 _MANY_IMAGES, _LINES, _LENGTH, _NUMBERS = 64, 4, 4, 2**20
-_TRIALS = 2
 _IMAGES = 4
+# How often each is timed at least, and for how long; and how much slower than the best one it is given up.
+_TRIALS, _LEAST_SECONDS, _HOPELESS = 2, 0.005, 2
 
 
 def fastest(
@@ -41,7 +42,7 @@ def fastest(
     )
     number, is_shared = min(seconds, key=lambda way: seconds[way])
     kernel = kernels[number]
-    return kernel, is_shared and kernel.pair_bytes(num_patches, is_shared=True) <= _SHARED_BYTES
+    return kernel, is_shared and kernel.pair_bytes(num_patches, is_shared=True) <= _MOST_BYTES
 
 
 def seconds_of_pair(
@@ -77,21 +78,29 @@ def _seconds_of_ways(
     kernels = make_kernels(precision, like)
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(_IMAGES, *grid, channels, generator=generator).to(like)
-    seconds = {}
-    for number, kernel in enumerate(kernels):
-        vectors = patches.flatten(1, 2).clone()
+    seconds: dict[tuple[int, bool], float] = {}
+    for number in reversed(range(len(kernels))):  # the more they round, the sooner others are given up
+        kernel, vectors = kernels[number], patches.flatten(1, 2).clone()
         kernel.rounding.change_basis(vectors)
         parts = vectors[:1], vectors[1 : 1 + max(1, kernel.block // vectors.shape[1] ** 2)]
-        storages = [F.pad(part, (0, kernel.rounding.norm_channels)) for part in parts]
-        separate = [tile_of_vectors(storage, channels, kernel.rounding) for storage in storages]
-        seconds[number, False] = len(degrees) * _seconds(kernel, *separate)
-        if len(degrees) > 1 and kernel.can_share:
+        for is_shared in (True, False) if len(degrees) > 1 and kernel.can_share else (False,):
+            make_tile = partial(_tile, kernel, grid, degrees if is_shared else None)
             try:
-                shared = [tile_of_maps(part.unflatten(1, grid), degrees, kernel.rounding) for part in parts]
+                left, right = map(make_tile, parts)
             except CancellingWindowsError:  # as numbers at random may
                 continue
-            seconds[number, True] = _seconds(kernel, *shared)
+            times = 1 if is_shared else len(degrees)
+            best = min(seconds.values(), default=math.inf) / times
+            seconds[number, is_shared] = times * _seconds(kernel, left, right, best)
     return seconds
+
+
+def _tile(kernel: Kernel, grid: tuple[int, int], degrees: tuple[int, ...] | None, vectors: torch.Tensor) -> Tile:
+    """Make a tile of vectors ``(b, L, C)``, whose windows are still to be summed where degrees are given."""
+    if degrees is not None:
+        return tile_of_maps(vectors.unflatten(1, grid), degrees, kernel.rounding)
+    storage = F.pad(vectors, (0, kernel.rounding.norm_channels))
+    return tile_of_vectors(storage, vectors.shape[2], kernel.rounding)
 
 
 def fastest_by_place(
@@ -127,42 +136,63 @@ def _seconds_by_place(
         return [(0.0, 0.0)]
     num_places = math.prod(places.grid)
     vectors = torch.randn(num_places, num_images, channels, generator=torch.Generator().manual_seed(0)).to(like)
-    distances = like.new_empty(1, num_images, num_images, num_places)
+    targets = (like.new_empty(1, num_images, num_images, num_places),) * 2
     seconds = []
     for kernel in kernels:
         norm_channels = kernel.rounding.norm_channels
         storage = F.pad(vectors, (0, norm_channels)).transpose(0, 1)
         make_tile = partial(tile_of_vectors, storage, channels, kernel.rounding)
         tile = make_tile()
-        compare = partial(compare_places, tile, tile, places, norm_channels, _SHARED_BYTES, (distances, distances), None)
+        compare = partial(compare_places, tile, tile, places, norm_channels, _MOST_BYTES, targets, None)
         seconds.append((shortest_seconds(make_tile, device), shortest_seconds(compare, device)))
     return seconds
 
 
-def _seconds(kernel: Kernel, left: Tile, right: Tile) -> float:
-    """Return the shortest of a few times, for one pair of images, of those of an image with a few others."""
+def _seconds(kernel: Kernel, left: Tile, right: Tile, best: float) -> float:
+    """Return the shortest of a few times, for one pair of images, of those of an image with a few others.
+
+    Args:
+        kernel: Compares them.
+        left: An image.
+        right: The others.
+        best: See :func:`shortest_seconds`.
+    """
     (num_degrees, count, num_patches), like = right.half_norms.shape, left.half_norms
     targets = (
         like.new_empty(num_degrees, 1, count, num_patches),
         like.new_empty(num_degrees, count, 1, num_patches),
     )
     compare = partial(kernel.compare, left, right, count, targets, None)
-    return shortest_seconds(compare, like.device) / count
+    return shortest_seconds(compare, like.device, best=best * count) / count
 
 
-def shortest_seconds(run: Callable[[], object], device: torch.device, *, is_warm: bool = False) -> float:
+def shortest_seconds(
+    run: Callable[[], object], device: torch.device, *, is_warm: bool = False, best: float = math.inf
+) -> float:
     """Return the shortest of a few times, each until a device has done it.
 
     Args:
         run: What is timed.
         device: Where it runs.
         is_warm: Whether it has run before; else the first time is not counted.
+        best: What something else takes. Who takes much longer is not timed again.
     """
-    times = []
-    for _ in range(_TRIALS if is_warm else 1 + _TRIALS):
-        start = time.perf_counter()
-        run()
-        if device.type != "cpu":
-            torch.accelerator.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[-_TRIALS:])
+    limit = max(_HOPELESS * best, _LEAST_SECONDS)
+    if not is_warm:
+        first = _seconds_once(run, device)
+        if first > limit and device.type == "cpu":  # others compile first
+            return first
+    times: list[float] = []
+    while len(times) < _TRIALS or sum(times) < _LEAST_SECONDS:
+        times.append(_seconds_once(run, device))
+        if times[-1] > limit:
+            break
+    return min(times)
+
+
+def _seconds_once(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
