@@ -62,8 +62,8 @@ def nearest_distances(
             prepared while it is compared.
         precision: ``"exact"``: within 1e-4 of float64 for unit vectors; for others within 1e-4 of the longest
             difference between a patch and the mean patch, whatever offset all patches share. ``"fast"``: products of
-            8-bit integers or 16-bit numbers where a trial of a few milliseconds shows that the processor multiplies
-            them faster, of 16-bit numbers on CUDA with Triton; elsewhere as ``"exact"``.
+            8-bit integers or 16-bit numbers where a short trial shows that the processor multiplies them faster, of
+            16-bit numbers on CUDA with Triton; elsewhere as ``"exact"``.
         memory_budget: GiB that may be taken, beside ``features``, on the device and on the host, and for sorting a
             block. What does not fit goes to temporary files; no distance depends on it. Defaults to half of what is
             free.
@@ -154,7 +154,7 @@ def least_memory(
 
 
 def estimate_seconds(shape: Sequence[int], degrees: Sequence[int], precision: Precision, device: torch.device) -> float:
-    """Estimate how long :func:`nearest_distances` takes for two images, by a trial of a few milliseconds.
+    """Estimate how long :func:`nearest_distances` takes for two images, by a short trial.
 
     Args:
         shape: That of a float32 map, ``(C, H, W)``.
