@@ -41,7 +41,7 @@ def results(function: Callable[..., Any], *arguments: Any, number: int, cwd: Pat
 
 
 def _free_port() -> int:
-    """Return a port below those that systems give to whoever asks for any, so that nobody else gets it meanwhile."""
+    """Return a port below those that systems give to whoever asks for any, which is hardly taken before it is used."""
     while True:
         port = random.SystemRandom().randrange(10_000, 32_000)
         with socket.socket() as free, contextlib.suppress(OSError):

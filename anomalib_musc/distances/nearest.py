@@ -255,7 +255,7 @@ def _blocks(
             own = distances[:, :, ring.own_columns]
             ring.processes.together(partial(_compare_own, agreed, workload, plan, own, compare))
             ring.compare_visitors(agreed, workload, plan, distances, compare)
-    is_part = plan.device is None or plan.block < num_images  # of all distances, which none may keep alive
+    is_part = plan.device is None or plan.block < num_images  # who keeps a part must not keep all distances
     for first in range(0, num_images, plan.block):
         images = slice(first, min(first + plan.block, num_images))
         block = distances[:, images].to(workload.like.device, copy=is_part)

@@ -64,7 +64,7 @@ class Places:
     @property
     def pair_numbers(self) -> int:
         """Numbers of working memory that it takes to compare two images of two tiles."""
-        return self.line_numbers + math.prod(self.grid) * 9 // 4  # distances both ways, and which are spoilt
+        return self.line_numbers + math.prod(self.grid) * 9 // 4  # distances both ways, and what is computed again
 
     @property
     def num_products(self) -> int:
@@ -263,12 +263,12 @@ def _recompute(query: Tile, reference: Tile, places: Places, squared: torch.Tens
     resolution = query.resolution(0)
     if query.is_static:
         resolution = torch.zeros_like(resolution)
-    spoilt = (squared.amin(dim=(0, 1)) < resolution.amax(dim=0)).nonzero().flatten().tolist()
-    if not spoilt:
+    some_places = (squared.amin(dim=(0, 1)) < resolution.amax(dim=0)).nonzero().flatten().tolist()
+    if not some_places:
         return
     num_patches, fine = query.patches.shape[1], query.fine(0)
     firsts = _firsts(reference)
-    for place in spoilt:
+    for place in some_places:
         near, here = places.near(place), squared[..., place]
         is_here = here < resolution[:, place, None]
         queries, references = (is_here.any(dim=dim).nonzero().flatten() for dim in (1, 0))

@@ -10,6 +10,7 @@ from anomalib_musc.distances.tiles import CANCELLATION, Tile, in_float64
 
 # Bytes of a number of an image, and of a pair of images at a place: copies in both precisions.
 _IMAGE_BYTES, _PAIR_BYTES = 32, 32
+_TOGETHER = 2**20  # numbers of some places of all images that are looked at together: few enough for a cache
 
 
 def merge_same_places(
@@ -28,7 +29,9 @@ def merge_same_places(
         targets: Squared distances, ``(D, n, m, L)`` to the right and ``(D, m, n, L)`` to the left; those that are still
             too small for products become ``SPOILT``.
     """
-    for places in left.places:
+    num_images, num_patches, channels = left.patches.shape
+    numbers = min(_TOGETHER, memory // (2 * _IMAGE_BYTES))
+    for places in left.places(max(math.isqrt(num_patches), numbers // (num_images * channels))):
         _merge_places(left, right, index, places, memory, targets)
 
 

@@ -80,8 +80,8 @@ def is_static(patches: torch.Tensor, least_share: float, *, counts_likes: bool) 
     Args:
         patches: Patches of a few images at the same places, less the densest place, ``(I, n, C)``.
         least_share: Of their squared norm, below which their squared distance is too small for products.
-        counts_likes: Whether all places are counted, or those alone that are like no other, as distances of a plain
-            background are cheap to recompute in the whole search.
+        counts_likes: Whether all places are counted, or one of those that are like each other, as of a plain
+            background, whose distances are cheap to recompute in the whole search.
     """
     vectors = patches.transpose(0, 1)  # (n, I, C)
     squared = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -90,8 +90,8 @@ def is_static(patches: torch.Tensor, least_share: float, *, counts_likes: bool) 
     is_far = sizes > least_share * sizes.max()
     is_equal = (is_far[..., None] & (squared < least_share * sizes[..., None])).flatten(1).any(dim=1)  # (n,)
     points = vectors[:, 0]
-    num_likes = (torch.cdist(points, points).square() < least_share * sizes[:, :1]).sum(dim=1)
-    return bool((is_equal & (counts_likes | (num_likes <= 1))).double().mean() >= _STATIC)
+    is_like_earlier = (torch.cdist(points, points).square() < least_share * sizes[:, :1]).tril(-1).any(dim=1)
+    return bool((is_equal & (counts_likes | ~is_like_earlier)).double().mean() >= _STATIC)
 
 
 def densest_place(points: torch.Tensor) -> tuple[torch.Tensor, float]:

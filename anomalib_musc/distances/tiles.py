@@ -18,7 +18,6 @@ _CONDITION = 10
 # Patches are taken for equal whose coordinates on so many random axes are, in units of a tenth of the bound of 1e-4.
 _AXES, _EQUAL = 16, 1e-5
 _ALL = slice(None)
-_LOOKED_AT = 2**20  # numbers of some places of all images: few enough for a cache
 
 
 @dataclass
@@ -129,15 +128,13 @@ class Tile:
         """Return the squared norm up to which products err by no more than what is as good as none."""
         return 4 * CANCELLATION * self._farthest[index]
 
-    @property
-    def places(self) -> list[slice]:
-        """Return all places, a few at a time: a row of the map, where windows are still to be summed."""
-        num_images, num_patches, channels = self.patches.shape
-        width = max(1, _LOOKED_AT // (num_images * channels)) if self.scales is None else self.grid[1]
+    def places(self, most: int) -> list[slice]:
+        """Return all places, at most so many at a time: a row of the map, where windows are still to be summed."""
+        num_patches, width = self.patches.shape[1], most if self.scales is None else self.grid[1]
         return [slice(start, min(start + width, num_patches)) for start in range(0, num_patches, width)]
 
     def vectors_at(self, places: slice, images: slice, index: int) -> torch.Tensor:
-        """Return what is compared at some :attr:`places` at the degree of that index, ``(n, places, C)``."""
+        """Return what is compared at some :meth:`places` at the degree of that index, ``(n, places, C)``."""
         if self.scales is None:
             return self.patches[images, places]
         row, radius = places.start // self.grid[1], self.degrees[index] // 2

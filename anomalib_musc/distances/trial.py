@@ -15,11 +15,12 @@ from anomalib_musc.distances.tiles import CancellingWindowsError, Tile, tile_of_
 
 _SIDE = 32  # of the largest grid that is tried: what is fastest at 400 patches need not be at 1000
 _MOST_BYTES = 2**29  # that products may take: one for all degrees is whole, where separate ones are cut into rows
-# Of same-place search: images, which cost per pair what many do, lines, the shortest ones, and numbers in all.
-_MANY_IMAGES, _LINES, _LENGTH, _NUMBERS = 64, 4, 4, 2**20
 _IMAGES = 4
-# How often each is timed at least, and for how long; and how much slower than the best one it is given up.
-_TRIALS, _LEAST_SECONDS, _HOPELESS = 2, 0.005, 2
+# Of same-place search: images, of which more cost as much a pair; lines; places of one, at least; numbers and products.
+_MANY_IMAGES, _LINES, _LENGTH, _NUMBERS = 64, 4, 4, 2**21
+_TRIALS, _LEAST_SECONDS = 2, 0.005  # how often each is timed at least, and for how long together
+# What takes so many times as long as something else is given up; the first time, which is slow, so much later.
+_HOPELESS, _FIRST_SECONDS = 2, 0.02
 
 
 def fastest(
@@ -79,7 +80,7 @@ def _seconds_of_ways(
     generator = torch.Generator().manual_seed(0)
     patches = torch.randn(_IMAGES, *grid, channels, generator=generator).to(like)
     seconds: dict[tuple[int, bool], float] = {}
-    for number in reversed(range(len(kernels))):  # the more they round, the sooner others are given up
+    for number in reversed(range(len(kernels))):  # the fastest are the last, beside which others are soon given up
         kernel, vectors = kernels[number], patches.flatten(1, 2).clone()
         kernel.rounding.change_basis(vectors)
         parts = vectors[:1], vectors[1 : 1 + max(1, kernel.block // vectors.shape[1] ** 2)]
@@ -107,8 +108,9 @@ def fastest_by_place(
     precision: Precision, num_images: int, places: Places, channels: int, like: torch.Tensor
 ) -> Kernel:
     """Choose the kernel for same-place search, see :func:`fastest`."""
-    some, lines = min(num_images, _MANY_IMAGES), min(places.lines, _LINES)
-    length = min(places.length, max(_LENGTH, _NUMBERS // (some * channels * lines)))
+    some, lines = max(1, min(num_images, _MANY_IMAGES)), min(places.lines, _LINES)
+    place_numbers = some * (channels + some * (2 * places.reach + 1))
+    length = min(places.length, max(_LENGTH, _NUMBERS // (place_numbers * lines)))
     few, threads = Places((length, lines), places.radius), torch.get_num_threads()
     seconds = _seconds_by_place(precision, some, few, channels, like.dtype, like.device, threads)
     images = num_images / some
@@ -143,6 +145,7 @@ def _seconds_by_place(
         storage = F.pad(vectors, (0, norm_channels)).transpose(0, 1)
         make_tile = partial(tile_of_vectors, storage, channels, kernel.rounding)
         tile = make_tile()
+        tile.sizes = torch.zeros_like(tile.sizes)  # no distance is computed again, as of few channels most would be
         compare = partial(compare_places, tile, tile, places, norm_channels, _MOST_BYTES, targets, None)
         seconds.append((shortest_seconds(make_tile, device), shortest_seconds(compare, device)))
     return seconds
@@ -175,18 +178,14 @@ def shortest_seconds(
         run: What is timed.
         device: Where it runs.
         is_warm: Whether it has run before; else the first time is not counted.
-        best: What something else takes. Who takes much longer is not timed again.
+        best: What something else takes. What takes much longer is not timed again.
     """
-    limit = max(_HOPELESS * best, _LEAST_SECONDS)
-    if not is_warm:
-        first = _seconds_once(run, device)
-        if first > limit and device.type == "cpu":  # others compile first
-            return first
-    times: list[float] = []
-    while len(times) < _TRIALS or sum(times) < _LEAST_SECONDS:
+    limit, first = _HOPELESS * best, 0.0 if is_warm else _seconds_once(run, device)
+    if first > limit + _FIRST_SECONDS and device.type == "cpu":  # GPUs compile for longer
+        return first
+    times = [_seconds_once(run, device)]
+    while min(first, *times) <= limit and (len(times) < _TRIALS or sum(times) < _LEAST_SECONDS):
         times.append(_seconds_once(run, device))
-        if times[-1] > limit:
-            break
     return min(times)
 
 
