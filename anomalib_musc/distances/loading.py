@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 
@@ -56,12 +57,14 @@ class PoolLoader:
         Of patches whose windows are still to be summed only where a twentieth of them is all but equal: elsewhere
         products are precise enough.
         """
-        one = replace(workload, degrees=workload.degrees[:1])
-        some, same = self._some_patches(one, processes)
+        first, last = (replace(workload, degrees=(degree,)) for degree in (workload.degrees[0], max(workload.degrees)))
+        some, same = self._some_patches(first, processes)
         place, distance = _agreed(densest_place(some), processes)
-        likes = workload.places is not None
-        pool = replace(self, is_static=is_static(same - place, CANCELLATION, counts_likes=likes))
+        counted: Literal["all", "kinds"] = "kinds" if workload.places is None else "all"
+        pool = replace(self, is_static=is_static(same - place, CANCELLATION, counted))
         if len(workload.degrees) > 1:
+            _, same = self._some_patches(last, processes)  # patches may be of few kinds, and windows of many
+            pool = replace(pool, is_static=pool.is_static or is_static(same, CANCELLATION, "single"))
             if distance**2 >= CANCELLATION:
                 return pool
             place, _ = _agreed(densest_place(self._some_patches(workload, processes)[0]), processes)

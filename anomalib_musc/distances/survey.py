@@ -3,6 +3,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
@@ -74,24 +75,27 @@ def some_places(num_patches: int, position: int) -> torch.Tensor:
     return torch.randperm(num_patches, generator=torch.Generator().manual_seed(position))[:_PATCHES]
 
 
-def is_static(patches: torch.Tensor, least_share: float, *, counts_likes: bool) -> bool:
+def is_static(patches: torch.Tensor, least_share: float, counted: Literal["all", "kinds", "single"]) -> bool:
     """Whether two of a few images are all but equal at an eighth of some places, as where no background moves.
 
     Args:
-        patches: Patches of a few images at the same places, less the densest place, ``(I, n, C)``.
+        patches: Patches of a few images at the same places, ``(I, n, C)``.
         least_share: Of their squared norm, below which their squared distance is too small for products.
-        counts_likes: Whether all places are counted, or one of those that are like each other, as of a plain
-            background, whose distances are cheap to recompute in the whole search.
+        counted: Which of these places: all; one of each kind, as in the whole search distances of few kinds are cheap
+            to recompute; or those alone that are like no other. Likes are sought in the first image.
     """
     vectors = patches.transpose(0, 1)  # (n, I, C)
     squared = torch.cdist(vectors, vectors, compute_mode="donot_use_mm_for_euclid_dist").square()
     squared.diagonal(dim1=1, dim2=2).fill_(float("inf"))
     sizes = vectors.square().sum(dim=-1)
     is_far = sizes > least_share * sizes.max()
-    is_equal = (is_far[..., None] & (squared < least_share * sizes[..., None])).flatten(1).any(dim=1)  # (n,)
-    points = vectors[:, 0]
-    is_like_earlier = (torch.cdist(points, points).square() < least_share * sizes[:, :1]).tril(-1).any(dim=1)
-    return bool((is_equal & (counts_likes | ~is_like_earlier)).double().mean() >= _STATIC)
+    is_counted = (is_far[..., None] & (squared < least_share * sizes[..., None])).flatten(1).any(dim=1)  # (n,)
+    if counted != "all":
+        points = vectors[:, 0]
+        is_like = torch.cdist(points, points).square() < least_share * sizes[:, :1]
+        others = is_like.tril(-1) if counted == "kinds" else is_like.fill_diagonal_(False)
+        is_counted &= ~others.any(dim=1)
+    return bool(is_counted.double().mean() >= _STATIC)
 
 
 def densest_place(points: torch.Tensor) -> tuple[torch.Tensor, float]:

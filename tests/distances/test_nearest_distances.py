@@ -4,6 +4,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,10 @@ def static_maps(noise: float, kind: str) -> torch.Tensor:
     maps = randn(6, 96, 5, 6)
     if kind == "a repeated texture":  # a place is like others of the same image, too
         maps[:] = randn(1, 96, 1, 2, seed=1).repeat(1, 1, 5, 3)
+    elif kind == "colours in any order":  # patches are of three kinds, windows of many
+        maps[:] = randn(3, 96, seed=1)[torch.randint(3, (5, 6), generator=torch.Generator().manual_seed(4))].movedim(
+            2, 0
+        )
     elif kind == "two lots":
         maps[:3], maps[3:] = randn(1, 96, 5, 6, seed=1), randn(1, 96, 5, 6, seed=2)
     elif kind == "the background moved by a column":
@@ -171,7 +176,13 @@ def static_maps(noise: float, kind: str) -> torch.Tensor:
     return maps
 
 
-STATIC = ["something in front", "a repeated texture", "two lots", "the background moved by a column"]
+STATIC = [
+    "something in front",
+    "a repeated texture",
+    "colours in any order",
+    "two lots",
+    "the background moved by a column",
+]
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
@@ -199,6 +210,17 @@ def test_images_of_one_patch_that_is_always_the_same(precision):
     for features in (unit(1, 1, 64).repeat(5, 1, 1), unit(1, 1, 64).repeat(5, 1, 1) + 1e-3 * unit(5, 1, 64, seed=1)):
         _, distances = collect(nearest_distances(features, precision=precision), 5)
         assert_close(distances[0], search(to_numpy(features)), 1e-4)
+
+
+def test_few_kinds_of_patches_are_compared_apart_where_windows_are_of_many():
+    (workload, *_) = make_workloads((6, 30, 96), (1,), "exact", torch.empty(0))
+    for kind, degrees, expected in (
+        ("colours in any order", (1,), False),
+        ("colours in any order", (1, 5), True),
+        ("a repeated texture", (1, 5), False),
+    ):
+        pool = PoolLoader(static_maps(0, kind), range(6), None).surveyed()
+        assert pool.centred(replace(workload, degrees=degrees)).is_static == expected
 
 
 def test_same_places_are_compared_few_images_at_a_time():
