@@ -3,7 +3,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 
@@ -57,18 +56,17 @@ class PoolLoader:
         Of patches whose windows are still to be summed only where a twentieth of them is all but equal: elsewhere
         products are precise enough.
         """
-        first, last = (replace(workload, degrees=(degree,)) for degree in (workload.degrees[0], max(workload.degrees)))
-        some, same = self._some_patches(first, processes)
+        some, same = self._some_patches(replace(workload, degrees=workload.degrees[:1]), processes)
         place, distance = _agreed(densest_place(some), processes)
-        counted: Literal["all", "kinds"] = "kinds" if workload.places is None else "all"
-        pool = replace(self, is_static=is_static(same - place, CANCELLATION, counted))
+        static = is_static(same - place, CANCELLATION, "kinds" if workload.places is None else "all")
         if len(workload.degrees) > 1:
+            last = replace(workload, degrees=(max(workload.degrees),))
             _, same = self._some_patches(last, processes)  # patches may be of few kinds, and windows of many
-            pool = replace(pool, is_static=pool.is_static or is_static(same, CANCELLATION, "single"))
+            static = static or is_static(same, CANCELLATION, "single")
             if distance**2 >= CANCELLATION:
-                return pool
+                return replace(self, is_static=static)
             place, _ = _agreed(densest_place(self._some_patches(workload, processes)[0]), processes)
-        return replace(pool, origin=place if place.any() else None)
+        return replace(self, is_static=static, origin=place if place.any() else None)
 
     def _some_patches(self, workload: Workload, processes: Processes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return some patches of a few images, ``(n, C)``, and those at the same places of each, ``(I, k, C)``."""

@@ -132,9 +132,8 @@ def rounded_numbers(like: torch.Tensor, dtype: torch.dtype, memory: torch.Tensor
 def exchange_norms(operand: torch.Tensor, norm_channels: int, out: torch.Tensor | None = None) -> torch.Tensor:
     """Return an operand with patches negated, norms and ones exchanged; see :meth:`Rounding.write_norms`."""
     facing, half = torch.neg(operand, out=out), norm_channels // 2
-    if half:
-        facing[..., -half:] = operand[..., -norm_channels:-half]
-        facing[..., -norm_channels:-half] = operand[..., -half:]
+    facing[..., -half:] = operand[..., -norm_channels:-half]
+    facing[..., -norm_channels:-half] = operand[..., -half:]
     return facing
 
 

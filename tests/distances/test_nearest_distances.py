@@ -162,9 +162,7 @@ def static_maps(noise: float, kind: str) -> torch.Tensor:
     if kind == "a repeated texture":  # a place is like others of the same image, too
         maps[:] = randn(1, 96, 1, 2, seed=1).repeat(1, 1, 5, 3)
     elif kind == "colours in any order":  # patches are of three kinds, windows of many
-        maps[:] = randn(3, 96, seed=1)[torch.randint(3, (5, 6), generator=torch.Generator().manual_seed(4))].movedim(
-            2, 0
-        )
+        maps[:] = randn(96, 3, seed=1)[:, torch.randint(3, (5, 6), generator=torch.Generator().manual_seed(4))]
     elif kind == "two lots":
         maps[:3], maps[3:] = randn(1, 96, 5, 6, seed=1), randn(1, 96, 5, 6, seed=2)
     elif kind == "the background moved by a column":
